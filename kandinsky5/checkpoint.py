@@ -1,0 +1,122 @@
+"""The native checkpoint folder: `config.json`, one safetensors file per model, two tokenizer folders.
+
+    config.json  dit.safetensors  vae.safetensors  qwen.safetensors  clip.safetensors
+    qwen_tokenizer/  clip_tokenizer/
+
+A large file may be cut into shards; then `dit.safetensors.index.json` says which tensor is where. Weights load
+strictly or not at all, and stay where they are: the files are mapped into memory, not copied through it.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MODELS = ("dit", "vae", "qwen", "clip")
+
+
+def load_weights(model: nn.Module, folder: Path, name: str, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
+
+    The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
+    to dtype. On the CPU, tensors that have the right precision are views of the mapped file. ValueError, with the
+    tensors' names and both shapes, where file and model differ in anything.
+    """
+    model = model.to(dtype)
+    wanted = model.state_dict()
+    with_file = TensorFiles(folder, name)
+    check_shapes(f"{folder / name}.safetensors", {n: tuple(t.shape) for n, t in wanted.items()}, with_file.shapes())
+    device = torch.device(device)
+    if device.type != "meta":
+        state = {n: with_file[n].to(device=device, dtype=t.dtype) for n, t in wanted.items()}
+        model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def check_shapes(file: str, wanted: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 6) -> None:
+    """ValueError that names what is missing from a file, what it has too much, and which shapes differ."""
+    problems = [f"{n}: the configuration wants {s}, the file has {found[n]}" for n, s in wanted.items() if found.get(n, s) != s]
+    problems += [f"{n} {s} is missing from the file" for n, s in wanted.items() if n not in found]
+    problems += [f"{n} {s} is not part of the model" for n, s in found.items() if n not in wanted]
+    if problems:
+        more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+        raise ValueError(
+            f"{file} does not fit the model that config.json describes: {'; '.join(problems[:most])}{more}. "
+            "Use the config.json that was written with these weights, or convert the checkpoint again"
+        )
+
+
+class TensorFiles:
+    """The tensors of `folder/name.safetensors`, or of its shards, mapped: `files["a.weight"]` reads just that one."""
+
+    def __init__(self, folder: Path, name: str):
+        single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+            paths = [folder / shard for shard in names if Path(shard).name == shard]  # a shard lies beside its index
+        else:
+            paths = [single]
+        self.files = {}
+        for path in paths:
+            file = open_safetensors(path)
+            self.files.update(dict.fromkeys(file.keys(), file))
+
+    def shapes(self) -> dict[str, tuple]:
+        """Shape of every tensor, from the headers alone."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+
+def open_safetensors(path: Path):
+    """`safe_open`, with a ValueError that says what is wrong with the file and what to do."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: convert the checkpoint again, or copy the file there")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error}): copy or convert it again") from error
+
+
+def check_layout(folder: Path) -> None:
+    """ValueError, with the command to run, where `folder` is no native checkpoint folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        return
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is in the Diffusers layout; convert it once: python -m weights_convert from-diffusers {folder} NEW_FOLDER"
+        )
+    raise ValueError(
+        f"{folder} holds no config.json, so it is no converted checkpoint; make one from the Diffusers layout: "
+        "python -m weights_convert from-diffusers DIFFUSERS_FOLDER NEW_FOLDER"
+    )
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file: beside it first, then renamed, so that `path` is never half there."""
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error

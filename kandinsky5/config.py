@@ -1,0 +1,268 @@
+"""The sizes of every model and the defaults of every released checkpoint.
+
+Frozen dataclasses hold them, `PRESETS` names them, and `config.json` of a native checkpoint folder is one of
+them written down. Presets are written as differences from the Lite text-to-video model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+# The spelling mistakes are the authors': the models were trained with exactly these words.
+TEMPLATE = """\
+<|im_start|>system
+You are a promt engineer. Describe the video in detail.
+Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.
+Describe the location of the video, main characters or objects and their action.
+Describe the dynamism of the video and presented actions.
+Name the visual style of the video: whether it is a professional footage, user generated content, some kind of \
+animation, video game or scren content.
+Describe the visual effects, postprocessing and transitions if they are presented in the video.
+Pay attention to the order of key actions shown in the scene.<|im_end|>
+<|im_start|>user
+{}<|im_end|>"""
+
+NEGATIVE_PROMPT = (
+    "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, "
+    "walking backwards"
+)
+
+
+@dataclass(frozen=True)
+class NablaConfig:
+    """Block-sparse attention (arXiv 2507.13546): which tiles of 8×8 tokens a tile attends to."""
+
+    P: float = 0.9  # share of the pooled attention mass that is kept
+    window: tuple[int, int, int] = (11, 3, 3)  # tiles (T, H, W) around a tile that are always kept
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer; the defaults are Lite (2.0 billion parameters)."""
+
+    dim: int = 1792
+    ff_dim: int = 7168
+    time_dim: int = 512
+    num_text_blocks: int = 2
+    num_visual_blocks: int = 32
+    rope_axes: tuple[int, int, int] = (16, 24, 24)  # rotary channels for T, H, W; their sum is the head dim
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    in_channels: int = 16
+    out_channels: int = 16
+    visual_cond: bool = True  # the input also carries conditioning latents and a mask: 16 + 16 + 1 channels
+    text_dim: int = 3584
+    pooled_dim: int = 768
+    nabla: NablaConfig | None = None  # None: full attention
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.rope_axes)
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // self.head_dim
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the tensor that goes in: latents, and with `visual_cond` conditioning latents and mask."""
+        return 2 * self.in_channels + 1 if self.visual_cond else self.in_channels
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The causal 3D VAE of HunyuanVideo: 8× smaller in space, 4× in time."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks_per_stage: int = 2  # in the encoder; the decoder has one more
+    norm_groups: int = 32
+    image_channels: int = 3
+    latent_channels: int = 16
+    scaling_factor: float = 0.476986  # latents = z · scaling_factor
+    # After which stages the grid halves (encoder; the decoder mirrors it): True where time halves too.
+    halves_time: tuple[bool, ...] = (False, True, True)
+
+    @property
+    def space_factor(self) -> int:
+        return 2 ** len(self.halves_time)
+
+    @property
+    def time_factor(self) -> int:
+        return 2 ** sum(self.halves_time)
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """The language model of Qwen2.5-VL-7B."""
+
+    vocab_size: int = 152064
+    dim: int = 3584
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    ff_dim: int = 18944
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The text tower of CLIP ViT-L/14."""
+
+    vocab_size: int = 49408
+    dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    ff_dim: int = 3072
+    max_positions: int = 77
+    norm_eps: float = 1e-5
+    start_token: int = 49406
+    end_token: int = 49407  # also the padding
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What stands around a prompt (SPEC §5)."""
+
+    template: str = TEMPLATE  # what Qwen reads, with the prompt at {}
+    dropped_tokens: int = 129  # the template's tokens before the prompt: their features are cut off
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What `Pipeline.__call__` uses where the caller says nothing."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    shift: float = 5.0
+    height: int = 512
+    width: int = 768
+    num_frames: int = 121
+    fps: int = 24
+    rope_scale: tuple[float, float, float] | None = (1.0, 2.0, 2.0)  # None: by size (`rope.scale_for_size`)
+    image_area: int = 512 * 768  # image-to-video without height and width: the image's shape at this area
+    negative_prompt: str = NEGATIVE_PROMPT
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the VAE's work is cut up; in pixels and frames. The defaults are those of diffusers."""
+
+    time: bool = True
+    frames: int = 16  # a window holds this many frames and one before them
+    frame_stride: int = 12
+    space: bool = False
+    pixels: int = 256
+    pixel_stride: int = 192
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything that `config.json` of a native checkpoint folder says."""
+
+    name: str = "t2v-lite-sft-5s"
+    tasks: tuple[str, ...] = ("t2v",)  # "t2v": prompt alone, "i2v": image and prompt
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    qwen: QwenConfig = field(default_factory=QwenConfig)
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tiling: Tiling = field(default_factory=Tiling)
+
+    @property
+    def side_divisor(self) -> int:
+        """What height and width must divide by: one patch of latents, or a NABLA tile of 8 × 8 patches."""
+        patch = math.lcm(*self.dit.patch_size[1:])
+        return self.vae.space_factor * patch * (8 if self.dit.nabla else 1)
+
+
+LITE = DiTConfig()
+PRO = DiTConfig(dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60, rope_axes=(32, 48, 48))
+HD = {"height": 768, "width": 1280, "rope_scale": (1.0, 3.16, 3.16), "image_area": 1024 * 1024}
+
+
+def build_preset(name: str, dit: DiTConfig, P: float | None = None, **sampling) -> PipelineConfig:
+    """One row of SPEC §8: `P` turns NABLA on, `sampling` lists what differs from `SamplingConfig`."""
+    return PipelineConfig(
+        name=name,
+        tasks=(name[:3],),
+        dit=replace(dit, nabla=NablaConfig(P=P) if P else None),
+        sampling=SamplingConfig(**sampling),
+    )
+
+
+_LONG = {"num_frames": 241, "shift": 10.0}
+_ONE_PASS = {"guidance_scale": 1.0}
+_DISTILLED = {"guidance_scale": 1.0, "num_inference_steps": 16}
+
+PRESETS: dict[str, PipelineConfig] = {
+    preset.name: preset
+    for preset in (
+        build_preset("t2v-lite-sft-5s", LITE),
+        build_preset("t2v-lite-pretrain-5s", LITE),
+        build_preset("t2v-lite-nocfg-5s", LITE, **_ONE_PASS),
+        build_preset("t2v-lite-distilled16steps-5s", LITE, **_DISTILLED),
+        build_preset("t2v-lite-sft-10s", LITE, P=0.9, **_LONG),
+        build_preset("t2v-lite-pretrain-10s", LITE, P=0.9, **_LONG),
+        build_preset("t2v-lite-nocfg-10s", LITE, P=0.9, **_LONG, **_ONE_PASS),
+        build_preset("t2v-lite-distilled16steps-10s", LITE, P=0.9, **_LONG, **_DISTILLED),
+        build_preset("i2v-lite-5s", LITE, shift=10.0),
+        build_preset("t2v-pro-sft-5s-sd", PRO, shift=10.0),
+        build_preset("t2v-pro-sft-5s-hd", PRO, P=0.8, shift=10.0, **HD),
+        build_preset("t2v-pro-sft-10s-sd", PRO, P=0.9, **_LONG),
+        build_preset("t2v-pro-sft-10s-hd", PRO, P=0.7, **_LONG, **HD),
+        build_preset("i2v-pro-sft-5s-sd", PRO, shift=10.0),
+        build_preset("i2v-pro-sft-5s-hd", PRO, P=0.8, shift=5.0, **HD),
+    )
+}
+
+
+def find_preset(name: str) -> PipelineConfig:
+    """`PRESETS[name]`, or a ValueError that offers the closest names."""
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(PRESETS)}"
+        raise ValueError(f"{name!r} is neither a folder nor a preset: {hint}")
+    return PRESETS[name]
+
+
+def save_config(config: PipelineConfig, path: str | Path) -> None:
+    """Write `config` as JSON."""
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+
+
+def load_config(path: str | Path) -> PipelineConfig:
+    """Read what `save_config` wrote. ValueError where the file is no JSON, or a name in it is not known."""
+    try:
+        return _from_dict(PipelineConfig, json.loads(Path(path).read_text()), where=str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a Kandinsky 5 configuration ({error}): convert the checkpoint again") from error
+
+
+def _from_dict(cls, values, where: str):
+    """Build the frozen dataclass `cls` from plain JSON values; nested dataclasses and tuples are restored."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a table of {cls.__name__}'s fields, found {values!r}")
+    types = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise ValueError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types)}")
+    restored = {}
+    for name, value in values.items():
+        nested = next((t for t in (types[name], *typing.get_args(types[name])) if dataclasses.is_dataclass(t)), None)
+        if nested and value is not None:
+            value = _from_dict(nested, value, f"{where}: {name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        restored[name] = value
+    return cls(**restored)

@@ -1,0 +1,282 @@
+"""From a prompt, or an image and a prompt, to a video: the whole of Kandinsky 5.0 in one call.
+
+    prompt ─ text encoders ─> features ─┐
+    seed ──> noise ─────────────────────┴─ Euler steps through the DiT ─> latents ─ VAE decoder ─> frames
+
+This is the one place that checks what a user asks for; everything below it may trust its input.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kandinsky5 import checkpoint, sampler, vae_tiling, video_io
+from kandinsky5.clip import CLIPText
+from kandinsky5.config import PipelineConfig, find_preset, load_config
+from kandinsky5.dit import DiT
+from kandinsky5.qwen import Qwen
+from kandinsky5.rope import scale_for_size
+from kandinsky5.text_encoder import TextEncoder, TextFeatures
+from kandinsky5.tokenizer import Tokenizer
+from kandinsky5.vae import VAE
+
+
+class Pipeline:
+    """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
+
+    def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder):
+        self.config = config
+        self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+
+    @classmethod
+    def load(
+        cls, folder_or_preset: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    ) -> "Pipeline":
+        """Load a native checkpoint folder (README: how to convert one).
+
+        On the CPU the weight files are mapped, not copied. device "meta" checks names and shapes and loads nothing.
+        ValueError where the folder is in another layout, or weights and config.json do not fit.
+        """
+        folder = Path(folder_or_preset)
+        if not folder.exists():
+            preset = find_preset(str(folder_or_preset))
+            raise ValueError(
+                f"the weights of preset {preset.name!r} are not part of this package: download them, convert them, "
+                "and give the converted folder (README, section Released models)"
+            )
+        checkpoint.check_layout(folder)
+        config = load_config(folder / "config.json")
+        with torch.device("meta"):
+            models = {
+                "dit": DiT(config.dit),
+                "vae": VAE(config.vae),
+                "qwen": Qwen(config.qwen),
+                "clip": CLIPText(config.clip),
+            }
+        for name, model in models.items():
+            checkpoint.load_weights(model, folder, name, device, dtype)
+        tokenizers = (Tokenizer.load(folder / f"{name}_tokenizer") for name in ("qwen", "clip"))
+        text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
+        return cls(config, models["dit"], models["vae"], text_encoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.patch_embedder.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dit.patch_embedder.weight.dtype
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        image: str | Path | Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        schedule: str = "official",
+        rope_scale: tuple[float, float, float] | None = None,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = 256,
+        output_type: str = "uint8",
+        callback: Callable[[int, float, Tensor], Tensor | bool | None] | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Make one video per prompt, or `num_videos_per_prompt` of each. None means the preset's value.
+
+        image: path, or uint8 (H, W, 3): the video starts with it. Without height and width it keeps its shape.
+        height, width: pixels, multiples of 16 (with NABLA 128); num_frames: 4k + 1.
+        guidance_scale: 1 means one pass a step and no negative prompt.
+        schedule: "official", or "diffusers" (sampler.flow_schedule); rope_scale: (T, H, W), SPEC §3.
+        seed: video i of the result is drawn from seed + i, on the CPU in float32, so that neither the device nor
+            the precision nor its neighbours change it.
+        latents: initial noise (B, T, H/8, W/8, 16) in place of the seed's.
+        callback: (step, t, latents) after each step; may return new latents, or False to stop and decode.
+
+        Returns B = prompts × num_videos_per_prompt videos, those of one prompt side by side, on the CPU:
+        output_type "uint8" (B, F, H, W, 3), "float" the same in [0, 1], "latents" (B, T, H/8, W/8, 16) float32.
+        ValueError, in one line, for anything that cannot be done.
+        """
+        sampling = self.config.sampling
+        prompts = _check_prompts(prompt)
+        if image is not None:
+            image = _as_image(image)
+            if height is None and width is None:
+                height, width = video_io.keep_aspect_size(
+                    *image.shape[:2], sampling.image_area, self.config.side_divisor
+                )
+        height = sampling.height if height is None else height
+        width = sampling.width if width is None else width
+        num_frames = sampling.num_frames if num_frames is None else num_frames
+        num_inference_steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+        shift = sampling.shift if shift is None else shift
+        rope_scale = rope_scale or sampling.rope_scale or scale_for_size(height, width)
+        guided = abs(guidance_scale - 1) > 1e-6
+        negatives = _check_negative_prompts(negative_prompt, sampling.negative_prompt, len(prompts))
+        self._check_task(image)
+        self._check_size(height, width, num_frames)
+        _check_counts(num_videos_per_prompt, max_sequence_length, output_type, guidance_scale, rope_scale)
+        times = sampler.flow_schedule(num_inference_steps, shift, schedule)
+        batch = len(prompts) * num_videos_per_prompt
+        latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
+
+        features = self.text_encoder.encode(prompts, max_sequence_length).repeat(num_videos_per_prompt)
+        if guided:
+            negative = self.text_encoder.encode(negatives, max_sequence_length).repeat(num_videos_per_prompt)
+        first_frame = None if image is None else self._encode_image(image, height, width, generators)
+        condition = self._build_condition(latents, first_frame)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:  # (B, T, H, W, 16) → the same, float32
+            x = torch.cat([x, condition], dim=-1).to(self.dtype)  # (B, T, H, W, 33)
+            t = t.to(x.device).expand(batch)
+            predicted = self._predict(x, features, t, rope_scale)
+            if guided:
+                predicted = sampler.guided_velocity(
+                    predicted, self._predict(x, negative, t, rope_scale), guidance_scale
+                )
+            return predicted
+
+        with tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress) as bar:
+
+            def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
+                bar.update()
+                _check_finite(x, f"after step {step + 1} of {num_inference_steps} the latents")
+                return callback(step, t, x) if callback else None
+
+            latents = sampler.euler_sample(velocity, latents, times, first_frame, after_step)
+        if first_frame is not None:
+            latents = sampler.normalise_first_frames(latents)
+        return latents.cpu() if output_type == "latents" and not latents.is_meta else self.decode(latents, output_type)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, output_type: str = "uint8") -> Tensor:
+        """Scaled latents (B, T, H/8, W/8, 16) → frames (B, F, H, W, 3), uint8 or float32 in [0, 1], on the CPU."""
+        if output_type == "latents":
+            return latents
+        z = (latents / self.config.vae.scaling_factor).to(self.dtype).permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
+        to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
+        pieces = [to_output(piece) for piece in vae_tiling.decode_pieces(self.vae, z, self.config.tiling)]
+        return torch.cat(pieces, dim=1)  # (B, F, H, W, 3)
+
+    def _predict(self, x: Tensor, features: TextFeatures, t: Tensor, rope_scale: tuple) -> Tensor:
+        """One pass through the DiT; the result in float32, the precision of the sampler."""
+        mask = features.mask if len(features.mask) > 1 else None  # a prompt alone has no padding to hide
+        text, pooled = features.text.to(self.dtype), features.pooled.to(self.dtype)
+        return self.dit(x, text, pooled, t, mask, rope_scale).float()
+
+    def _initial_noise(
+        self, latents: Tensor | None, seed: int, batch: int, height: int, width: int, num_frames: int
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """Noise (B, T, H/8, W/8, 16) float32 on the device, and each video's generator behind its noise."""
+        vae = self.config.vae
+        T = (num_frames - 1) // vae.time_factor + 1
+        shape = (T, height // vae.space_factor, width // vae.space_factor, vae.latent_channels)
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(batch)]
+        if latents is None:
+            latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        elif tuple(latents.shape) != (batch, *shape):
+            raise ValueError(f"latents {tuple(latents.shape)}: this prompt and size need {(batch, *shape)}, (B, T, H/8, W/8, 16)")
+        else:
+            _check_finite(latents, "the given latents")
+        return latents.float().to(self.device), generators
+
+    def _encode_image(
+        self, image: Tensor, height: int, width: int, generators: list[torch.Generator]
+    ) -> Tensor:
+        """uint8 (H, W, 3) → the clean first latent frame of each video, (B, 1, H/8, W/8, 16) float32."""
+        image = video_io.resize_image(image, height, width)[None]  # (F = 1, H, W, 3)
+        video = video_io.from_uint8(image[None]).to(self.device, self.dtype)  # (1, 3, 1, H, W)
+        posterior = vae_tiling.encode(self.vae, video, self.config.tiling)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()  # (1, 16, 1, h, w)
+        noise = torch.cat([torch.randn(mean.shape, generator=generator) for generator in generators])
+        z = type(posterior)(mean, logvar).sample(noise.to(self.device))  # (B, 16, 1, h, w)
+        return (z * self.config.vae.scaling_factor).permute(0, 2, 3, 4, 1)
+
+    def _build_condition(self, latents: Tensor, first_frame: Tensor | None) -> Tensor:
+        """The channels beside the latents: zeros, and a mask that is 1 where frame 0 is given. (B, T, h, w, 17)
+
+        checkpoint: the conditioning latents are zeros for image-to-video too; the image is in the latents
+        themselves. A DiT without visual_cond gets no such channels.
+        """
+        extra = self.config.dit.input_channels - self.config.dit.in_channels  # 17 or 0
+        condition = latents.new_zeros(*latents.shape[:-1], extra)
+        if first_frame is not None and extra:
+            condition[:, :1, ..., -1] = 1
+        return condition
+
+    def _check_task(self, image: Tensor | None) -> None:
+        tasks, name = self.config.tasks, self.config.name
+        if image is None and "t2v" not in tasks:
+            raise ValueError(f"{name} makes videos from an image and a prompt: give an image (--image), or use a t2v checkpoint")
+        if image is not None and "i2v" not in tasks:
+            raise ValueError(f"{name} makes videos from a prompt alone: leave the image out, or use an i2v checkpoint")
+
+    def _check_size(self, height: int, width: int, num_frames: int) -> None:
+        divisor, time = self.config.side_divisor, self.config.vae.time_factor
+        for name, side in (("height", height), ("width", width)):
+            if side < divisor or side % divisor:
+                low = max(side // divisor, 1) * divisor
+                rule = f"with NABLA a side is a multiple of {divisor}" if self.config.dit.nabla else f"a side is a multiple of {divisor}"
+                raise ValueError(f"{name} {side}: {rule}; try {low} or {low + divisor}")
+        if num_frames < 1 or num_frames % time != 1:
+            low = max(num_frames - 1, 0) // time * time + 1
+            raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
+
+
+def _check_prompts(prompt: str | list[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompt {prompt!r}: give a string, or a list of at least one string")
+    return list(prompts)
+
+
+def _check_negative_prompts(negative: str | list[str] | None, default: str, count: int) -> list[str]:
+    negatives = [default if negative is None else negative] * count if not isinstance(negative, (list, tuple)) else negative
+    if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
+        raise ValueError(f"negative_prompt {negative!r}: give one string, or a list of {count}, one for each prompt")
+    return list(negatives)
+
+
+def _check_counts(
+    num_videos: int, max_sequence_length: int, output_type: str, guidance_scale: float, rope_scale: tuple
+) -> None:
+    if num_videos < 1:
+        raise ValueError(f"num_videos_per_prompt {num_videos}: it must be at least 1")
+    if max_sequence_length < 1:
+        raise ValueError(f"max_sequence_length {max_sequence_length}: it must be at least 1; the models were trained with 256")
+    if output_type not in ("uint8", "float", "latents"):
+        raise ValueError(f"output_type {output_type!r}: choose uint8, float or latents")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale {guidance_scale}: it must be a finite number; 1 turns guidance off")
+    if len(rope_scale) != 3 or not all(s > 0 for s in rope_scale):
+        raise ValueError(f"rope_scale {rope_scale}: give three positive numbers for T, H, W, such as (1, 2, 2)")
+
+
+def _as_image(image: str | Path | Tensor) -> Tensor:
+    """Path or array → uint8 tensor (H, W, 3)."""
+    if isinstance(image, (str, Path)):
+        return video_io.read_image(image)
+    image = torch.as_tensor(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} {tuple(image.shape)}: give a path, or uint8 (height, width, 3)")
+    return image
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not x.is_meta and not torch.isfinite(x).all():
+        raise ValueError(
+            f"{what} contain NaN or infinity: float16 overflows where bfloat16 and float32 do not; "
+            "if the precision is not it, the weights are damaged"
+        )

@@ -1,0 +1,90 @@
+"""From noise to latents: an ordinary differential equation, solved by Euler's method.
+
+The network predicts the velocity of a straight path from data to noise, x_t = (1 − t)·x_0 + t·noise, so
+velocity = dx/dt = noise − x_0. Sampling walks from t = 1 (noise) to t = 0 (data).
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+RULES = ("official", "diffusers")
+
+
+def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
+    """Flow times from 1 down to 0: (steps + 1,) float32.
+
+    A shift s > 1 spends more of the steps near the noise: t ← s·t / (1 + (s − 1)·t).
+    "official" shifts an even spacing. "diffusers" ends its even spacing at a time that is shifted already and
+    shifts again, so that its last steps are much smaller; use it to compare with Kandinsky5T2VPipeline. SPEC §7.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: sampling takes at least 1 step")
+    if shift <= 0:
+        raise ValueError(f"shift {shift}: it must be positive; the released models use 5 or 10, 1 changes nothing")
+    if rule not in RULES:
+        raise ValueError(f"schedule {rule!r}: choose one of {', '.join(RULES)}")
+
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
+
+    if rule == "official":
+        return shifted(torch.linspace(1, 0, steps + 1))
+    return torch.cat([shifted(torch.linspace(1, shifted(0.001), steps)), torch.zeros(1)])
+
+
+def guided_velocity(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: v_u + w·(v_c − v_u), any shape."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def euler_sample(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    schedule: Tensor,
+    first_frame: Tensor | None = None,
+    callback: Callable[[int, float, Tensor], Tensor | bool | None] | None = None,
+) -> Tensor:
+    """Integrate x from schedule[0] to schedule[-1].
+
+    velocity: (x, t) → dx/dt, t a 0-dim float32 tensor on the CPU; x: (B, T, H, W, C) float32 noise;
+    first_frame: clean latents (B, 1, H, W, C) that are written into frame 0 before every step and at the end;
+    callback: (step, t, latents) after each step, t being the time that was reached; it may return new latents,
+    or False to stop there.
+    """
+    x = _with_first_frame(x, first_frame)
+    for step, (t, t_next) in enumerate(pairwise(schedule)):
+        x = x + (t_next - t) * velocity(x, t)
+        x = _with_first_frame(x, first_frame)
+        if callback is not None:
+            answer = callback(step, float(t_next), x)
+            if answer is False:
+                break
+            if isinstance(answer, Tensor):
+                x = _with_first_frame(answer.to(x), first_frame)
+    return x
+
+
+def _with_first_frame(x: Tensor, first_frame: Tensor | None) -> Tensor:
+    return x if first_frame is None else torch.cat([first_frame, x[:, 1:]], dim=1)
+
+
+def normalise_first_frames(latents: Tensor, count: int = 4, reference: int = 5) -> Tensor:
+    """Move the statistics of the first frames towards those of the frames after them; image-to-video only.
+
+    The given frame 0 is a little off from what the network draws, which shows as a mesh. Each of the first
+    `count` frames of latents (B, T, H, W, C) gets the mean and std of the next `reference` frames, but moves
+    from its own mean by at most −0.05 / +0.1 and from its own std by at most −0.1 / +0.25. As in the official
+    code, statistics are one number for a frame of a sample; diffusers pools the four frames. SPEC §7.
+    """
+    after = latents[:, count : count + reference]
+    if after.shape[1] == 0:
+        return latents
+    first = latents[:, :count]
+    mean, std = (f(first, dim=(2, 3, 4), keepdim=True) for f in (torch.mean, torch.std))  # (B, 4, 1, 1, 1)
+    target_mean, target_std = (f(after, dim=(1, 2, 3, 4), keepdim=True) for f in (torch.mean, torch.std))
+    new_mean = torch.clamp(target_mean, mean - 0.05, mean + 0.1)
+    new_std = torch.clamp(target_std, std - 0.1, std + 0.25)
+    return torch.cat([(first - mean) / std * new_std + new_mean, latents[:, count:]], dim=1)

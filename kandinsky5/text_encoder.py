@@ -1,0 +1,74 @@
+"""From prompts to what the DiT reads: Qwen's hidden states of each token, and CLIP's one vector.
+
+Qwen reads a template that asks for a description, with the prompt inside. The template's part before the prompt is
+the same for all prompts, and its features are cut off. CLIP reads the bare prompt. The prompt goes in as it is, as
+in the official code; diffusers unescapes HTML and collapses white space first.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from kandinsky5.clip import CLIPText
+from kandinsky5.config import TextConfig
+from kandinsky5.qwen import Qwen
+from kandinsky5.tokenizer import Tokenizer
+
+
+class TextFeatures(NamedTuple):
+    """What the DiT is told about B prompts."""
+
+    text: Tensor  # (B, S, 3584), padded on the right to the longest prompt
+    mask: Tensor  # (B, S) bool, True for real tokens
+    pooled: Tensor  # (B, 768)
+
+    def repeat(self, count: int) -> "TextFeatures":
+        """Each prompt `count` times in a row: (B, …) → (B·count, …), all three in the same order."""
+        return TextFeatures(*(x.repeat_interleave(count, dim=0) for x in self))
+
+
+class TextEncoder(nn.Module):
+    """Both language models with their tokenizers."""
+
+    def __init__(
+        self, config: TextConfig, qwen: Qwen, clip: CLIPText, qwen_tokenizer: Tokenizer, clip_tokenizer: Tokenizer
+    ):
+        super().__init__()
+        self.config = config
+        self.qwen, self.clip = qwen, clip
+        self.qwen_tokenizer, self.clip_tokenizer = qwen_tokenizer, clip_tokenizer
+        prefix = len(qwen_tokenizer.encode(config.template.split("{}")[0]))
+        if prefix != config.dropped_tokens:
+            # A wrong crop would eat the prompt's first words or leak the template's last, without any other sign.
+            raise ValueError(
+                f"the template has {prefix} tokens before the prompt, but {config.dropped_tokens} are dropped: "
+                "the tokenizer in qwen_tokenizer/ is not the one that this checkpoint was made for"
+            )
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str], max_sequence_length: int = 256) -> TextFeatures:
+        """Features of B prompts; each is cut after `max_sequence_length` Qwen tokens (and 77 of CLIP).
+
+        A prompt in a batch gets what it gets alone: Qwen is causal and padding stands on the right, where the mask
+        hides it from the DiT.
+        """
+        device = self.qwen.embedding.weight.device
+        ids = [torch.tensor(self.qwen_ids(prompt, max_sequence_length)) for prompt in prompts]
+        lengths = torch.tensor([len(i) for i in ids]) - self.config.dropped_tokens
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
+        text = self.qwen(pad_sequence(ids, batch_first=True).to(device))[:, self.config.dropped_tokens :]
+        pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
+        return TextFeatures(text, mask.to(device), pooled)
+
+    def qwen_ids(self, prompt: str, max_sequence_length: int) -> list[int]:
+        """Token ids of the template with the prompt in it, cut to `max_sequence_length` after the dropped ones."""
+        ids = self.qwen_tokenizer.encode(self.config.template.replace("{}", prompt))
+        return ids[: self.config.dropped_tokens + max_sequence_length]
+
+    def clip_ids(self, prompt: str) -> list[int]:
+        """Start token, prompt, end token, and end tokens as padding: always 77 (CLIP's number of positions)."""
+        start, end, length = self.clip.config.start_token, self.clip.config.end_token, self.clip.config.max_positions
+        ids = [start, *self.clip_tokenizer.encode(prompt)[: length - 2], end]
+        return ids + [end] * (length - len(ids))

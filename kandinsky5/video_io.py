@@ -1,0 +1,269 @@
+"""Reading images and videos, writing videos, with PyAV; pixels between uint8 and the VAE's [-1, 1].
+
+On disk and for the user pixels are uint8 RGB, channels last: an image (H, W, 3), a video (F, H, W, 3).
+For the VAE they are floats in [-1, 1], channels first: (B, 3, F, H, W).
+"""
+
+import json
+import math
+import os
+import re
+import struct
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from einops import rearrange
+
+# Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
+# is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
+SMOOTH = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+IMAGE_SIGNATURES = {"mjpeg": rb"\xff\xd8\xff", "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP"}
+# The axes to flip (0: rows, 1: columns) for EXIF orientations 1 to 4; 5 to 8 are the same after a transpose.
+ORIENTATION_FLIPS = ((), (1,), (0, 1), (0,))
+
+
+def read_image(path: str | Path) -> torch.Tensor:
+    """Read a JPEG, PNG or WebP file as it is meant to be seen -> uint8 (H, W, 3).
+
+    The EXIF orientation is applied, transparency is laid on white, grey, palette and 16-bit files become
+    8-bit RGB. Raises ValueError for a file that is none of these, is damaged or stops early.
+    """
+    with _reading(path, "give a whole JPEG, PNG or WebP file"):
+        data = Path(path).read_bytes()
+        rgba = _decode_image(data).to_ndarray(format="rgba", interpolation=SMOOTH)
+    rgb, alpha = torch.from_numpy(rgba).float().split([3, 1], dim=-1)  # (H, W, 3), (H, W, 1)
+    rgb = ((rgb * alpha + 255 * (255 - alpha)) / 255).round().to(torch.uint8)
+    transposed, flips = divmod(_exif_orientation(data) - 1, 4)
+    upright = rgb.transpose(0, 1) if transposed else rgb  # (W, H, 3) or (H, W, 3)
+    return upright.flip(ORIENTATION_FLIPS[flips])
+
+
+def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
+    """Read a whole video, of any format FFmpeg knows -> uint8 (F, H, W, 3), frames per second.
+
+    Raises ValueError if it cannot be read or is damaged.
+    """
+    with _reading(path, "give a whole video file, such as an .mp4"), _open_video(path) as container:
+        if not container.streams.video:
+            raise ValueError("there is no video in it")
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, not a grey patch
+        frames = [
+            # a phone's upright video is stored lying down, with the angle (counterclockwise) beside it
+            np.rot90(frame.to_ndarray(format="rgb24", interpolation=SMOOTH), k=round(frame.rotation / 90))
+            for frame in container.decode(stream)
+        ]
+        return torch.from_numpy(np.stack(frames)), float(stream.average_rate)
+
+
+def keep_aspect_size(height: int, width: int, area: int, divisor: int) -> tuple[int, int]:
+    """(height, width) scaled to about `area` pixels, each side rounded to a multiple of `divisor`.
+
+    Official's rule for image-to-video when no size is asked for (SPEC §7).
+    """
+    factor = math.sqrt(area / (height * width))
+    height, width = (max(divisor, round(side * factor / divisor) * divisor) for side in (height, width))
+    return height, width
+
+
+def resize_image(image: torch.Tensor | np.ndarray, height: int, width: int) -> torch.Tensor:
+    """uint8 (H, W, 3) -> uint8 (height, width, 3), bicubic, antialiased; unchanged if it has that size."""
+    image = torch.as_tensor(image)
+    if image.shape[:2] == (height, width):
+        return image
+    pixels = rearrange(image.float(), "H W C -> 1 C H W")
+    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)  # (1, 3, height, width)
+    return rearrange(pixels.round().clamp(0, 255).to(torch.uint8), "1 C H W -> H W C")
+
+
+def from_uint8(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """uint8 (B, F, H, W, 3) -> the VAE's float32 (B, 3, F, H, W) in [-1, 1]."""
+    video = torch.as_tensor(frames).float() / 255 * 2 - 1
+    return rearrange(video, "B F H W C -> B C F H W")
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """The VAE's (B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), clamped and rounded as diffusers does.
+
+    Half precision becomes float32 first (diffusers: later), since x/2 + 0.5 in bfloat16 merges levels.
+    """
+    video = (video.float() / 2 + 0.5).clamp(0, 1)
+    return rearrange((video * 255).round().to(torch.uint8), "B C F H W -> B F H W C")
+
+
+def write_video(
+    path: str | Path,
+    frames: torch.Tensor | np.ndarray,
+    fps: float = 24,
+    quality: float = 8,
+    metadata: dict[str, str | int | float] | None = None,
+) -> None:
+    """Write uint8 RGB frames (F, H, W, 3) as an H.264 mp4, or one frame as a PNG if the path ends in .png.
+
+    quality: 10 is lossless to the eye (x264's CRF 18), 8 is good (22), 5 is small (28), 1 is rough (36).
+    metadata: kept in the file for `read_metadata`, as JSON in the comment tag.
+    The same frames give the same bytes. A failure leaves an older file at `path` as it was, and nothing else.
+    Raises what `check_writable` raises, OSError if the disk is full, ValueError for odd sides in an mp4.
+    """
+    frames = torch.as_tensor(frames).cpu().numpy()
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and len(frames), (frames.dtype, frames.shape)
+    check_writable(path, len(frames), fps, quality)
+    # ASCII JSON (\u043a for к), so that no tag or tool on the way can spoil it
+    comment = None if metadata is None else json.dumps(metadata)
+    with _replacing(Path(path)) as temporary:
+        if temporary.suffix.lower() == ".png":
+            temporary.write_bytes(_encode_png(frames[0], comment))
+        else:
+            _encode_mp4(temporary, frames, fps, quality, comment)
+
+
+def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quality: float = 8) -> None:
+    """Raise before hours of sampling what `write_video` would raise after them; leave nothing behind.
+
+    ValueError for a wrong suffix, fps or quality; OSError for a folder that is missing or not writable.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".mp4", ".png"):
+        raise ValueError(f"cannot write {path}: the name must end in .mp4, or in .png for one frame")
+    if path.suffix.lower() == ".png" and num_frames > 1:
+        raise ValueError(f"cannot write {num_frames} frames to {path}: a .png holds one, name an .mp4")
+    if not 1 <= fps <= 1000:
+        raise ValueError(f"fps {fps} is not between 1 and 1000: choose one such as 24")
+    if not 1 <= quality <= 10:
+        raise ValueError(f"quality {quality} is not between 1 (small) and 10 (lossless to the eye): try 8")
+    try:
+        if path.is_dir():
+            raise OSError("it is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({_reason(error)}): choose a folder you can write to") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str | int | float]:
+    """The `metadata` that `write_video` stored in the mp4 or PNG at `path`; ValueError if there is none."""
+    with _reading(path, "give an .mp4 or .png that sample.py wrote"):
+        if Path(path).suffix.lower() == ".png":
+            comment = _decode_image(Path(path).read_bytes()).metadata.get("Comment", "")
+        else:
+            with _open_video(path) as container:
+                comment = container.metadata.get("comment", "")
+    try:
+        metadata = json.loads(comment)
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} carries no settings: was it written by sample.py? Give the original file")
+    return metadata
+
+
+def _decode_image(data: bytes) -> av.VideoFrame:
+    """The picture in the bytes of a JPEG, PNG or WebP file. Raises ValueError or av.FFmpegError.
+
+    Straight to the decoder: a demuxer would take text for ANSI art, and %d in a name for a series of files.
+    """
+    names = [name for name, signature in IMAGE_SIGNATURES.items() if re.match(signature, data, re.DOTALL)]
+    if not names:
+        raise ValueError("it is no such image" if data else "it is empty")
+    decoder = av.CodecContext.create(names[0], "r")
+    decoder.options = {"err_detect": "explode"}  # a truncated JPEG is an error, not half a grey picture
+    return (decoder.decode(av.Packet(data)) + decoder.decode(None))[0]
+
+
+def _exif_orientation(data: bytes) -> int:
+    """The EXIF orientation of an image file, 1 to 8; 1 (upright) where it gives none.
+
+    PyAV tells the rotation but not the mirroring, hence this. EXIF is a small TIFF file inside JPEG's APP1
+    segment, PNG's eXIf or WebP's EXIF chunk: byte order (II or MM), 42, the offset of a directory, and there
+    12-byte entries (tag, type, count, value). Orientation is tag 0x0112 (EXIF 2.32, §4.6).
+    """
+    found = re.search(rb"(?:Exif\0\0|eXIf|EXIF....)(II\*\0|MM\0\*)", data, re.DOTALL)
+    if not found:
+        return 1
+    tiff, order = data[found.start(1) :], "<" if found[1] == b"II*\0" else ">"
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, directory)
+        entries = [struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i) for i in range(count)]
+    except struct.error:  # damaged: show the picture as it is stored, like viewers do
+        return 1
+    orientation = {tag: value for tag, _, _, value in entries}.get(0x0112, 1)
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _open_video(path: str | Path) -> av.container.InputContainer:
+    # "file:", or a name such as a:b.mp4 would be taken for a network address
+    return av.open(f"file:{path}", metadata_errors="replace")
+
+
+def _encode_mp4(path: Path, frames: np.ndarray, fps: float, quality: float, comment: str | None) -> None:
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"cannot write {height}x{width} pixels as H.264: the sides must be even")
+    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        rate = Fraction(fps).limit_denominator(1001)  # 23.976023976 -> 24000/1001
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(38 - 2 * quality)})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        encoder = stream.codec_context
+        # x264's bytes depend on the number of threads; the default is the machine's number of cores
+        encoder.thread_count, encoder.thread_type = 4, "FRAME"
+        # without these tags players guess BT.601 or BT.709 by the picture's size
+        encoder.color_range, encoder.colorspace = ColorRange.MPEG, Colorspace.ITU709
+        encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        yuv = {"format": "yuv420p", "dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+        for rgb in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+            container.mux(stream.encode(frame.reformat(**yuv, interpolation=SMOOTH)))
+        container.mux(stream.encode(None))
+
+
+def _encode_png(rgb: np.ndarray, comment: str | None) -> bytes:
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt = rgb.shape[0], rgb.shape[1], "rgb24"
+    encoder.time_base = Fraction(1, 24)  # FFmpeg asks for one
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+    png = b"".join(bytes(packet) for packet in encoder.encode(frame) + encoder.encode(None))
+    if comment is None:
+        return png
+    # FFmpeg writes no text: add a tEXt chunk (body length, type, body, CRC; PNG 3rd ed. §5.3, §11.3.3)
+    body = b"Comment\0" + comment.encode("ascii")
+    chunk = struct.pack(">I", len(body)) + b"tEXt" + body + struct.pack(">I", zlib.crc32(b"tEXt" + body))
+    header = 8 + 25  # bytes of the signature and of the IHDR chunk, which must come first
+    return png[:header] + chunk + png[header:]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` if all went well, else remove it."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, av.FFmpegError) as error:  # a full disk among them
+        raise OSError(f"cannot write {path} ({_reason(error)}): free space or name another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading(path: str | Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"cannot read {path} ({_reason(error)}): {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,38 @@
+"""Packaging. The README's commands install with `-c constraints.txt`, the versions that CI runs with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "kandinsky5" / "__init__.py").read_text())[1]
+TEST = ["pytest>=8", "ruff>=0.15"]
+
+setup(
+    name="kandinsky5",
+    version=VERSION,
+    description="Kandinsky 5.0 Video in plain PyTorch, written to be read",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["kandinsky5*", "weights_convert*"]),
+    package_data={"kandinsky5": ["**/*.json", "**/*.safetensors", "**/*.md"]},
+    install_requires=[
+        "torch>=2.7",
+        "einops>=0.8",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.21",
+        "numpy>=1.26",
+        "av>=14",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": TEST,
+        # Only tests import these: they are the references that the parity suite compares with.
+        "parity": [*TEST, "diffusers==0.42.1", "transformers==5.23.0", "accelerate>=1.0"],
+        "notebooks": ["matplotlib>=3.9", "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6"],
+    },
+)

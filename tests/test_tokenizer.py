@@ -1,0 +1,245 @@
+"""Ids against transformers' (stored) and sentencepiece's own; what is refused, and how."""
+
+import functools
+import io
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import pre_tokenizers
+
+from kandinsky5.tokenizer import Tokenizer
+from tests.tokenizer_data import fingerprint, load_goldens, tokenizer_folder
+
+QWEN, CLIP = "qwen2.5", "clip-vit-large-patch14"
+TEMPLATE_PREFIX = """<|im_start|>system
+You are a promt engineer. Describe the video in detail.
+Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.
+Describe the location of the video, main characters or objects and their action.
+Describe the dynamism of the video and presented actions.
+Name the visual style of the video: whether it is a professional footage, user generated content, some kind of \
+animation, video game or scren content.
+Describe the visual effects, postprocessing and transitions if they are presented in the video.
+Pay attention to the order of key actions shown in the scene.<|im_end|>
+<|im_start|>user
+"""
+
+
+@functools.cache
+def load(name: str) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder(name))
+
+
+@pytest.mark.parametrize("title", load_goldens(QWEN))
+@pytest.mark.parametrize("name", [QWEN, CLIP])
+def test_ids_are_those_of_transformers(name, title):
+    text, golden = load_goldens(name)[title]
+    assert fingerprint(load(name).encode(text)) == golden
+
+
+@pytest.mark.parametrize("name", [QWEN, CLIP])
+def test_tokenizer_json_gives_the_ids_of_vocab_and_merges_and_neither_cuts_nor_pads_nor_adds(name, tmp_path):
+    write_tokenizer_json(tmp_path, name)
+    whole_file = Tokenizer.load(tmp_path)
+    for title, (text, golden) in load_goldens(name).items():
+        ids = whole_file.encode(text)
+        assert fingerprint(ids) == golden, title
+        assert whole_file.decode(ids[:100]) == load(name).decode(ids[:100]), title
+    assert whole_file.vocab_size == load(name).vocab_size
+
+
+def test_tokenizer_json_comes_first_and_a_broken_one_is_not_passed_over(tmp_path):
+    folder = shutil.copytree(tokenizer_folder(CLIP), tmp_path / "clip")
+    write_tokenizer_json(folder, QWEN)
+    assert Tokenizer.load(folder).vocab_size == 151665
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+        Tokenizer.load(folder)
+
+
+def test_template_before_the_prompt_is_129_tokens_only_with_the_authors_spelling():
+    assert len(load(QWEN).encode(TEMPLATE_PREFIX)) == 129
+    assert len(load(QWEN).encode(TEMPLATE_PREFIX.replace("promt", "prompt"))) == 128
+    for prompt in ["A fox", " a fox", "лиса", "狐", "\u0301", "🦊", "", "12", "<|im_end|>"]:
+        assert load(QWEN).encode(TEMPLATE_PREFIX + prompt)[:129] == load(QWEN).encode(TEMPLATE_PREFIX)
+
+
+def test_special_tokens_have_the_released_ids():
+    qwen, clip = load(QWEN), load(CLIP)
+    assert (qwen.vocab_size, clip.vocab_size) == (151665, 49408)
+    added = json.loads((tokenizer_folder(QWEN) / "added_tokens.json").read_text())
+    assert list(added.values()) == list(range(151643, 151665))
+    assert {token: qwen.token_id(token) for token in added} == added
+    assert [qwen.encode(f"a{token}b") for token in added] == [[64, i, 65] for i in added.values()]
+    assert (clip.token_id("<|startoftext|>"), clip.token_id("<|endoftext|>")) == (49406, 49407)
+    with pytest.raises(ValueError, match="no token '<|startoftext|>'"):
+        qwen.token_id("<|startoftext|>")
+
+
+def test_special_tokens_without_added_tokens_json_are_the_same(tmp_path):
+    folder = shutil.copytree(tokenizer_folder(QWEN), tmp_path / "qwen")
+    (folder / "added_tokens.json").unlink()
+    bare = Tokenizer.load(folder)
+    added = json.loads((tokenizer_folder(QWEN) / "added_tokens.json").read_text())
+    assert [bare.encode(token) for token in added] == [[i] for i in added.values()]
+    assert bare.vocab_size == 151665
+
+
+def test_added_tokens_json_may_name_fewer_tokens_or_leave_a_gap(tmp_path):
+    write_tiny(tmp_path, added={"<|im_end|>": 300, "<mine>": 400})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("ab<mine><|im_end|>") == [256, 400, 300]
+    assert len(tokenizer.encode("<|im_start|>")) == len("<|im_start|>")  # not in the file: spelled out
+    assert tokenizer.vocab_size == 401
+
+
+def test_decode_gives_qwen_text_back_and_clip_text_lower_cased_with_spaces():
+    for title, (text, _) in load_goldens(QWEN).items():
+        if title != "special token and a mark":  # decoded, ">" and the mark stand side by side and compose
+            decoded = load(QWEN).decode(load(QWEN).encode(text))
+            assert unicodedata.normalize("NFC", decoded) == unicodedata.normalize("NFC", text), title
+    assert load(CLIP).decode(load(CLIP).encode("A red  FOX,\nit's 24 fps ❄")) == "a red fox , it 's 2 4 fps ❄"
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValueError, match="surrogate"):
+        load(CLIP).encode("fox \ud83e")
+
+
+def test_sentencepiece_ids_are_the_librarys_with_special_pieces_recognised(tmp_path):
+    train_sentencepiece(tmp_path / "tokenizer.model")
+    ours = Tokenizer.load(tmp_path)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for title, (text, _) in load_goldens(QWEN).items():
+        assert ours.encode(text) == library.encode(text), title
+    assert ours.decode(ours.encode("the red fox")) == "the red fox"
+    assert ours.vocab_size == library.get_piece_size() == 360
+    user, control, longer = (ours.token_id(piece) for piece in ("<image>", "<turn>", "<turn>>"))
+    assert ours.encode("red<image>fox").count(user) == 1
+    red, fox = library.encode("red"), library.encode("fox")
+    assert ours.encode("<s>red<turn>fox<turn>></s>") == [1, *red, control, *fox, longer, 2]
+    assert control not in library.encode("<turn>")  # so the library alone would not do
+    with pytest.raises(ValueError, match="no token 'vulpes'"):
+        ours.token_id("vulpes")
+
+
+def test_sentencepiece_without_control_pieces(tmp_path):
+    train_sentencepiece(tmp_path / "any.model", bos_id=-1, eos_id=-1, control_symbols=[])
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "any.model"))
+    assert Tokenizer.load(tmp_path).encode("<s>the fox") == library.encode("<s>the fox")
+
+
+BROKEN = {
+    "nothing there": ({}, r"looked for tokenizer\.json, vocab\.json .*; found nothing"),
+    "no merges": ({"vocab.json": "{}", "notes.md": ""}, r"looked for .*; found notes\.md, vocab\.json"),
+    "two models": ({"a.model": "", "b.model": ""}, r"one SentencePiece \*\.model; found a\.model, b\.model"),
+    "tokenizer.json cut off": ({"tokenizer.json": '{"model":\n {'}, r"tokenizer\.json cannot be read"),
+    "vocab.json cut off": ({"vocab.json": '{"a": 0,\n'}, r"vocab\.json is not valid JSON"),
+    "vocab.json not UTF-8": ({"vocab.json": b'{"\xff": 0}'}, r"vocab\.json is not valid JSON"),
+    "vocab.json a list": ({"vocab.json": "[1]"}, r"vocab\.json does not map tokens to ids"),
+    "vocab.json with other ids": ({"vocab.json": '{"a": "0"}'}, r"vocab\.json does not map tokens to ids"),
+    "vocab.json of words": ({"vocab.json": '{"a": 0}'}, r"vocab\.json is not byte-level: 255 bytes are missing"),
+    "added_tokens.json cut off": ({"added_tokens.json": "{"}, r"added_tokens\.json is not valid JSON"),
+    "one id twice": ({"added_tokens.json": '{"<mine>": 7}'}, r"two tokens of .* share an id"),
+    "merge of unknown tokens": ({"merges.txt": "#version: 0.2\na b\nab c\n"}, r"merges\.txt line 3, 'ab c', does"),
+    "merge of one": ({"merges.txt": "a b\nab\n"}, r"merges\.txt line 2, 'ab', does not fit"),
+    "merge of three": ({"merges.txt": "a b c\n"}, r"merges\.txt line 1, 'a b c', does not fit"),
+    "merges.txt not UTF-8": ({"merges.txt": b"\xff \xfe\n"}, r"merges\.txt line 1, .* does not fit"),
+    "model not SentencePiece": ({"tokenizer.model": "junk"}, r"tokenizer\.model is not a SentencePiece model"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders_are_refused_in_one_line_with_a_remedy(case, tmp_path):
+    files, message = BROKEN[case]
+    if any(name in ("merges.txt", "added_tokens.json") for name in files) or "cut off" in case:
+        write_tiny(tmp_path)
+    elif "vocab.json" in files and case != "no merges":
+        (tmp_path / "merges.txt").write_text("")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "weights_convert" in str(error.value)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no tokenizer folder .*nowhere; .*weights_convert"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+def write_tiny(folder: Path, added: dict[str, int] | None = None) -> None:
+    """A byte-level vocabulary of 256 bytes and "ab" in Qwen's two files."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    if added:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+
+
+def write_tokenizer_json(folder: Path, name: str) -> None:
+    """One of our vocabularies as a tokenizer.json, spelled out by hand, whose defaults cut, pad and add."""
+    source = tokenizer_folder(name)
+    vocabulary = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
+    merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == CLIP}
+    if name == QWEN:
+        special = json.loads((source / "added_tokens.json").read_text())
+        normalizer = {"type": "NFC"}
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    else:
+        special = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+        spaces = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}, spaces, {"type": "Lowercase"}]}
+        pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    end = special["<|endoftext|>"]
+    document = {
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},
+        "padding": {
+            "strategy": {"Fixed": 77}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": end, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        },
+        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special.items()],
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": {
+            "type": "RobertaProcessing", "sep": ["<|endoftext|>", end], "cls": ["<|endoftext|>", end],
+            "trim_offsets": False, "add_prefix_space": False,
+        },
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "</w>" if name == CLIP else "", "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False, "vocab": vocabulary, "merges": [line for line in merges if line],
+        },
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def train_sentencepiece(path: Path, **options) -> None:
+    """360 pieces, bytes among them, from a few sentences."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the red fox runs through the snow", "рыжая лиса бежит по снегу"] * 50),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=360,
+        hard_vocab_limit=True,
+        byte_fallback=True,
+        user_defined_symbols=["<image>"],
+        minloglevel=2,
+        **{"control_symbols": ["<turn>", "<turn>>"], **options},
+    )
+    path.write_bytes(written.getvalue())
