@@ -44,8 +44,16 @@ def main(args: argparse.Namespace) -> None:
         **{
             name: settings.get(name)
             for name in (
-                "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale",
-                "shift", "schedule", "rope_scale", "seed",
+                "negative_prompt",
+                "height",
+                "width",
+                "num_frames",
+                "num_inference_steps",
+                "guidance_scale",
+                "shift",
+                "schedule",
+                "rope_scale",
+                "seed",
             )  # fmt: skip
         },
     )[0]  # (F, H, W, 3)
@@ -78,7 +86,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--width", type=int, metavar="PX", help="likewise; with --image both default to the image's shape")
     add("--num-frames", type=int, metavar="N", help="4k + 1; 121 are 5 seconds")
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="more are slower and finer")
-    add("--guidance", type=float, dest="guidance_scale", metavar="W", help="how strictly to follow the prompt; 1 halves the time")
+    add(
+        "--guidance",
+        type=float,
+        dest="guidance_scale",
+        metavar="W",
+        help="how strictly to follow the prompt; 1 halves the time",
+    )
     add("--shift", type=float, metavar="S", help="more of the steps near the noise")
     add("--schedule", choices=["official", "diffusers"], help="spacing of the steps (default: official)")
     add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
@@ -86,7 +100,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of the models (default: bfloat16)")
-    add("--replay", metavar="FILE", help="take the settings from a file that sample.py wrote; options given beside it win")
+    add(
+        "--replay",
+        metavar="FILE",
+        help="take the settings from a file that sample.py wrote; options given beside it win",
+    )
     add("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4)")
     return parser.parse_args()
 

@@ -99,9 +99,7 @@ def build_block_mask(block_map: Tensor):
 
     count = block_map.sum(dim=-1, dtype=torch.int32)
     index = block_map.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return BlockMask.from_kv_blocks(
-        torch.zeros_like(count), index, count, index, BLOCK_SIZE=TILE, mask_mod=same_as_map
-    )
+    return BlockMask.from_kv_blocks(torch.zeros_like(count), index, count, index, BLOCK_SIZE=TILE, mask_mod=same_as_map)
 
 
 @functools.cache

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 MODELS = ("dit", "vae", "qwen", "clip")
 
 
-def load_weights(model: nn.Module, folder: Path, name: str, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def load_weights(
+    model: nn.Module, folder: Path, name: str, device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
     """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
@@ -41,7 +43,9 @@ def load_weights(model: nn.Module, folder: Path, name: str, device: torch.device
 
 def check_shapes(file: str, wanted: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 6) -> None:
     """ValueError that names what is missing from a file, what it has too much, and which shapes differ."""
-    problems = [f"{n}: the configuration wants {s}, the file has {found[n]}" for n, s in wanted.items() if found.get(n, s) != s]
+    problems = [
+        f"{n}: the configuration wants {s}, the file has {found[n]}" for n, s in wanted.items() if found.get(n, s) != s
+    ]
     problems += [f"{n} {s} is missing from the file" for n, s in wanted.items() if n not in found]
     problems += [f"{n} {s} is not part of the model" for n, s in found.items() if n not in wanted]
     if problems:

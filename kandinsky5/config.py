@@ -246,7 +246,9 @@ def load_config(path: str | Path) -> PipelineConfig:
     try:
         return _from_dict(PipelineConfig, json.loads(Path(path).read_text()), where=str(path))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a Kandinsky 5 configuration ({error}): convert the checkpoint again") from error
+        raise ValueError(
+            f"{path} is not a Kandinsky 5 configuration ({error}): convert the checkpoint again"
+        ) from error
 
 
 def _from_dict(cls, values, where: str):
@@ -256,7 +258,9 @@ def _from_dict(cls, values, where: str):
     types = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(types))
     if unknown:
-        raise ValueError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types)}")
+        raise ValueError(
+            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types)}"
+        )
     restored = {}
     for name, value in values.items():
         nested = next((t for t in (types[name], *typing.get_args(types[name])) if dataclasses.is_dataclass(t)), None)

@@ -40,9 +40,7 @@ def to_tiles(x: Tensor) -> Tensor:
 def from_tiles(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """The inverse of `to_tiles`: x (B, L, C) → (B, T, H, W, C)."""
     T, H, W = grid
-    return rearrange(
-        x, "B (T H W h w) C -> B T (H h) (W w) C", T=T, H=H // SIDE, W=W // SIDE, h=SIDE, w=SIDE
-    )
+    return rearrange(x, "B (T H W h w) C -> B T (H h) (W w) C", T=T, H=H // SIDE, W=W // SIDE, h=SIDE, w=SIDE)
 
 
 def pooled_attention(q: Tensor, k: Tensor) -> Tensor:

@@ -187,14 +187,14 @@ class Pipeline:
         if latents is None:
             latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         elif tuple(latents.shape) != (batch, *shape):
-            raise ValueError(f"latents {tuple(latents.shape)}: this prompt and size need {(batch, *shape)}, (B, T, H/8, W/8, 16)")
+            raise ValueError(
+                f"latents {tuple(latents.shape)}: this prompt and size need {(batch, *shape)}, (B, T, H/8, W/8, 16)"
+            )
         else:
             _check_finite(latents, "the given latents")
         return latents.float().to(self.device), generators
 
-    def _encode_image(
-        self, image: Tensor, height: int, width: int, generators: list[torch.Generator]
-    ) -> Tensor:
+    def _encode_image(self, image: Tensor, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
         """uint8 (H, W, 3) → the clean first latent frame of each video, (B, 1, H/8, W/8, 16) float32."""
         image = video_io.resize_image(image, height, width)[None]  # (F = 1, H, W, 3)
         video = video_io.from_uint8(image[None]).to(self.device, self.dtype)  # (1, 3, 1, H, W)
@@ -219,7 +219,9 @@ class Pipeline:
     def _check_task(self, image: Tensor | None) -> None:
         tasks, name = self.config.tasks, self.config.name
         if image is None and "t2v" not in tasks:
-            raise ValueError(f"{name} makes videos from an image and a prompt: give an image (--image), or use a t2v checkpoint")
+            raise ValueError(
+                f"{name} makes videos from an image and a prompt: give an image (--image), or use a t2v checkpoint"
+            )
         if image is not None and "i2v" not in tasks:
             raise ValueError(f"{name} makes videos from a prompt alone: leave the image out, or use an i2v checkpoint")
 
@@ -228,7 +230,11 @@ class Pipeline:
         for name, side in (("height", height), ("width", width)):
             if side < divisor or side % divisor:
                 low = max(side // divisor, 1) * divisor
-                rule = f"with NABLA a side is a multiple of {divisor}" if self.config.dit.nabla else f"a side is a multiple of {divisor}"
+                rule = (
+                    f"with NABLA a side is a multiple of {divisor}"
+                    if self.config.dit.nabla
+                    else f"a side is a multiple of {divisor}"
+                )
                 raise ValueError(f"{name} {side}: {rule}; try {low} or {low + divisor}")
         if num_frames < 1 or num_frames % time != 1:
             low = max(num_frames - 1, 0) // time * time + 1
@@ -243,7 +249,9 @@ def _check_prompts(prompt: str | list[str]) -> list[str]:
 
 
 def _check_negative_prompts(negative: str | list[str] | None, default: str, count: int) -> list[str]:
-    negatives = [default if negative is None else negative] * count if not isinstance(negative, (list, tuple)) else negative
+    negatives = (
+        [default if negative is None else negative] * count if not isinstance(negative, (list, tuple)) else negative
+    )
     if len(negatives) != count or not all(isinstance(n, str) for n in negatives):
         raise ValueError(f"negative_prompt {negative!r}: give one string, or a list of {count}, one for each prompt")
     return list(negatives)
@@ -255,7 +263,9 @@ def _check_counts(
     if num_videos < 1:
         raise ValueError(f"num_videos_per_prompt {num_videos}: it must be at least 1")
     if max_sequence_length < 1:
-        raise ValueError(f"max_sequence_length {max_sequence_length}: it must be at least 1; the models were trained with 256")
+        raise ValueError(
+            f"max_sequence_length {max_sequence_length}: it must be at least 1; the models were trained with 256"
+        )
     if output_type not in ("uint8", "float", "latents"):
         raise ValueError(f"output_type {output_type!r}: choose uint8, float or latents")
     if not math.isfinite(guidance_scale):

@@ -109,8 +109,7 @@ def load_vocabulary_and_merges(folder: Path) -> Tokenizer:
     model = models.BPE(vocabulary, merges, end_of_word_suffix="</w>" if is_clip else "")
     backend = tokenizers.Tokenizer(model)
     if is_clip:
-        one_space = normalizers.Replace(Regex(r"\s+"), " ")
-        backend.normalizer = normalizers.Sequence([normalizers.NFC(), one_space, normalizers.Lowercase()])
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
     else:
         backend.normalizer = normalizers.NFC()

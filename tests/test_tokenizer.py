@@ -20,8 +20,8 @@ You are a promt engineer. Describe the video in detail.
 Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.
 Describe the location of the video, main characters or objects and their action.
 Describe the dynamism of the video and presented actions.
-Name the visual style of the video: whether it is a professional footage, user generated content, some kind of \
-animation, video game or scren content.
+Name the visual style of the video: whether it is a professional footage, user generated content, some \
+kind of animation, video game or scren content.
 Describe the visual effects, postprocessing and transitions if they are presented in the video.
 Pay attention to the order of key actions shown in the scene.<|im_end|>
 <|im_start|>user
@@ -132,40 +132,40 @@ def test_sentencepiece_without_control_pieces(tmp_path):
     assert Tokenizer.load(tmp_path).encode("<s>the fox") == library.encode("<s>the fox")
 
 
-BROKEN = {
+NO_TOKENIZER = {  # files → what is said of them
     "nothing there": ({}, r"looked for tokenizer\.json, vocab\.json .*; found nothing"),
-    "no merges": ({"vocab.json": "{}", "notes.md": ""}, r"looked for .*; found notes\.md, vocab\.json"),
+    "no merges": ({"vocab.json": "{}", "notes": ""}, r"with merges\.txt.*; found notes, vocab\.json"),
     "two models": ({"a.model": "", "b.model": ""}, r"one SentencePiece \*\.model; found a\.model, b\.model"),
+    "model of another kind": ({"tokenizer.model": "x"}, r"tokenizer\.model is not a SentencePiece model"),
+}
+BROKEN = {  # the same for files put over those of a small valid tokenizer
     "tokenizer.json cut off": ({"tokenizer.json": '{"model":\n {'}, r"tokenizer\.json cannot be read"),
     "vocab.json cut off": ({"vocab.json": '{"a": 0,\n'}, r"vocab\.json is not valid JSON"),
     "vocab.json not UTF-8": ({"vocab.json": b'{"\xff": 0}'}, r"vocab\.json is not valid JSON"),
     "vocab.json a list": ({"vocab.json": "[1]"}, r"vocab\.json does not map tokens to ids"),
     "vocab.json with other ids": ({"vocab.json": '{"a": "0"}'}, r"vocab\.json does not map tokens to ids"),
-    "vocab.json of words": ({"vocab.json": '{"a": 0}'}, r"vocab\.json is not byte-level: 255 bytes are missing"),
+    "vocab.json of words": ({"vocab.json": '{"a": 0}'}, r"vocab\.json .*: 255 bytes are missing"),
     "added_tokens.json cut off": ({"added_tokens.json": "{"}, r"added_tokens\.json is not valid JSON"),
     "one id twice": ({"added_tokens.json": '{"<mine>": 7}'}, r"two tokens of .* share an id"),
-    "merge of unknown tokens": ({"merges.txt": "#version: 0.2\na b\nab c\n"}, r"merges\.txt line 3, 'ab c', does"),
+    "merge of unknown tokens": ({"merges.txt": "#version: 0.2\na b\nab c\n"}, r"line 3, 'ab c', does not"),
     "merge of one": ({"merges.txt": "a b\nab\n"}, r"merges\.txt line 2, 'ab', does not fit"),
     "merge of three": ({"merges.txt": "a b c\n"}, r"merges\.txt line 1, 'a b c', does not fit"),
     "merges.txt not UTF-8": ({"merges.txt": b"\xff \xfe\n"}, r"merges\.txt line 1, .* does not fit"),
-    "model not SentencePiece": ({"tokenizer.model": "junk"}, r"tokenizer\.model is not a SentencePiece model"),
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_folders_are_refused_in_one_line_with_a_remedy(case, tmp_path):
-    files, message = BROKEN[case]
-    if any(name in ("merges.txt", "added_tokens.json") for name in files) or "cut off" in case:
+@pytest.mark.parametrize("case", [*NO_TOKENIZER, *BROKEN])
+def test_what_is_no_tokenizer_is_refused_in_one_line_with_a_remedy(case, tmp_path):
+    if case in BROKEN:
         write_tiny(tmp_path)
-    elif "vocab.json" in files and case != "no merges":
-        (tmp_path / "merges.txt").write_text("")
+        assert Tokenizer.load(tmp_path).encode("cab") == [66, 256]
+    files, message = {**NO_TOKENIZER, **BROKEN}[case]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(error.value)
-    assert str(tmp_path) in str(error.value)
-    assert "weights_convert" in str(error.value)
+    assert str(tmp_path) in str(error.value) and "weights_convert" in str(error.value)
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -187,7 +187,7 @@ def write_tokenizer_json(folder: Path, name: str) -> None:
     source = tokenizer_folder(name)
     vocabulary = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
     merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == CLIP}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if name == QWEN:
         special = json.loads((source / "added_tokens.json").read_text())
         normalizer = {"type": "NFC"}
@@ -200,6 +200,7 @@ def write_tokenizer_json(folder: Path, name: str) -> None:
         special = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
         spaces = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
         normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}, spaces, {"type": "Lowercase"}]}
+        byte_level["use_regex"] = True
         pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

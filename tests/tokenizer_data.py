@@ -1,4 +1,7 @@
-"""The real vocabularies of Qwen2.5 and CLIP, for every test that needs ids (licences: data/tokenizers/README.md)."""
+"""The real vocabularies of Qwen2.5 and CLIP for every test that needs them, and ids to compare with.
+
+Where they come from and their licences: data/tokenizers/README.md.
+"""
 
 import functools
 import hashlib
@@ -18,7 +21,7 @@ def tokenizer_folder(name: str) -> Path:
     return Path(unpack().name) / name
 
 
-@functools.cache  # once per process and into a folder of its own, so that parallel test runs never meet; 0.1 s
+@functools.cache  # once per process (0.1 s), into a folder of its own: parallel runs never meet
 def unpack() -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory(prefix="kandinsky5-tokenizers-")  # removed when the process ends
     with tarfile.open(DATA / "tokenizers.tar.xz") as archive:

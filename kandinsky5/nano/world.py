@@ -1,12 +1,13 @@
 """The nano world: flat shapes that move on a plain background, drawn and captioned from a seed.
 
-A `Scene` says what is to be seen, `sample_scene` makes one up, `draw_scene` draws it and `caption` puts it into
-words, English or Russian. Nothing here knows of a network.
+A `Scene` says what is to be seen, `sample_scene` makes one up, `draw_scene` draws it and `caption` puts it
+into words, English or Russian. Nothing here knows of a network.
 
-Scenes know neither pixels nor frames. Lengths are in units of a canvas of 64 x 64: one unit is one pixel of a 64 x 64
-clip and two of a 128 x 128 clip, in which everything is twice as large. Time runs from 0 at the first frame to 1 at
-the last: a motion fills the clip however many frames it has. For a larger world in which objects keep their size in
-pixels, give `sample_scene` a larger `canvas`. x grows to the right and y downwards from the top left corner.
+Scenes know neither pixels nor frames. Lengths are in units of a canvas of 64 x 64: one unit is one pixel of
+a 64 x 64 clip and two of a 128 x 128 clip, in which everything is twice as large. Time runs from 0 at the
+first frame to 1 at the last: a motion fills the clip however many frames it has. For a larger world in which
+objects keep their size in pixels, give `sample_scene` a larger `canvas`. x grows to the right and y downwards
+from the top left corner.
 """
 
 import json
@@ -21,15 +22,15 @@ import numpy as np
 CANVAS = (64, 64)  # height, width in units
 FPS = 10
 
-# Colours are far from each other and backgrounds have no hue: seen from any background, two colours lie in directions
-# at least 30 degrees apart, so that the judge can tell colours even at a blurred edge (part object, part background).
+# Colours are far from each other and backgrounds have no hue: seen from any background, two colours lie in
+# directions at least 30 degrees apart, so that the judge can tell them even at a blurred edge.
 COLOURS = {
     "red": (220, 40, 40),
-    "green": (40, 170, 55),
-    "blue": (45, 75, 225),
+    "green": (40, 170, 40),
+    "blue": (45, 65, 225),
     "yellow": (245, 210, 40),
-    "purple": (190, 45, 190),
-    "cyan": (40, 195, 225),
+    "purple": (185, 45, 200),
+    "cyan": (40, 208, 210),
 }
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (128, 128, 128), "white": (243, 243, 243)}
 SHAPES = ("circle", "square", "triangle", "star", "ring")
@@ -198,12 +199,12 @@ def pick(rng: np.random.Generator, options: tuple):
 
 
 # ---------------------------------------------------------------------------------------------- shapes
-# Distance to the outline in units, negative inside; x and y count from the centre of mass. Near a corner it is that to
-# the nearer edge's whole line, not to the corner itself: the same where it matters, within half a pixel.
+# Distance to the outline in units, negative inside; x and y count from the centre of mass. At a corner it is
+# that to the nearer edge's line, not to the corner itself: the same where it matters, within half a pixel.
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, pixels: float = 1.0) -> np.ndarray:
-    """The part of each pixel that a shape covers, in [0, 1]; x, y and radius broadcast, `pixels` is pixels per unit."""
+    """The part of each pixel that a shape covers, in [0, 1]; `pixels` are per unit, the rest broadcasts."""
     return np.clip(0.5 - DISTANCE[shape](x, y, radius) * np.float32(pixels), 0, 1)
 
 
@@ -225,7 +226,7 @@ def _triangle(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Five-pointed, one point up. Mirrors fold the plane onto a tenth of the star, whose outline is one line."""
+    """Five-pointed, one point up. Mirrors fold the plane onto a tenth of it, whose outline is one line."""
     for _ in range(2):
         x = np.abs(x)
         beyond = 2 * np.maximum(COS_36 * x + SIN_36 * y, 0)  # of the notch at 36 degrees from the top
@@ -289,10 +290,7 @@ def _sample_path(
 def _place(
     rng: np.random.Generator, objects: list[Object], canvas: tuple[int, int]
 ) -> tuple[Object, ...] | None:
-    """Moves the objects to a random place where they are inside the canvas, one after the other along one axis.
-
-    Returns None where they do not fit.
-    """
+    """Moves objects to a random place inside the canvas, one behind the other; None where they do not fit."""
     height, width = canvas
     room = (width - 2 * MARGIN, height - 2 * MARGIN)  # x, y
     boxes = [swept_box(thing) for thing in objects]
@@ -420,12 +418,13 @@ def _write_russian(
         ))  # fmt: skip
     else:
         case, here, at = RUSSIAN_PLACE[relation]
-        opposite_case, there, at_opposite = RUSSIAN_PLACE[OPPOSITE[relation]]
-        gender, gender_2 = (RUSSIAN_SHAPE[thing["shape"]]["gender"] for thing in said)
+        case_there, there, at_there = RUSSIAN_PLACE[OPPOSITE[relation]]
+        second = _russian_noun(said[1], sizes[1], case)
+        gender, gender_2 = (RUSSIAN_SHAPE[thing["shape"]][0] for thing in said)
         text = pick(rng, (
-            f"{nouns[0]} {moves[0]} {here} {_russian_noun(said[1], sizes[1], case)}, {WHICH[gender_2]} {moves[1]}",
-            f"{nouns[0]} {moves[0]}, а {there} {IT[opposite_case][gender]} {nouns[1]} {moves[1]}",
-            f"{at} {nouns[0]} {moves[0]}, {at_opposite} {nouns[1]} {moves[1]}",
+            f"{nouns[0]} {moves[0]} {here} {second}, {WHICH[gender_2]} {moves[1]}",
+            f"{nouns[0]} {moves[0]}, а {there} {IT[case_there][gender]} {nouns[1]} {moves[1]}",
+            f"{at} {nouns[0]} {moves[0]}, {at_there} {nouns[1]} {moves[1]}",
         ))  # fmt: skip
     if background:
         stem = RUSSIAN_BACKGROUND[background]
@@ -435,21 +434,22 @@ def _write_russian(
 
 
 def _russian_noun(thing: dict[str, str], size: str | None, case: str = "nominative") -> str:
-    shape = RUSSIAN_SHAPE[thing["shape"]]
-    words = (size, RUSSIAN_COLOUR[thing["colour"]])
-    adjectives = [f"{_russian_adjective(word, shape['gender'], case)} " for word in words if word]
-    return "".join(adjectives) + shape[case]
+    gender, *forms = RUSSIAN_SHAPE[thing["shape"]]
+    adjectives = [word for word in (size, RUSSIAN_COLOUR[thing["colour"]]) if word]
+    return " ".join(
+        [_russian_adjective(word, gender, case) for word in adjectives] + [forms[CASES.index(case)]]
+    )
 
 
 def _russian_adjective(word: str, gender: str, case: str = "nominative") -> str:
-    """Declines "красн-ый": what follows the hyphen, the dictionary's ending, names the row of RUSSIAN_ENDING."""
+    """Declines "красн-ый": what follows the hyphen names the row of endings."""
     stem, ending = word.split("-")
-    return stem + RUSSIAN_ENDING[ending][case]["mfn".index(gender)]
+    return stem + RUSSIAN_ENDING[ending][CASES.index(case)]["mfn".index(gender)]
 
 
 def _russian_verb(rng: np.random.Generator, thing: dict[str, str]) -> tuple[str, str]:
     """As in "круг движется влево" and as in "движущийся влево круг"."""
-    motion, gender = thing["motion"], RUSSIAN_SHAPE[thing["shape"]]["gender"]
+    motion, gender = thing["motion"], RUSSIAN_SHAPE[thing["shape"]][0]
     if motion not in DIRECTIONS:
         moves, moving = pick(rng, RUSSIAN_VERB[motion])
         return moves, _russian_adjective(moving, gender)
@@ -458,51 +458,51 @@ def _russian_verb(rng: np.random.Generator, thing: dict[str, str]) -> tuple[str,
     return f"{moves} {where}", f"{_russian_adjective(moving, gender)} {where}"
 
 
-RUSSIAN_SIZE = {"small": ("маленьк-ий", "небольш-ой"), "big": ("больш-ой", "крупн-ый")}
+RUSSIAN_SIZE = {"small": ("малень-кий", "неболь-шой"), "big": ("боль-шой", "крупн-ый")}
 RUSSIAN_COLOUR = {
     "red": "красн-ый",
     "green": "зелён-ый",
-    "blue": "син-ий_мягкое",
+    "blue": "си-ний",
     "yellow": "жёлт-ый",
     "purple": "фиолетов-ый",
-    "cyan": "голуб-ой_твёрдое",
+    "cyan": "голуб-ой",
 }
 RUSSIAN_BACKGROUND = {"black": "чёрн", "grey": "сер", "white": "бел"}
-RUSSIAN_SHAPE = {
-    "circle": {"gender": "m", "nominative": "круг", "genitive": "круга", "instrumental": "кругом"},
-    "square": {"gender": "m", "nominative": "квадрат", "genitive": "квадрата", "instrumental": "квадратом"},
-    "triangle": {
-        "gender": "m",
-        "nominative": "треугольник",
-        "genitive": "треугольника",
-        "instrumental": "треугольником",
-    },  # fmt: skip
-    "star": {"gender": "f", "nominative": "звезда", "genitive": "звезды", "instrumental": "звездой"},
-    "ring": {"gender": "n", "nominative": "кольцо", "genitive": "кольца", "instrumental": "кольцом"},
+RUSSIAN_SHAPE = {  # gender, nominative, genitive, instrumental
+    "circle": ("m", "круг", "круга", "кругом"),
+    "square": ("m", "квадрат", "квадрата", "квадратом"),
+    "triangle": ("m", "треугольник", "треугольника", "треугольником"),
+    "star": ("f", "звезда", "звезды", "звездой"),
+    "ring": ("n", "кольцо", "кольца", "кольцом"),
 }
-_HARD = {"genitive": ("ого", "ой", "ого"), "instrumental": ("ым", "ой", "ым")}
-_MIXED = {"genitive": ("ого", "ой", "ого"), "instrumental": ("им", "ой", "им")}  # и after г, к, х, ж, ч, ш, щ
-RUSSIAN_ENDING = {  # masculine, feminine, neuter
-    "ый": {"nominative": ("ый", "ая", "ое"), **_HARD},
-    "ой_твёрдое": {"nominative": ("ой", "ая", "ое"), **_HARD},
-    "ий": {"nominative": ("ий", "ая", "ое"), **_MIXED},
-    "ой": {"nominative": ("ой", "ая", "ое"), **_MIXED},
-    "ий_мягкое": {
-        "nominative": ("ий", "яя", "ее"), "genitive": ("его", "ей", "его"), "instrumental": ("им", "ей", "им")
-    },
-    "ийся": {"nominative": ("ийся", "аяся", "ееся")},
-    "ий_причастие": {"nominative": ("ий", "ая", "ее")},
-}  # fmt: skip
-RUSSIAN_VERB = {
-    "move": (("движется", "движущ-ийся"), ("перемещается", "перемещающ-ийся"), ("плывёт", "плывущ-ий_причастие")),
+CASES = ("nominative", "genitive", "instrumental")
+RUSSIAN_ENDING = {  # for each case: masculine, feminine, neuter
+    "ый": (("ый", "ая", "ое"), ("ого", "ой", "ого"), ("ым", "ой", "ым")),
+    "ой": (("ой", "ая", "ое"), ("ого", "ой", "ого"), ("ым", "ой", "ым")),
+    "кий": (("кий", "кая", "кое"), ("кого", "кой", "кого"), ("ким", "кой", "ким")),
+    "шой": (("шой", "шая", "шое"), ("шого", "шой", "шого"), ("шим", "шой", "шим")),
+    "ний": (("ний", "няя", "нее"), ("него", "ней", "него"), ("ним", "ней", "ним")),
+    "щий": (("щий", "щая", "щее"),),  # participles are used in the nominative only
+    "щийся": (("щийся", "щаяся", "щееся"),),
+}
+RUSSIAN_VERB = {  # "it …", "the … thing"
+    "move": (("движется", "движу-щийся"), ("перемещается", "перемещаю-щийся"), ("плывёт", "плыву-щий")),
     "grow": (
-        ("растёт", "растущ-ий_причастие"), ("увеличивается", "увеличивающ-ийся"), ("становится больше", "растущ-ий_причастие")
+        ("растёт", "расту-щий"),
+        ("увеличивается", "увеличиваю-щийся"),
+        ("становится больше", "расту-щий"),
     ),
     "shrink": (
-        ("уменьшается", "уменьшающ-ийся"), ("сжимается", "сжимающ-ийся"), ("становится меньше", "уменьшающ-ийся")
+        ("уменьшается", "уменьшаю-щийся"),
+        ("сжимается", "сжимаю-щийся"),
+        ("становится меньше", "уменьшаю-щийся"),
     ),
-    "still": (("стоит на месте", "неподвижн-ый"), ("не движется", "неподвижн-ый"), ("остаётся на месте", "неподвижн-ый")),
-}  # fmt: skip
+    "still": (
+        ("стоит на месте", "неподвижн-ый"),
+        ("не движется", "неподвижн-ый"),
+        ("остаётся на месте", "неподвижн-ый"),
+    ),
+}
 RUSSIAN_DIRECTION = {
     "left": ("влево", "налево"),
     "right": ("вправо", "направо"),

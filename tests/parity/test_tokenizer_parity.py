@@ -31,8 +31,9 @@ def random_texts(count: int, special_tokens: list[str]) -> list[str]:
     choose = random.Random(5)
     blocks = [(0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x52F), (0x590, 0x6FF), (0x900, 0xE7F), (0x2000, 0x2BFF)]
     blocks += [(0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0x300, 0x36F)]
-    pieces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085", "\u200d", "\ufe0f", "\u0301", "\u0338"]
-    pieces += ["'s", "'T", "'ll", "'ſ", "İ", "ẞ", "</w>", *special_tokens, *map(str.upper, special_tokens)]
+    pieces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085", "\u200d", "\ufe0f"]
+    pieces += ["\u0301", "\u0338", "'s", "'T", "'ll", "'ſ", "İ", "ẞ", "</w>"]
+    pieces += [*special_tokens, *map(str.upper, special_tokens)]
 
     def random_part() -> str:
         kind = choose.random()

@@ -1,0 +1,291 @@
+"""What does a clip of the nano world show? Measured without any learning, and compared with what a caption says.
+
+`judge_clip` takes only the frames. It finds the background (the median pixel), the colours that stand out from it,
+and for each colour, frame by frame, place and size (moments) and shape (which of the shapes, drawn there, differs
+least); from the frames together it gets the motion (a straight line through places and sizes). `score` then says
+which words of a caption are true. A clip that is not of this world (noise, a blank, an object that vanishes, changes
+or jumps about) fails in at least one of these.
+
+    python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
+
+generates with a checkpoint and writes a table of how often it did what the prompt said.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange, reduce
+from tqdm import tqdm
+
+from kandinsky5.nano.world import (
+    AREA,
+    BACKGROUNDS,
+    CANVAS,
+    COLOURS,
+    DIRECTIONS,
+    FPS,
+    RADII,
+    SHAPES,
+    Caption,
+    Scene,
+    caption,
+    coverage,
+    draw_scene,
+    sample_scene,
+)
+
+# All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
+COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB
+MAX_ANGLE = 22.0  # degrees between a pixel and a colour as seen from the background, for the pixel to be of that colour
+MIN_AREA = 8  # pixels of one colour, without their rim, that count as something seen
+MAX_SHAPE_ERROR = 0.3  # difference from the nearest shape, as a part of its area
+SHAPE_WINDOW = 5  # frames that are asked together for their shape
+MAX_UNEXPLAINED = 12  # pixels of a frame, without their rim, that neither background nor a found object accounts for
+MOVING, STILL = 8.0, 4.0  # at least, at most so far in the whole clip; the world's slowest objects move 13
+GROWING, SAME_SIZE = 1.35, 1.2  # at least, at most by this factor; the world's grow by 1.7
+MAX_WANDER, MAX_WANDER_OF_TRAVEL = 1.0, 0.1  # root mean square distance from the straight line
+MAX_PULSE = 0.08  # the same for the logarithm of the radius
+BIG = math.sqrt(RADII["small"][1] * RADII["big"][0])
+
+
+@dataclass(frozen=True)
+class ObjectReport:
+    """One object as measured; None stands for "none of the words fits"."""
+
+    colour: str | None
+    shape: str | None
+    motion: str | None
+    size: str | None  # "small" or "big"; None for an object that grows or shrinks
+    rgb: tuple[float, float, float]
+    shape_error: float  # difference from the nearest shape, as a part of its area
+    position: tuple[float, float]  # x, y of the centre of mass, mean over the clip
+    displacement: tuple[float, float]  # x, y from the first frame to the last
+    speed: float  # units per second
+    radius: float  # mean over the clip
+    growth: float  # last radius / first radius
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    background: str | None
+    background_rgb: tuple[float, float, float]
+    objects: tuple[ObjectReport, ...]  # those that are there in every frame
+    strays: tuple[str, ...]  # colours that are there in some frames only
+    unexplained: int  # pixels of the worst frame that differ from background and objects
+
+
+def judge_clip(frames: np.ndarray, canvas: tuple[int, int] = CANVAS, fps: float = FPS) -> ClipReport:
+    """Measures a clip. frames: uint8 (F, H, W, 3); canvas: of the scenes (height, width in units).
+
+    Raises ValueError unless H and W are the same whole multiple of the canvas.
+    """
+    video = _in_units(frames, canvas)  # (F, H, W, 3)
+    background = np.median(rearrange(video, "F H W C -> F (H W) C"), axis=1)  # (F, 3)
+    names = {_nearest(BACKGROUNDS, colour) for colour in background}
+
+    solid = _solid(*_share(video, background, np.array([*COLOURS.values()])))  # (6, F, H, W)
+    seen = solid.sum((2, 3)) >= MIN_AREA  # (6, F)
+    lasting = seen.all(1)
+    strays = tuple(name for name, some, always in zip(COLOURS, seen.any(1), lasting, strict=True) if some and not always)
+
+    # Once more with the colours as they are, not as they should be: a network's red need not be quite the world's.
+    colours = np.array([np.median(video[where], axis=0) for where in solid[lasting]]).reshape(-1, 3)
+    shares, _ = _share(video, background, colours)  # (K, F, H, W)
+    explained = np.broadcast_to(background[:, None, None], video.shape).copy()
+    objects = []
+    for colour, share in zip(colours, shares, strict=True):
+        report, template = _judge_object(colour, share, fps)
+        objects.append(report)
+        explained += template[..., None] * (colour - background)[:, None, None]
+    unexplained = _erode(np.abs(video - explained).max(-1) > COLOUR_TOLERANCE).sum((1, 2)).max()
+
+    return ClipReport(
+        background=names.pop() if len(names) == 1 else None,
+        background_rgb=tuple(background.mean(0).tolist()),
+        objects=tuple(objects),
+        strays=strays,
+        unexplained=int(unexplained),
+    )
+
+
+def score(report: ClipReport, said: Caption) -> dict[str, bool]:
+    """Which of the things that a caption says are true of a clip; what it does not say is not asked.
+
+    Keys: "objects" (as many as said, all the time, and nothing else), "colour", "shape", "motion" (of all objects
+    alike), "background", "size", "relation" where said, and "all". Objects are matched in the way that suits best.
+    """
+    seen = [*report.objects, *[None] * len(said.objects)]
+    orders = list(permutations(range(len(seen)), len(said.objects)))
+    results = [_score_objects([seen[i] for i in order], said) for order in orders]
+    result = max(results, key=lambda answers: sum(answers.values()))
+    result["objects"] = (
+        len(report.objects) == len(said.objects) and not report.strays and report.unexplained <= MAX_UNEXPLAINED
+    )
+    if said.background:
+        result["background"] = report.background == said.background
+    return result | {"all": all(result.values())}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 images or clips of one shape, in dB; infinite for equal ones."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def _in_units(frames: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """Averages pixels so that one is left per unit of the canvas. Returns float32 (F, H, W, 3)."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, but must be uint8 (F, H, W, 3)")
+    pixels = frames.shape[1] // canvas[0]
+    if pixels < 1 or frames.shape[1:3] != (canvas[0] * pixels, canvas[1] * pixels):
+        raise ValueError(f"frames of {frames.shape[1:3]} are no multiple of the canvas {canvas}: give their canvas")
+    return reduce(frames.astype(np.float32), "F (H a) (W b) C -> F H W C", "mean", a=pixels, b=pixels)
+
+
+def _nearest(palette: dict[str, tuple[int, int, int]], colour: np.ndarray) -> str | None:
+    distance = {name: np.linalg.norm(colour - np.array(rgb)) for name, rgb in palette.items()}
+    name = min(distance, key=distance.get)
+    return name if distance[name] <= COLOUR_TOLERANCE else None
+
+
+def _share(video: np.ndarray, background: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much of each pixel is object, if it is a mixture of the background with the colour nearest in direction.
+
+    video (F, H, W, 3), background (F, 3), colours (K, 3). Returns for each colour the share, 0 where another colour
+    is nearer, and the cosine of the angle between the pixel and the colour, both (K, F, H, W).
+    """
+    share = np.zeros((len(colours), *video.shape[:3]), dtype=np.float32)
+    cosine = np.zeros_like(share)
+    difference = video - background[:, None, None]
+    length = np.linalg.norm(difference, axis=-1)  # (F, H, W)
+    f, y, x = np.nonzero(length > 30)  # a few hundred pixels a frame: the rest is background
+    if len(colours) and len(f):
+        axes = (colours - background[:, None])[f]  # (N, K, 3)
+        axes_length = np.linalg.norm(axes, axis=-1)  # (N, K)
+        along = np.einsum("nkc,nc->nk", axes, difference[f, y, x]) / axes_length  # (N, K)
+        k, n = along.argmax(1), np.arange(len(f))
+        share[k, f, y, x] = along[n, k] / axes_length[n, k]
+        cosine[k, f, y, x] = along[n, k] / length[f, y, x]
+    return share, cosine
+
+
+def _solid(share: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+    """The inside of everything that is clearly of a colour, (K, F, H, W) bool."""
+    return _erode((share > 0.6) & (cosine > math.cos(math.radians(MAX_ANGLE))))
+
+
+def _erode(mask: np.ndarray) -> np.ndarray:
+    """Takes the rim of one pixel away: where the blur of a decoder, not the scene, makes colours. (..., H, W) bool."""
+    mask = np.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(1, 1), (1, 1)])
+    mask = mask[..., 1:-1, :] & mask[..., :-2, :] & mask[..., 2:, :]
+    return mask[..., 1:-1] & mask[..., :-2] & mask[..., 2:]
+
+
+def _judge_object(colour: np.ndarray, share: np.ndarray, fps: float) -> tuple[ObjectReport, np.ndarray]:
+    """Measures one object from its share of each pixel, (F, H, W). Also returns it as it should look, (F, H, W)."""
+    share = _sharpen(share)
+    area = share.sum((1, 2))  # (F,)
+    grid_y, grid_x = np.indices(share.shape[1:], dtype=np.float32) + 0.5
+    x = (share * grid_x).sum((1, 2)) / area
+    y = (share * grid_y).sum((1, 2)) / area
+    templates, radii = {}, {}
+    for shape in SHAPES:
+        radii[shape] = np.sqrt(area / AREA[shape])
+        place = grid_x - x[:, None, None], grid_y - y[:, None, None], radii[shape][:, None, None]
+        templates[shape] = _sharpen(_blur(coverage(shape, *place)))
+    errors = np.stack([np.abs(share - templates[shape]).sum((1, 2)) / area for shape in SHAPES])  # (5, F)
+
+    best = SHAPES[errors.mean(1).argmin()]
+    shape_error = errors.min(0).max()
+    motion, displacement, growth = _judge_motion(x, y, radii[best])
+    radius = radii[best].mean()
+    report = ObjectReport(
+        colour=_nearest(COLOURS, colour),
+        shape=best if _same_all_the_time(errors) and shape_error <= MAX_SHAPE_ERROR else None,
+        motion=motion,
+        size=("big" if radius > BIG else "small") if motion not in ("grow", "shrink") else None,
+        rgb=tuple(colour.tolist()),
+        shape_error=float(shape_error),
+        position=(float(x.mean()), float(y.mean())),
+        displacement=displacement,
+        speed=math.hypot(*displacement) * fps / max(len(x) - 1, 1),
+        radius=float(radius),
+        growth=growth,
+    )
+    return report, templates[best]
+
+
+def _same_all_the_time(errors: np.ndarray) -> bool:
+    """Whether one row is the least in every window of a few frames: a single frame may be too blurred to tell."""
+    window = min(SHAPE_WINDOW, errors.shape[1])
+    windows = np.lib.stride_tricks.sliding_window_view(errors, window, axis=1).mean(-1)  # (5, F - window + 1)
+    return len(set(windows.argmin(0))) == 1
+
+
+def _judge_motion(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> tuple[str | None, tuple[float, float], float]:
+    """Fits a straight line through places and sizes, (F,) each. Returns motion, displacement and growth.
+
+    The motion is None where the line is a bad fit (frames out of order, a jump, a turn) or its direction is none of
+    the world's.
+    """
+    if len(x) < 3:
+        return None, (0.0, 0.0), 1.0
+    time = np.linspace(-0.5, 0.5, len(x))
+    tracks = np.stack([x, y, np.log(radius)])  # (3, F)
+    slopes = tracks @ time / (time @ time)  # change from first to last frame
+    misfit = tracks - tracks.mean(1, keepdims=True) - slopes[:, None] * time
+    across, down, growth = float(slopes[0]), float(slopes[1]), math.exp(slopes[2])
+    travel, factor = math.hypot(across, down), max(growth, 1 / growth)
+    wander, pulse = np.sqrt((misfit[:2] ** 2).sum(0).mean()), np.sqrt((misfit[2] ** 2).mean())
+
+    motion = None
+    if wander <= max(MAX_WANDER, MAX_WANDER_OF_TRAVEL * travel) and pulse <= MAX_PULSE:
+        if travel <= STILL and factor >= GROWING:
+            motion = "grow" if growth > 1 else "shrink"
+        elif travel <= STILL and factor <= SAME_SIZE:
+            motion = "still"
+        elif travel >= MOVING and factor <= SAME_SIZE:
+            cosine = {name: (across * a + down * b) / travel for name, (a, b) in DIRECTIONS.items()}
+            nearest = max(cosine, key=cosine.get)
+            motion = nearest if cosine[nearest] > math.cos(math.radians(20)) else None
+    return motion, (across, down), growth
+
+
+def _blur(image: np.ndarray) -> np.ndarray:
+    """A little, 1-2-1 in both directions: what a decoder does to edges. (F, H, W)."""
+    image = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    image = (image[:, :-2] + 2 * image[:, 1:-1] + image[:, 2:]) / 4
+    return (image[..., :-2] + 2 * image[..., 1:-1] + image[..., 2:]) / 4
+
+
+def _sharpen(share: np.ndarray) -> np.ndarray:
+    """Steeper edges: what is nearly background or nearly object becomes so."""
+    return np.clip(0.5 + 1.5 * (share - 0.5), 0, 1)
+
+
+def _score_objects(seen: list[ObjectReport | None], said: Caption) -> dict[str, bool]:
+    pairs = list(zip(seen, said.objects, strict=True))
+    keys = [key for key in ("colour", "shape", "motion", "size") if any(key in words for words in said.objects)]
+    result = {
+        key: all(thing is not None and getattr(thing, key) == words[key] for thing, words in pairs if key in words)
+        for key in keys
+    }
+    if said.relation:
+        result["relation"] = None not in seen and _is_so(said.relation, seen[0].position, seen[1].position)
+    return result
+
+
+def _is_so(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+    axis = 0 if relation in ("left of", "right of") else 1
+    before = relation in ("left of", "above")
+    return (second[axis] - first[axis] if before else first[axis] - second[axis]) >= MOVING

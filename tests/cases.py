@@ -1,0 +1,145 @@
+"""What is compared with the references: for each case its inputs, and how our code computes it.
+
+The same cases serve three times: against diffusers and transformers themselves (tests/parity/), against their stored
+results (tests/test_golden.py), and with mistakes built in (tests/test_mutations.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kandinsky5 import vae_tiling
+from kandinsky5.config import NablaConfig, PipelineConfig, Tiling
+from kandinsky5.dit import DiT
+from kandinsky5.pipeline import Pipeline
+
+NABLA = NablaConfig(P=0.6, window=(3, 1, 1))
+ROPE_SCALE = (1.0, 2.0, 3.16)
+SPATIAL = Tiling(space=True, pixels=32, pixel_stride=24)
+PROMPTS = ["A red fox runs through deep snow, the camera follows it.", "Кот спит.", ""]
+NEGATIVE = "blurry"
+PIPELINE = dict(height=32, width=48, num_inference_steps=3, guidance_scale=3.0)
+FRAMES = {"t2v": 9, "i2v": 25}  # I2V: 7 latent frames, so that there are some to take statistics from
+SEED = 7
+
+
+def build_inputs(config: PipelineConfig) -> dict[str, dict[str, Tensor]]:
+    """Random inputs for a checkpoint of this config, always the same ones."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def ids(vocab_size, *shape):
+        return torch.randint(0, vocab_size, shape, generator=generator)
+
+    dit, vae, clip = config.dit, config.vae, config.clip
+    words = {"text": normal(2, 7, dit.text_dim), "pooled": normal(2, dit.pooled_dim), "t": torch.tensor([0.93, 0.31])}
+    clip_ids = ids(clip.end_token, 3, clip.max_positions)
+    for row, length in enumerate((1, 30, clip.max_positions - 1)):
+        clip_ids[row, length:] = clip.end_token
+    return {
+        "dit": {"x": normal(2, 3, 8, 12, dit.input_channels), **words},
+        "dit_nabla": {"x": normal(2, 2, 48, 48, dit.input_channels), **words},
+        "vae_encode": {"video": normal(1, 3, 9, 24, 40).clamp(-1, 1)},
+        "vae_encode_time": {"video": normal(1, 3, 29, 16, 24).clamp(-1, 1)},
+        "vae_encode_space": {"video": normal(1, 3, 17, 40, 72).clamp(-1, 1)},
+        "vae_decode": {"z": normal(1, vae.latent_channels, 3, 3, 5)},
+        "vae_decode_time": {"z": normal(1, vae.latent_channels, 8, 2, 3)},
+        "vae_decode_space": {"z": normal(1, vae.latent_channels, 6, 5, 9)},
+        "qwen": {"ids": ids(min(config.qwen.vocab_size, 1000), 2, 37)},
+        "clip": {"ids": clip_ids},
+        "text": {},
+        "pooled": {},
+        "t2v": {"latents": normal(1, 3, 4, 6, vae.latent_channels)},
+        "i2v": {"image": torch.randint(0, 256, (32, 48, 3), generator=generator, dtype=torch.uint8)},
+    }
+
+
+def _dit(pipe: Pipeline, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
+    with torch.device("meta"):
+        dit = DiT(replace(pipe.dit.config, nabla=None))
+    dit.load_state_dict(pipe.dit.state_dict(), assign=True)
+    x, text, pooled = (v.to(pipe.dtype) for v in (x, text, pooled))
+    return dit(x, text, pooled, t, rope_scale=ROPE_SCALE)
+
+
+def _dit_nabla(pipe: Pipeline, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
+    with torch.device("meta"):
+        dit = DiT(replace(pipe.dit.config, nabla=NABLA))
+    dit.load_state_dict(pipe.dit.state_dict(), assign=True)
+    x, text, pooled = (v.to(pipe.dtype) for v in (x, text, pooled))
+    return dit(x, text, pooled, t, rope_scale=ROPE_SCALE)
+
+
+def _encode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
+    def run(pipe: Pipeline, video: Tensor) -> Tensor:
+        return torch.cat(vae_tiling.encode(pipe.vae, video.to(pipe.dtype), tiling), dim=1)
+
+    return run
+
+
+def _decode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
+    def run(pipe: Pipeline, z: Tensor) -> Tensor:
+        return vae_tiling.decode(pipe.vae, z.to(pipe.dtype), tiling)
+
+    return run
+
+
+def _text(pipe: Pipeline) -> Tensor:
+    """The real tokens of a batch of unequal prompts, one after the other: (sum of lengths, dim)."""
+    features = pipe.text_encoder.encode(PROMPTS)
+    return features.text[features.mask]
+
+
+def _t2v(pipe: Pipeline, latents: Tensor, schedule: str = "diffusers") -> Tensor:
+    pipe = with_tasks(pipe)
+    return pipe(
+        PROMPTS[0], negative_prompt=NEGATIVE, num_frames=FRAMES["t2v"], shift=5.0, schedule=schedule,
+        latents=latents, output_type="float", progress=False, **PIPELINE,
+    )  # fmt: skip
+
+
+def _i2v(pipe: Pipeline, image: Tensor) -> Tensor:
+    pipe = with_tasks(pipe)
+    return pipe(
+        PROMPTS[0], image=image, negative_prompt=NEGATIVE, num_frames=FRAMES["i2v"], shift=5.0, schedule="diffusers",
+        seed=SEED, output_type="float", progress=False, **PIPELINE,
+    )  # fmt: skip
+
+
+def with_tasks(pipe: Pipeline) -> Pipeline:
+    """The same models for both tasks and with full attention, whatever the checkpoint was made for."""
+    config = replace(pipe.config, tasks=("t2v", "i2v"), dit=replace(pipe.config.dit, nabla=None))
+    with torch.device("meta"):
+        dit = DiT(config.dit)
+    dit.load_state_dict(pipe.dit.state_dict(), assign=True)
+    return Pipeline(config, dit, pipe.vae, pipe.text_encoder)
+
+
+OURS: dict[str, Callable[..., Tensor]] = {
+    "dit": _dit,
+    "dit_nabla": _dit_nabla,
+    "vae_encode": _encode(Tiling()),
+    "vae_encode_time": _encode(Tiling()),
+    "vae_encode_space": _encode(SPATIAL),
+    "vae_decode": _decode(Tiling()),
+    "vae_decode_time": _decode(Tiling()),
+    "vae_decode_space": _decode(SPATIAL),
+    "qwen": lambda pipe, ids: pipe.text_encoder.qwen(ids),
+    "clip": lambda pipe, ids: pipe.text_encoder.clip(ids),
+    "text": _text,
+    "pooled": lambda pipe: pipe.text_encoder.encode(PROMPTS).pooled,
+    "t2v": _t2v,
+    "i2v": _i2v,
+}
+FRAME_CASES = ("t2v", "i2v")  # compared in levels of 1/255, the others by relative error
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@torch.inference_mode()
+def compute(name: str, pipe: Pipeline, inputs: dict[str, Tensor]) -> Tensor:
+    """Our result of one case, in float32 on the CPU."""
+    return OURS[name](pipe, **{key: value.to(pipe.device) for key, value in inputs.items()}).float().cpu()

@@ -1,0 +1,93 @@
+"""Every path through attention.py against the dense definition."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from kandinsky5 import attention as module
+from kandinsky5.attention import (
+    attention,
+    block_sparse_attention,
+    build_block_mask,
+    dense_attention,
+    expand_block_map,
+)
+from random_weights import relative_error
+
+
+def random_qkv(*shape, dtype=torch.float32):
+    return tuple(torch.randn(3, *shape).to(dtype))
+
+
+def random_map(B, N, tiles, share):
+    """Some tiles by chance, the diagonal always, and one row that keeps everything."""
+    chosen = torch.rand(B, N, tiles, tiles) < share
+    chosen[..., 1, :] = True
+    return chosen | torch.eye(tiles, dtype=torch.bool)
+
+
+def test_definition_is_softmax_by_hand():
+    q, k, v = random_qkv(1, 1, 3, 4)
+    weights = torch.exp(q[0, 0] @ k[0, 0].T / 2)
+    torch.testing.assert_close(dense_attention(q, k, v)[0, 0], weights / weights.sum(-1, keepdim=True) @ v[0, 0])
+
+
+def test_masked_keys_have_no_weight():
+    q, k, v = random_qkv(2, 3, 5, 8)
+    mask = torch.tensor([True, True, True, False, False])
+    torch.testing.assert_close(
+        attention(q, k, v, mask[None, None, None]), dense_attention(q, k[..., :3, :], v[..., :3, :])
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("gathered", [1, 100_000, 10**9])
+def test_block_sparse_equals_dense(share, gathered, monkeypatch):
+    monkeypatch.setattr(module, "GATHERED_ELEMENTS", gathered)  # one row at a time, a few, all at once
+    q, k, v = random_qkv(2, 3, 6 * 64, 16)
+    chosen = random_map(2, 3, 6, share)
+    expected = dense_attention(q, k, v, expand_block_map(chosen))
+    assert relative_error(block_sparse_attention(q, k, v, chosen), expected) < 1e-6
+
+
+def test_block_sparse_in_bf16():
+    q, k, v = random_qkv(1, 2, 6 * 64, 16, dtype=torch.bfloat16)
+    chosen = random_map(1, 2, 6, 0.3)
+    expected = dense_attention(q.float(), k.float(), v.float(), expand_block_map(chosen))
+    assert relative_error(block_sparse_attention(q, k, v, chosen), expected) < 5e-3
+
+
+def test_flex_equals_dense():
+    q, k, v = random_qkv(2, 3, 6 * 64, 16)
+    chosen = random_map(2, 3, 6, 0.2)
+    expected = dense_attention(q, k, v, expand_block_map(chosen))
+    assert relative_error(flex_attention(q, k, v, block_mask=build_block_mask(chosen)), expected) < 1e-6
+
+
+def test_block_mask_holds_the_map():
+    chosen = random_map(2, 3, 6, 0.2)
+    mask = build_block_mask(chosen)
+    assert mask.BLOCK_SIZE == (64, 64)
+    assert mask.to_dense().bool().equal(chosen)
+    assert mask.full_kv_num_blocks.equal(chosen.sum(-1, dtype=torch.int32))
+
+
+def test_the_comparison_can_fail():
+    q, k, v = random_qkv(1, 1, 6 * 64, 16)
+    chosen = random_map(1, 1, 6, 0.2)
+    wrong = chosen.clone()
+    wrong[0, 0, 0, 3] ^= True
+    assert (
+        relative_error(block_sparse_attention(q, k, v, wrong), dense_attention(q, k, v, expand_block_map(chosen)))
+        > 1e-3
+    )
+
+
+def test_gradients_flow_through_block_sparse():
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 2, 4 * 64, 8))
+    chosen = random_map(1, 2, 4, 0.3)
+    upstream = torch.randn_like(q)
+    ours = torch.autograd.grad((block_sparse_attention(q, k, v, chosen) * upstream).sum(), (q, k, v))
+    expected = torch.autograd.grad((dense_attention(q, k, v, expand_block_map(chosen)) * upstream).sum(), (q, k, v))
+    for a, b in zip(ours, expected, strict=True):
+        assert relative_error(a, b) < 1e-5

@@ -1,0 +1,145 @@
+"""Tensors on disk: where each lies, and its bytes a piece at a time, so that no file is ever in memory whole."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CHUNK = 16 * 2**20  # bytes that are read, cast and written at a time
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what weights may be stored as
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: bytes start … stop, row-major. `dtype` is spelled as safetensors spells it."""
+
+    path: Path
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, part: int, parts: int) -> "Stored":
+        """One of `parts` equal pieces along the first axis."""
+        size = self.nbytes // parts
+        start = self.start + part * size
+        return replace(self, start=start, stop=start + size, shape=(self.shape[0] // parts, *self.shape[1:]))
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The values in order, flat, at most `CHUNK` bytes at once. ValueError if the file has been cut since."""
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.start)
+            for position in range(self.start, self.stop, CHUNK):
+                buffer = bytearray(min(CHUNK, self.stop - position))
+                if _read_into(file, buffer) < len(buffer):
+                    raise ValueError(f"{self.path} became shorter while it was read: copy or download it again")
+                yield torch.frombuffer(buffer, dtype=FLOATS[self.dtype])
+
+
+class Weights(NamedTuple):
+    """All tensors of one model."""
+
+    source: Path
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read_weights(path: Path, stem: str = "*") -> Weights:
+    """What a safetensors file, its index, or the one set of weights in a folder holds; nothing is loaded yet.
+
+    stem: in a folder, the file name up to `.safetensors`. ValueError, one line, for anything wrong with it.
+    """
+    if path.is_dir():
+        path = find_weights(path, stem)
+    if path.name.endswith(".index.json"):
+        return read_index(path)
+    return read_safetensors(path)
+
+
+def find_weights(folder: Path, stem: str = "*") -> Path:
+    """The file in `folder` that leads to all of a model's weights: an index, or a single safetensors file."""
+    for ending in (".safetensors.index.json", ".safetensors"):
+        found = sorted(p for p in folder.glob(stem + ending) if not p.name.startswith("."))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(p.name for p in found)
+            raise ValueError(f"{folder} holds several sets of weights ({names}): give one of the files, or move the others away")
+    raise ValueError(f"no weights in {folder}: looked for {stem}.safetensors, or shards with {stem}.safetensors.index.json")
+
+
+def read_index(path: Path) -> Weights:
+    """The shards that an index lists; they must lie beside it."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{path} has no weight_map of tensor names and file names: download it again")
+    tensors, metadata = {}, {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path} names {file!r}: shards are safetensors files beside their index, in the same folder")
+        shard = read_safetensors(path.parent / file)
+        tensors |= {name: stored for name, stored in shard.tensors.items() if weight_map.get(name) == file}
+        metadata |= shard.metadata
+        unlisted = sorted(shard.tensors.keys() - weight_map.keys())
+        if unlisted:
+            raise ValueError(f"{path} does not list what {file} holds: {', '.join(unlisted)}; download both again")
+    missing = sorted(weight_map.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{path} lists what its shards do not hold: {', '.join(missing)}; download them again")
+    return Weights(path, tensors, metadata)
+
+
+def read_safetensors(path: Path) -> Weights:
+    """Names, shapes and places from a safetensors header."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt"):  # the library checks that offsets and sizes are sound
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no complete safetensors file ({one_line(error)}): copy or download it again") from error
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = Stored(path, start, stop, tuple(entry["shape"]), entry["dtype"])
+    return Weights(path, tensors, metadata)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or ValueError."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object: download it again")
+    return values
+
+
+def count(shape: tuple[int, ...]) -> int:
+    return prod(shape)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _read_into(file, buffer: bytearray) -> int:
+    view, done = memoryview(buffer), 0
+    while done < len(buffer) and (n := file.readinto(view[done:])):
+        done += n
+    return done

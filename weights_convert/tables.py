@@ -1,0 +1,161 @@
+"""Whose tensor is whose: our names against those of the Diffusers layout, model by model.
+
+A row is "our module": "their module", with {} for a number; `.weight` and `.bias` stay what they are. Every row
+is read in both directions: `convert.py` builds our model without weights, asks it for its names, and looks up
+what each is called over there. A row missing here, or one too many there, ends the conversion with the list.
+"""
+
+import re
+
+
+def theirs(model: str, name: str) -> str:
+    """The Diffusers name of our tensor: ("dit", "text_embedder.norm.bias") → "text_embeddings.norm.bias"."""
+    module, kind = name.rsplit(".", 1)
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
+    template = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", module)
+    if template not in TABLES[model]:
+        raise KeyError(f"weights_convert/tables.py has no row for {model}'s {template}")
+    return f"{TABLES[model][template].format(*numbers)}.{kind}"
+
+
+def under(ours: str, theirs: str, rows: dict[str, str]) -> dict[str, str]:
+    """The same rows, each side below another module."""
+    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in rows.items()}
+
+
+ATTENTION = {
+    "to_q": "to_query",
+    "to_k": "to_key",
+    "to_v": "to_value",
+    "q_norm": "query_norm",
+    "k_norm": "key_norm",
+    "to_out": "out_layer",
+}
+FEED_FORWARD = {"linear_in": "in_layer", "linear_out": "out_layer"}
+TEXT_BLOCK = {
+    "modulation.linear": "text_modulation.out_layer",
+    **under("self_attention", "self_attention", ATTENTION),
+    **under("feed_forward", "feed_forward", FEED_FORWARD),
+}
+VISUAL_BLOCK = {
+    "modulation.linear": "visual_modulation.out_layer",
+    **under("self_attention", "self_attention", ATTENTION),
+    **under("cross_attention", "cross_attention", ATTENTION),
+    **under("feed_forward", "feed_forward", FEED_FORWARD),
+}
+DIT = {
+    "time_embedder.linear_in": "time_embeddings.in_layer",
+    "time_embedder.linear_out": "time_embeddings.out_layer",
+    "pooled_embedder.linear": "pooled_text_embeddings.in_layer",
+    "pooled_embedder.norm": "pooled_text_embeddings.norm",
+    "text_embedder.linear": "text_embeddings.in_layer",
+    "text_embedder.norm": "text_embeddings.norm",
+    "patch_embedder": "visual_embeddings.in_layer",
+    **under("text_blocks.{}", "text_transformer_blocks.{}", TEXT_BLOCK),
+    **under("visual_blocks.{}", "visual_transformer_blocks.{}", VISUAL_BLOCK),
+    "final_layer.modulation.linear": "out_layer.modulation.out_layer",
+    "final_layer.linear": "out_layer.out_layer",
+}
+
+RESIDUAL_BLOCK = {
+    "norm_1": "norm1",
+    "conv_1": "conv1.conv",
+    "norm_2": "norm2",
+    "conv_2": "conv2.conv",
+    "shortcut": "conv_shortcut.conv",
+}
+MID = {
+    **under("block_1", "resnets.0", RESIDUAL_BLOCK),
+    "attention.norm": "attentions.0.group_norm",
+    "attention.to_q": "attentions.0.to_q",
+    "attention.to_k": "attentions.0.to_k",
+    "attention.to_v": "attentions.0.to_v",
+    "attention.to_out": "attentions.0.to_out.0",
+    **under("block_2", "resnets.1", RESIDUAL_BLOCK),
+}
+ENDS = {"conv_in": "conv_in.conv", "norm_out": "conv_norm_out", "conv_out": "conv_out.conv", **under("mid", "mid_block", MID)}
+# Our stages count residual blocks and the resampling conv behind them in one row: its second number goes nowhere.
+VAE = {
+    **under("encoder", "encoder", ENDS),
+    **under("encoder.stages.{}.{}", "encoder.down_blocks.{}.resnets.{}", RESIDUAL_BLOCK),
+    "encoder.stages.{}.{}.conv": "encoder.down_blocks.{}.downsamplers.0.conv.conv",
+    "quant_conv": "quant_conv",
+    "post_quant_conv": "post_quant_conv",
+    **under("decoder", "decoder", ENDS),
+    **under("decoder.stages.{}.{}", "decoder.up_blocks.{}.resnets.{}", RESIDUAL_BLOCK),
+    "decoder.stages.{}.{}.conv": "decoder.up_blocks.{}.upsamplers.0.conv.conv",
+}
+
+QWEN_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.to_q": "self_attn.q_proj",
+    "attention.to_k": "self_attn.k_proj",
+    "attention.to_v": "self_attn.v_proj",
+    "attention.to_out": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.linear_in": "mlp.up_proj",
+    "feed_forward.linear_out": "mlp.down_proj",
+}
+QWEN = {
+    "embedding": "model.embed_tokens",
+    **under("blocks.{}", "model.layers.{}", QWEN_BLOCK),
+    "norm": "model.norm",
+}
+
+CLIP_BLOCK = {
+    "attention_norm": "layer_norm1",
+    "to_q": "self_attn.q_proj",
+    "to_k": "self_attn.k_proj",
+    "to_v": "self_attn.v_proj",
+    "to_out": "self_attn.out_proj",
+    "feed_forward_norm": "layer_norm2",
+    "linear_in": "mlp.fc1",
+    "linear_out": "mlp.fc2",
+}
+CLIP = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "position_embedding": "text_model.embeddings.position_embedding",
+    **under("blocks.{}", "text_model.encoder.layers.{}", CLIP_BLOCK),
+    "norm": "text_model.final_layer_norm",
+}
+
+TABLES = {"dit": DIT, "vae": VAE, "qwen": QWEN, "clip": CLIP}
+
+# What we have no use for, by the start of its name: the parts that see images, predict words or compare the two.
+DROPPED = {
+    "dit": (),
+    "vae": (),
+    "qwen": ("lm_head.", "visual."),
+    "clip": (
+        "vision_model.",
+        "text_projection",
+        "visual_projection.",
+        "logit_scale",
+        "text_model.embeddings.position_ids",
+    ),
+}
+
+# Other spellings of the same names, by the start of the name; the first that fits is respelled.
+RESPELLED = {
+    "dit": {},
+    "vae": {"vae.": ""},
+    "qwen": {
+        "model.language_model.": "model.",
+        "model.visual.": "visual.",
+        "language_model.": "model.",
+    },
+    "clip": {
+        "embeddings.": "text_model.embeddings.",
+        "encoder.": "text_model.encoder.",
+        "final_layer_norm.": "text_model.final_layer_norm.",
+    },
+}
+
+
+def respell(model: str, name: str) -> str:
+    """One of the other savers' names → the name that stands in the table."""
+    for start, standard in RESPELLED[model].items():
+        if name.startswith(start):
+            return standard + name.removeprefix(start)
+    return name
