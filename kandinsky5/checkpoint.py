@@ -9,6 +9,7 @@ strictly or not at all, and stay where they are: the files are mapped into memor
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from kandinsky5.config import PipelineConfig, save_config
 
 MODELS = ("dit", "vae", "qwen", "clip")
 
@@ -32,11 +35,11 @@ def load_weights(
     """
     model = model.to(dtype)
     wanted = model.state_dict()
-    with_file = TensorFiles(folder, name)
-    check_shapes(f"{folder / name}.safetensors", {n: tuple(t.shape) for n, t in wanted.items()}, with_file.shapes())
+    files = TensorFiles(folder, name)
+    check_shapes(f"{folder / name}.safetensors", {n: tuple(t.shape) for n, t in wanted.items()}, files.shapes())
     device = torch.device(device)
     if device.type != "meta":
-        state = {n: with_file[n].to(device=device, dtype=t.dtype) for n, t in wanted.items()}
+        state = {n: files[n].to(device=device, dtype=t.dtype) for n, t in wanted.items()}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -97,12 +100,40 @@ def check_layout(folder: Path) -> None:
         return
     if (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} is in the Diffusers layout; convert it once: python -m weights_convert from-diffusers {folder} NEW_FOLDER"
+            f"{folder} is in the Diffusers layout; convert it once: "
+            f"python -m weights_convert from-diffusers {folder} NEW_FOLDER"
         )
     raise ValueError(
         f"{folder} holds no config.json, so it is no converted checkpoint; make one from the Diffusers layout: "
         "python -m weights_convert from-diffusers DIFFUSERS_FOLDER NEW_FOLDER"
     )
+
+
+def save_checkpoint(
+    folder: str | Path, config: PipelineConfig, models: Mapping[str, nn.Module], tokenizers: Mapping[str, str | Path]
+) -> None:
+    """Write a native checkpoint folder that `Pipeline.load` reads.
+
+    models: "dit", "vae", "qwen" and "clip"; tokenizers: the folders of "qwen" and "clip", whose files are copied.
+    Everything is written into a folder beside it that is renamed at the end. FileExistsError if `folder` exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: name a new folder, or remove it first")
+    assert set(models) == set(MODELS) and set(tokenizers) == {"qwen", "clip"}, (set(models), set(tokenizers))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, model in models.items():
+            save_weights(model.state_dict(), partial / f"{name}.safetensors")
+        for name, source in tokenizers.items():
+            shutil.copytree(source, partial / f"{name}_tokenizer")
+        save_config(config, partial / "config.json")
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

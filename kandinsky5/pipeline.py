@@ -180,6 +180,8 @@ class Pipeline:
         self, latents: Tensor | None, seed: int, batch: int, height: int, width: int, num_frames: int
     ) -> tuple[Tensor, list[torch.Generator]]:
         """Noise (B, T, H/8, W/8, 16) float32 on the device, and each video's generator behind its noise."""
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed}: give a whole number from 0 to 2⁶³ − 1")
         vae = self.config.vae
         T = (num_frames - 1) // vae.time_factor + 1
         shape = (T, height // vae.space_factor, width // vae.space_factor, vae.latent_channels)

@@ -92,13 +92,17 @@ def from_uint8(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
     return rearrange(video, "B F H W C -> B C F H W")
 
 
-def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """The VAE's (B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), clamped and rounded as diffusers does.
+def to_float(video: torch.Tensor) -> torch.Tensor:
+    """The VAE's (B, 3, F, H, W) in [-1, 1] -> float32 (B, F, H, W, 3) in [0, 1], clamped.
 
     Half precision becomes float32 first (diffusers: later), since x/2 + 0.5 in bfloat16 merges levels.
     """
-    video = (video.float() / 2 + 0.5).clamp(0, 1)
-    return rearrange((video * 255).round().to(torch.uint8), "B C F H W -> B F H W C")
+    return rearrange((video.float() / 2 + 0.5).clamp(0, 1), "B C F H W -> B F H W C")
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """The VAE's (B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), clamped and rounded as diffusers does."""
+    return (to_float(video) * 255).round().to(torch.uint8)
 
 
 def write_video(

@@ -1,9 +1,28 @@
 """Small models with random weights, for tests that need no reference."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig
+from kandinsky5.checkpoint import save_checkpoint
+from kandinsky5.clip import CLIPText
+from kandinsky5.config import (
+    CLIPConfig,
+    DiTConfig,
+    NablaConfig,
+    PipelineConfig,
+    QwenConfig,
+    SamplingConfig,
+    VAEConfig,
+)
+from kandinsky5.dit import DiT
+from kandinsky5.pipeline import Pipeline
+from kandinsky5.qwen import Qwen
+from kandinsky5.text_encoder import TextEncoder
+from kandinsky5.tokenizer import Tokenizer
+from kandinsky5.vae import VAE
+from tokenizer_data import tokenizer_folder
 
 SMALL_DIT = DiTConfig(
     dim=64,
@@ -12,13 +31,52 @@ SMALL_DIT = DiTConfig(
     num_text_blocks=2,
     num_visual_blocks=2,
     rope_axes=(8, 12, 12),
-    text_dim=40,
+    text_dim=16,
     pooled_dim=24,
 )
 SMALL_NABLA = NablaConfig(P=0.5, window=(3, 1, 1))
 SMALL_VAE = VAEConfig(channels=(16, 32, 32, 32), norm_groups=8)
-SMALL_QWEN = QwenConfig(vocab_size=1000, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ff_dim=96)
-SMALL_CLIP = CLIPConfig(vocab_size=1000, dim=64, num_layers=2, num_heads=4, ff_dim=96, start_token=998, end_token=999)
+SMALL_QWEN = QwenConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ff_dim=24)  # the real vocabulary
+SMALL_CLIP = CLIPConfig(dim=24, num_layers=2, num_heads=2, ff_dim=32)  # likewise
+SMALL = PipelineConfig(
+    name="small",
+    tasks=("t2v", "i2v"),
+    dit=SMALL_DIT,
+    vae=SMALL_VAE,
+    qwen=SMALL_QWEN,
+    clip=SMALL_CLIP,
+    sampling=SamplingConfig(num_inference_steps=2, height=32, width=48, num_frames=5, rope_scale=None, image_area=1536),
+)
+
+
+def build_small_models(config: PipelineConfig = SMALL) -> dict[str, nn.Module]:
+    """The four models of a checkpoint with random weights."""
+    models = {"dit": DiT(config.dit), "vae": VAE(config.vae), "qwen": Qwen(config.qwen), "clip": CLIPText(config.clip)}
+    return {name: randomise(model) for name, model in models.items()}
+
+
+def build_small_pipeline(config: PipelineConfig = SMALL, **changes) -> Pipeline:
+    """A pipeline of small random models and the real tokenizers; `changes` replace fields of the config."""
+    config = replace(config, **changes)
+    models = build_small_models(config)
+    tokenizers = [Tokenizer.load(tokenizer_folder(name)) for name in ("qwen2.5", "clip-vit-large-patch14")]
+    text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
+    return Pipeline(config, models["dit"], models["vae"], text_encoder)
+
+
+def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
+    """A pipeline of any size without weights: all its tensors are on the meta device, in bf16."""
+    with torch.device("meta"):
+        models = [DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)]
+    dit, vae, qwen, clip = (model.to(torch.bfloat16).eval() for model in models)
+    tokenizers = [Tokenizer.load(tokenizer_folder(name)) for name in ("qwen2.5", "clip-vit-large-patch14")]
+    return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *tokenizers))
+
+
+def save_small_checkpoint(folder, config: PipelineConfig = SMALL) -> None:
+    """The same as a native checkpoint folder."""
+    tokenizers = {"qwen": tokenizer_folder("qwen2.5"), "clip": tokenizer_folder("clip-vit-large-patch14")}
+    save_checkpoint(folder, config, build_small_models(config), tokenizers)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizer_data import fingerprint, load_goldens, tokenizer_folder
 from tokenizers import pre_tokenizers
 
 from kandinsky5.tokenizer import Tokenizer
-from tests.tokenizer_data import fingerprint, load_goldens, tokenizer_folder
 
 QWEN, CLIP = "qwen2.5", "clip-vit-large-patch14"
 TEMPLATE_PREFIX = """<|im_start|>system
@@ -201,7 +201,10 @@ def write_tokenizer_json(folder: Path, name: str) -> None:
         spaces = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
         normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}, spaces, {"type": "Lowercase"}]}
         byte_level["use_regex"] = True
-        pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        pattern = (
+            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]"
+            r"|[^\s\p{L}\p{N}]+"
+        )
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     end = special["<|endoftext|>"]

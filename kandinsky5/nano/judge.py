@@ -1,10 +1,10 @@
-"""What does a clip of the nano world show? Measured without any learning, and compared with what a caption says.
+"""What does a clip of the nano world show? Measured without learning, and compared with what a caption says.
 
-`judge_clip` takes only the frames. It finds the background (the median pixel), the colours that stand out from it,
-and for each colour, frame by frame, place and size (moments) and shape (which of the shapes, drawn there, differs
-least); from the frames together it gets the motion (a straight line through places and sizes). `score` then says
-which words of a caption are true. A clip that is not of this world (noise, a blank, an object that vanishes, changes
-or jumps about) fails in at least one of these.
+`judge_clip` takes only the frames. It finds the background (the median pixel), the colours that stand out from
+it and, for each colour and frame, place and size (moments) and shape (that of which a drawing, there and as
+large, differs least); from the frames together it gets the motion (a straight line through places and sizes).
+`score` then says which words of a caption are true. A clip that is not of this world (noise, a blank, an object
+that vanishes, changes or jumps about) fails in at least one of them.
 
     python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
 
@@ -43,11 +43,14 @@ from kandinsky5.nano.world import (
 
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
 COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB
-MAX_ANGLE = 22.0  # degrees between a pixel and a colour as seen from the background, for the pixel to be of that colour
+MAX_ANGLE = 22.0  # degrees, seen from the background, between a colour and a pixel of that colour
 MIN_AREA = 8  # pixels of one colour, without their rim, that count as something seen
-MAX_SHAPE_ERROR = 0.3  # difference from the nearest shape, as a part of its area
+MAX_SHAPE_ERROR = 0.12  # squared difference from the shape as drawn, as a part of its area
+SHAPE_TIE = (
+    0.01  # by so little may another shape fit better for a while; a blurred square is 0.025 from a disc
+)
 SHAPE_WINDOW = 5  # frames that are asked together for their shape
-MAX_UNEXPLAINED = 12  # pixels of a frame, without their rim, that neither background nor a found object accounts for
+MAX_UNEXPLAINED = 12  # pixels of a frame, without their rim, that neither background nor objects account for
 MOVING, STILL = 8.0, 4.0  # at least, at most so far in the whole clip; the world's slowest objects move 13
 GROWING, SAME_SIZE = 1.35, 1.2  # at least, at most by this factor; the world's grow by 1.7
 MAX_WANDER, MAX_WANDER_OF_TRAVEL = 1.0, 0.1  # root mean square distance from the straight line
@@ -64,7 +67,7 @@ class ObjectReport:
     motion: str | None
     size: str | None  # "small" or "big"; None for an object that grows or shrinks
     rgb: tuple[float, float, float]
-    shape_error: float  # difference from the nearest shape, as a part of its area
+    shape_error: float  # squared difference from the nearest shape, as a part of its area
     position: tuple[float, float]  # x, y of the centre of mass, mean over the clip
     displacement: tuple[float, float]  # x, y from the first frame to the last
     speed: float  # units per second
@@ -93,7 +96,7 @@ def judge_clip(frames: np.ndarray, canvas: tuple[int, int] = CANVAS, fps: float 
     solid = _solid(*_share(video, background, np.array([*COLOURS.values()])))  # (6, F, H, W)
     seen = solid.sum((2, 3)) >= MIN_AREA  # (6, F)
     lasting = seen.all(1)
-    strays = tuple(name for name, some, always in zip(COLOURS, seen.any(1), lasting, strict=True) if some and not always)
+    strays = tuple(name for name, found in zip(COLOURS, seen, strict=True) if found.any() and not found.all())
 
     # Once more with the colours as they are, not as they should be: a network's red need not be quite the world's.
     colours = np.array([np.median(video[where], axis=0) for where in solid[lasting]]).reshape(-1, 3)
@@ -118,15 +121,17 @@ def judge_clip(frames: np.ndarray, canvas: tuple[int, int] = CANVAS, fps: float 
 def score(report: ClipReport, said: Caption) -> dict[str, bool]:
     """Which of the things that a caption says are true of a clip; what it does not say is not asked.
 
-    Keys: "objects" (as many as said, all the time, and nothing else), "colour", "shape", "motion" (of all objects
-    alike), "background", "size", "relation" where said, and "all". Objects are matched in the way that suits best.
+    Keys: "objects" (as many as said, all the time, and nothing else), "colour", "shape" and "motion" (of every
+    object), "background", "size" and "relation" where said, and "all". Objects are matched as suits best.
     """
     seen = [*report.objects, *[None] * len(said.objects)]
     orders = list(permutations(range(len(seen)), len(said.objects)))
     results = [_score_objects([seen[i] for i in order], said) for order in orders]
     result = max(results, key=lambda answers: sum(answers.values()))
     result["objects"] = (
-        len(report.objects) == len(said.objects) and not report.strays and report.unexplained <= MAX_UNEXPLAINED
+        len(report.objects) == len(said.objects)
+        and not report.strays
+        and report.unexplained <= MAX_UNEXPLAINED
     )
     if said.background:
         result["background"] = report.background == said.background
@@ -148,7 +153,9 @@ def _in_units(frames: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, but must be uint8 (F, H, W, 3)")
     pixels = frames.shape[1] // canvas[0]
     if pixels < 1 or frames.shape[1:3] != (canvas[0] * pixels, canvas[1] * pixels):
-        raise ValueError(f"frames of {frames.shape[1:3]} are no multiple of the canvas {canvas}: give their canvas")
+        raise ValueError(
+            f"frames of {frames.shape[1:3]} are no whole multiple of the canvas {canvas}: give the canvas as it was drawn"
+        )
     return reduce(frames.astype(np.float32), "F (H a) (W b) C -> F H W C", "mean", a=pixels, b=pixels)
 
 
@@ -159,10 +166,10 @@ def _nearest(palette: dict[str, tuple[int, int, int]], colour: np.ndarray) -> st
 
 
 def _share(video: np.ndarray, background: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each pixel is object, if it is a mixture of the background with the colour nearest in direction.
+    """How much of each pixel is object, if it mixes the background with the colour nearest in direction.
 
-    video (F, H, W, 3), background (F, 3), colours (K, 3). Returns for each colour the share, 0 where another colour
-    is nearer, and the cosine of the angle between the pixel and the colour, both (K, F, H, W).
+    video (F, H, W, 3), background (F, 3), colours (K, 3). Returns for each colour the share, 0 where another
+    colour is nearer, and the cosine of the angle between pixel and colour, both (K, F, H, W).
     """
     share = np.zeros((len(colours), *video.shape[:3]), dtype=np.float32)
     cosine = np.zeros_like(share)
@@ -185,7 +192,7 @@ def _solid(share: np.ndarray, cosine: np.ndarray) -> np.ndarray:
 
 
 def _erode(mask: np.ndarray) -> np.ndarray:
-    """Takes the rim of one pixel away: where the blur of a decoder, not the scene, makes colours. (..., H, W) bool."""
+    """Takes off a rim of one pixel, where a decoder's blur and not the scene makes colours. (..., H, W) bool."""
     mask = np.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(1, 1), (1, 1)])
     mask = mask[..., 1:-1, :] & mask[..., :-2, :] & mask[..., 2:, :]
     return mask[..., 1:-1] & mask[..., :-2] & mask[..., 2:]
@@ -193,50 +200,73 @@ def _erode(mask: np.ndarray) -> np.ndarray:
 
 def _judge_object(colour: np.ndarray, share: np.ndarray, fps: float) -> tuple[ObjectReport, np.ndarray]:
     """Measures one object from its share of each pixel, (F, H, W). Also returns it as it should look, (F, H, W)."""
-    share = _sharpen(share)
-    area = share.sum((1, 2))  # (F,)
+    firm = np.clip(0.5 + 1.5 * (share - 0.5), 0, 1)  # noise counts neither as a bit of object nor as a hole
+    area = firm.sum((1, 2))  # (F,)
     grid_y, grid_x = np.indices(share.shape[1:], dtype=np.float32) + 0.5
-    x = (share * grid_x).sum((1, 2)) / area
-    y = (share * grid_y).sum((1, 2)) / area
-    templates, radii = {}, {}
+    x = (firm * grid_x).sum((1, 2)) / area
+    y = (firm * grid_y).sum((1, 2)) / area
+
+    share = np.clip(share, 0, 1)
+    rows, columns = _where_any(share, axis=1), _where_any(share, axis=2)  # the rest need not be compared
+    place = grid_x[rows, columns] - x[:, None, None], grid_y[rows, columns] - y[:, None, None]
+    drawn, errors, radii = {}, {}, {}
     for shape in SHAPES:
         radii[shape] = np.sqrt(area / AREA[shape])
-        place = grid_x - x[:, None, None], grid_y - y[:, None, None], radii[shape][:, None, None]
-        templates[shape] = _sharpen(_blur(coverage(shape, *place)))
-    errors = np.stack([np.abs(share - templates[shape]).sum((1, 2)) / area for shape in SHAPES])  # (5, F)
+        drawn[shape], errors[shape] = _draw_like(share[:, rows, columns], shape, *place, radii[shape])
+    shape = min(SHAPES, key=lambda name: errors[name].mean())
+    template = np.zeros_like(share)
+    template[:, rows, columns] = drawn[shape]
 
-    best = SHAPES[errors.mean(1).argmin()]
-    shape_error = errors.min(0).max()
-    motion, displacement, growth = _judge_motion(x, y, radii[best])
-    radius = radii[best].mean()
+    motion, displacement, growth = _judge_motion(x, y, radii[shape])
+    radius = radii[shape].mean()
     report = ObjectReport(
         colour=_nearest(COLOURS, colour),
-        shape=best if _same_all_the_time(errors) and shape_error <= MAX_SHAPE_ERROR else None,
+        shape=shape if _same_all_the_time(shape, errors) else None,
         motion=motion,
         size=("big" if radius > BIG else "small") if motion not in ("grow", "shrink") else None,
         rgb=tuple(colour.tolist()),
-        shape_error=float(shape_error),
+        shape_error=float(errors[shape].mean()),
         position=(float(x.mean()), float(y.mean())),
         displacement=displacement,
         speed=math.hypot(*displacement) * fps / max(len(x) - 1, 1),
         radius=float(radius),
         growth=growth,
     )
-    return report, templates[best]
+    return report, template
 
 
-def _same_all_the_time(errors: np.ndarray) -> bool:
-    """Whether one row is the least in every window of a few frames: a single frame may be too blurred to tell."""
-    window = min(SHAPE_WINDOW, errors.shape[1])
-    windows = np.lib.stride_tricks.sliding_window_view(errors, window, axis=1).mean(-1)  # (5, F - window + 1)
-    return len(set(windows.argmin(0))) == 1
+def _draw_like(
+    share: np.ndarray, shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a shape as blurred as the clip is: a star and its picture are further apart than a blurred star and a disc.
+
+    Returns it, (F, H, W), and its squared difference from `share` as a part of a sharp shape's, (F,).
+    """
+    drawn = coverage(shape, x, y, radius[:, None, None])
+    best = None
+    for _ in range(4):  # blurred by 0, 1, 2 and 3 times 1-2-1, a standard deviation of up to 1.2 pixels
+        error = ((share - drawn) ** 2).sum((1, 2)) / (AREA[shape] * radius**2)
+        if best is None or error.mean() < best[1].mean():
+            best = drawn, error
+        drawn = _blur(drawn)
+    return best
 
 
-def _judge_motion(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> tuple[str | None, tuple[float, float], float]:
+def _same_all_the_time(shape: str, errors: dict[str, np.ndarray]) -> bool:
+    """Whether a shape fits in every window of a few frames, and none fits better: one frame alone may be unclear."""
+    window = min(SHAPE_WINDOW, len(errors[shape]))
+    means = {name: np.convolve(error, np.full(window, 1 / window), "valid") for name, error in errors.items()}
+    least = np.min(list(means.values()), axis=0)
+    return bool((means[shape] <= MAX_SHAPE_ERROR).all() and (means[shape] <= least + SHAPE_TIE).all())
+
+
+def _judge_motion(
+    x: np.ndarray, y: np.ndarray, radius: np.ndarray
+) -> tuple[str | None, tuple[float, float], float]:
     """Fits a straight line through places and sizes, (F,) each. Returns motion, displacement and growth.
 
-    The motion is None where the line is a bad fit (frames out of order, a jump, a turn) or its direction is none of
-    the world's.
+    The motion is None where the line is a bad fit (frames out of order, a jump, a turn) or goes in a direction
+    that is none of the world's.
     """
     if len(x) < 3:
         return None, (0.0, 0.0), 1.0
@@ -261,23 +291,28 @@ def _judge_motion(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> tuple[str
     return motion, (across, down), growth
 
 
+def _where_any(share: np.ndarray, axis: int) -> slice:
+    """From the first to the last row or column in which there is something, and a few more."""
+    found = np.flatnonzero(share.any(tuple({0, 1, 2} - {axis})))
+    return slice(max(found[0] - 3, 0), found[-1] + 4)
+
+
 def _blur(image: np.ndarray) -> np.ndarray:
-    """A little, 1-2-1 in both directions: what a decoder does to edges. (F, H, W)."""
+    """1-2-1 in both directions, (F, H, W)."""
     image = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
     image = (image[:, :-2] + 2 * image[:, 1:-1] + image[:, 2:]) / 4
     return (image[..., :-2] + 2 * image[..., 1:-1] + image[..., 2:]) / 4
 
 
-def _sharpen(share: np.ndarray) -> np.ndarray:
-    """Steeper edges: what is nearly background or nearly object becomes so."""
-    return np.clip(0.5 + 1.5 * (share - 0.5), 0, 1)
-
-
 def _score_objects(seen: list[ObjectReport | None], said: Caption) -> dict[str, bool]:
     pairs = list(zip(seen, said.objects, strict=True))
-    keys = [key for key in ("colour", "shape", "motion", "size") if any(key in words for words in said.objects)]
+    keys = [
+        key for key in ("colour", "shape", "motion", "size") if any(key in words for words in said.objects)
+    ]
     result = {
-        key: all(thing is not None and getattr(thing, key) == words[key] for thing, words in pairs if key in words)
+        key: all(
+            thing is not None and getattr(thing, key) == words[key] for thing, words in pairs if key in words
+        )
         for key in keys
     }
     if said.relation:

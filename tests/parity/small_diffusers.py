@@ -1,0 +1,96 @@
+"""A whole Diffusers checkpoint, small and random, written by the real libraries.
+
+The sizes are small where they may be; the vocabularies are the real ones, the VAE's factors (8 in space, 4 in time)
+and the 16 latent channels too, so that both references' pipelines run on it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+)
+from transformers import (
+    AddedToken,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from random_weights import randomise
+from theirs import QwenTokenizer
+from tokenizer_data import tokenizer_folder
+
+PIPELINES = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline}
+NABLA = dict(
+    attention_type="nabla", attention_P=0.8, attention_wT=5, attention_wH=3, attention_wW=1,
+    attention_add_sta=True, attention_method="topcdf",
+)  # fmt: skip
+
+
+def save_small_checkpoint(
+    folder: Path, kind: str = "t2v", nabla: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **options
+) -> Path:
+    """`build_small_pipeline`, saved by `DiffusionPipeline.save_pretrained(folder, **options)`."""
+    build_small_pipeline(kind, nabla, seed).to(dtype).save_pretrained(folder, **options)
+    return Path(folder)
+
+
+def build_small_pipeline(kind: str = "t2v", nabla: bool = False, seed: int = 0) -> DiffusionPipeline:
+    """kind "t2v" or "i2v"; every parameter is random, norms, gates and modulations included."""
+    return PIPELINES[kind](
+        transformer=randomise(build_transformer(nabla), seed),
+        vae=randomise(build_vae(), seed + 1),
+        text_encoder=randomise(build_qwen(), seed + 2),
+        text_encoder_2=randomise(build_clip(), seed + 3),
+        tokenizer=load_qwen_tokenizer(),
+        tokenizer_2=CLIPTokenizerFast.from_pretrained(tokenizer_folder("clip-vit-large-patch14")),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
+def build_transformer(nabla: bool = False) -> Kandinsky5Transformer3DModel:
+    return Kandinsky5Transformer3DModel(
+        in_visual_dim=16, out_visual_dim=16, visual_cond=True, patch_size=(1, 2, 2), in_text_dim=64, in_text_dim2=32,
+        time_dim=48, model_dim=64, ff_dim=96, num_text_blocks=2, num_visual_blocks=2, axes_dims=(8, 12, 12),
+        **(NABLA if nabla else {}),
+    )  # fmt: skip
+
+
+def build_vae() -> AutoencoderKLHunyuanVideo:
+    return AutoencoderKLHunyuanVideo(block_out_channels=(16, 24, 32, 32), norm_num_groups=8)
+
+
+def build_qwen(**text_sizes) -> Qwen2_5_VLForConditionalGeneration:
+    """Vision tower and lm_head too, as released checkpoints have them."""
+    text = dict(
+        vocab_size=151680, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-6, max_position_embeddings=2048, pad_token_id=151643,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    )  # fmt: skip
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config={**text, **text_sizes}, vision_config=vision))
+
+
+def build_clip() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
+    )
+
+
+def load_qwen_tokenizer() -> QwenTokenizer:
+    folder = tokenizer_folder("qwen2.5")
+    added_tokens = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+    # normalized=False as a released tokenizer_config.json says; without it <|im_end|> is missed before some marks
+    decoder = {i: AddedToken(token, normalized=False, special=True) for token, i in added_tokens.items()}
+    return QwenTokenizer.from_pretrained(
+        folder, added_tokens_decoder=decoder, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )

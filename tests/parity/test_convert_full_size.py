@@ -1,0 +1,102 @@
+"""The tables at the released sizes: each tensor of the references' models has its place in ours, and none is left.
+
+Nothing is loaded: both sides are on the meta device.
+"""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the parity suite needs the extra: pip install .[parity] -c constraints.txt")
+
+from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from kandinsky5 import config as native  # noqa: E402
+from weights_convert import tables  # noqa: E402
+from weights_convert.convert import native_shapes, to_native  # noqa: E402
+from weights_convert.read import Stored, Weights  # noqa: E402
+from weights_convert.sizes import build_config  # noqa: E402
+
+DIT = dict(
+    in_visual_dim=16, out_visual_dim=16, visual_cond=True, patch_size=[1, 2, 2], in_text_dim=3584, in_text_dim2=768
+)  # fmt: skip
+LITE = dict(
+    **DIT, time_dim=512, model_dim=1792, ff_dim=7168, num_text_blocks=2, num_visual_blocks=32, axes_dims=[16, 24, 24]
+)  # fmt: skip
+PRO = dict(
+    **DIT, time_dim=1024, model_dim=4096, ff_dim=16384, num_text_blocks=4, num_visual_blocks=60, axes_dims=[32, 48, 48]
+)  # fmt: skip
+# As the files of HunyuanVideo, Qwen2.5-VL-7B-Instruct (before text_config) and clip-vit-large-patch14 say it.
+VAE = dict(
+    block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32, in_channels=3, out_channels=3,
+    latent_channels=16, scaling_factor=0.476986, spatial_compression_ratio=8, temporal_compression_ratio=4,
+    act_fn="silu", mid_block_add_attention=True,
+)  # fmt: skip
+QWEN = dict(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    rms_norm_eps=1e-6, rope_theta=1000000.0, vocab_size=152064, hidden_act="silu", use_sliding_window=False,
+    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, tie_word_embeddings=False,
+)  # fmt: skip
+CLIP = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
+    max_position_embeddings=77, layer_norm_eps=1e-5, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
+
+# our model and config.json, how the references build it, what our config must come out as
+CASES = {
+    "Lite": ("dit", LITE, lambda: Kandinsky5Transformer3DModel(**LITE), native.LITE),
+    "Pro": ("dit", PRO, lambda: Kandinsky5Transformer3DModel(**PRO), native.PRO),
+    "VAE": ("vae", VAE, AutoencoderKLHunyuanVideo, native.VAEConfig()),
+    "Qwen": ("qwen", QWEN, lambda: Qwen2_5_VLForConditionalGeneration(qwen_config()), native.QwenConfig()),
+    "CLIP": ("clip", CLIP, lambda: CLIPTextModel(CLIPTextConfig(**CLIP)), native.CLIPConfig()),
+    "whole CLIP": ("clip", {"text_config": CLIP}, lambda: CLIPModel(CLIPConfig(text_config=CLIP)), native.CLIPConfig()),
+}
+PARAMETERS = {"Lite": 2_007_702_848, "Pro": 19_311_325_248, "VAE": 246_478_803}
+
+
+def qwen_config() -> Qwen2_5_VLConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    sizes = {key: value for key, value in QWEN.items() if not key.startswith("rope")}
+    return Qwen2_5_VLConfig(text_config={**sizes, "rope_parameters": rope}, vision_config={"hidden_size": 1280})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_of_the_released_size_is_mapped_or_dropped(case):
+    model, config, build, expected = CASES[case]
+    with torch.device("meta"):
+        reference = build().state_dict()
+    tensors = {tables.respell(model, name): stored(tensor) for name, tensor in reference.items()}
+    assert len(tensors) == len(reference)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    assert build_config(model, config, shapes, case) == expected
+    part, dropped = to_native(model, expected, Weights(Path(case), tensors, {}))
+
+    assert {name: t.shape for name, t in part.tensors.items()} == native_shapes(model, expected)
+    assert len(part.tensors) + len(dropped) == len(reference)
+    if case in PARAMETERS:
+        assert sum(prod(t.shape) for t in part.tensors.values()) == PARAMETERS[case]
+        assert not dropped
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_come_from_the_tensors_alone_where_no_config_says_them(case):
+    model, _, build, expected = CASES[case]
+    with torch.device("meta"):
+        reference = build().state_dict()
+    shapes = {tables.respell(model, name): tuple(tensor.shape) for name, tensor in reference.items()}
+    assert build_config(model, {}, shapes, case) == expected
+
+
+def stored(tensor: torch.Tensor) -> Stored:
+    return Stored(Path("a file"), 0, 2 * tensor.numel(), tuple(tensor.shape), "BF16")

@@ -1,0 +1,166 @@
+"""The native folder: what is saved is what is loaded, strictly, and damage is named."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kandinsky5 import Pipeline, checkpoint
+from kandinsky5.config import PRESETS, PRO, find_preset, load_config, save_config
+from random_weights import SMALL, SMALL_DIT, SMALL_NABLA, build_small_models, build_small_pipeline, save_small_checkpoint
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native") / "small"
+    save_small_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A folder of links, whose files can be replaced."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_round_trip(saved):
+    expected, loaded = build_small_pipeline(), Pipeline.load(saved, dtype=torch.float32)
+    assert loaded.config == expected.config
+    for a, b in ((loaded.dit, expected.dit), (loaded.vae, expected.vae), (loaded.text_encoder, expected.text_encoder)):
+        assert all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    # Mapped weights lie at other addresses, and matrix products round differently there.
+    frames = [pipe("a fox", progress=False).int() for pipe in (loaded, expected)]
+    assert (frames[0] - frames[1]).abs().max() <= 1
+
+
+def test_half_precision_leaves_the_float32_islands(saved):
+    pipe = Pipeline.load(saved)
+    kinds = {name: p.dtype for name, p in pipe.dit.named_parameters()}
+    assert kinds["visual_blocks.0.modulation.linear.weight"] == kinds["time_embedder.linear_in.bias"] == torch.float32
+    assert kinds["visual_blocks.0.self_attention.to_q.weight"] == torch.bfloat16
+    assert pipe.dtype == torch.bfloat16 and not pipe.dit.training
+
+
+def test_weights_are_views_of_the_mapped_file(saved):
+    """No copy: the process's own (anonymous) memory stays as it is, however large the file."""
+
+    def anonymous_kb():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"big": torch.nn.Linear(8192, 8192, bias=False)})
+    folder = saved.parent
+    save_file({"big.weight": torch.randn(8192, 8192)}, folder / "big.safetensors")  # 256 MB
+    before = anonymous_kb()
+    checkpoint.load_weights(model, folder, "big", "cpu", torch.float32)
+    assert model["big"].weight.sum().isfinite()
+    assert anonymous_kb() - before < 30_000
+
+
+def test_shards_are_read_through_their_index(saved, copy):
+    tensors = load_file(saved / "dit.safetensors")
+    names = sorted(tensors)
+    (copy / "dit.safetensors").unlink()
+    shards = {"dit-1.safetensors": names[::2], "dit-2.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({n: tensors[n] for n in members}, copy / shard)
+    index = {"weight_map": {n: shard for shard, members in shards.items() for n in members}}
+    (copy / "dit.safetensors.index.json").write_text(json.dumps(index))
+    loaded = Pipeline.load(copy, dtype=torch.float32).dit.state_dict()
+    assert all(loaded[n].equal(tensors[n]) for n in names)
+    (copy / "dit-2.safetensors").unlink()
+    with pytest.raises(ValueError, match="dit-2.safetensors is missing"):
+        Pipeline.load(copy)
+
+
+def test_weights_that_do_not_fit_are_named_with_both_shapes(copy):
+    config = replace(load_config(copy / "config.json"), dit=replace(PRO, text_dim=16, pooled_dim=24))
+    (copy / "config.json").unlink()
+    save_config(config, copy / "config.json")
+    with pytest.raises(ValueError) as caught:
+        Pipeline.load(copy, device="meta")
+    message = str(caught.value)
+    assert "dit.safetensors does not fit" in message and "more" in message and "\n" not in message
+    assert "time_embedder.linear_in.weight: the configuration wants (1024, 4096), the file has (32, 64)" in message
+
+
+def test_missing_and_unknown_tensors_are_named():
+    with pytest.raises(ValueError, match=r"a \(1,\) is missing from the file; c \(3,\) is not part of the model"):
+        checkpoint.check_shapes("x", {"a": (1,), "b": (2,)}, {"b": (2,), "c": (3,)})
+    checkpoint.check_shapes("x", {"b": (2,)}, {"b": (2,)})
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text"])
+def test_damaged_weight_files(saved, copy, damage):
+    path = copy / "vae.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"<html>404</html>"}[damage])
+    with pytest.raises(ValueError, match="vae.safetensors is (missing|no complete safetensors file)") as caught:
+        Pipeline.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_layouts_name_the_command_to_run(tmp_path, saved):
+    with pytest.raises(ValueError, match="is neither a folder nor a preset"):
+        Pipeline.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="holds no config.json.*weights_convert from-diffusers"):
+        Pipeline.load(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"weights_convert from-diffusers {tmp_path}"):
+        Pipeline.load(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        Pipeline.load(saved / "config.json")
+
+
+def test_presets_without_weights_say_so():
+    with pytest.raises(ValueError, match="weights of preset 't2v-lite-sft-5s' are not part of this package"):
+        Pipeline.load("t2v-lite-sft-5s")
+    with pytest.raises(ValueError, match="did you mean t2v-lite-sft-5s"):
+        find_preset("t2v-light-sft-5s")
+    with pytest.raises(ValueError, match="the presets are t2v-lite"):
+        find_preset("zzz")
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), replace(SMALL, dit=replace(SMALL_DIT, nabla=SMALL_NABLA))])
+def test_config_round_trip(config, tmp_path):
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is not a Kandinsky 5 configuration"),
+        ("[]", "expected a table"),
+        ('{"dit": {"depth": 3}}', "DiTConfig has no field depth; its fields are dim, ff_dim"),
+    ],
+)
+def test_damaged_configs(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "config.json")
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "x.safetensors"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_weights({"a": torch.zeros(3)}, target)
+    assert target.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError):
+        save_small_checkpoint(tmp_path / "folder")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_existing_folder_is_left_alone(saved):
+    with pytest.raises(FileExistsError, match="exists: name a new folder"):
+        checkpoint.save_checkpoint(saved, SMALL, build_small_models(), {"qwen": saved, "clip": saved})

@@ -1,0 +1,211 @@
+"""The pipeline: what a user may ask for, what comes out, and what each mistake is answered with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kandinsky5.config import PRESETS
+from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return build_small_pipeline()
+
+
+def run(pipe, prompt="a fox", **arguments):
+    return pipe(prompt, progress=False, **arguments)
+
+
+def test_output_types(pipe):
+    frames, floats, latents = (run(pipe, output_type=kind) for kind in ("uint8", "float", "latents"))
+    assert frames.shape == floats.shape == (1, 5, 32, 48, 3) and latents.shape == (1, 2, 4, 6, 16)
+    assert (frames.dtype, floats.dtype, latents.dtype) == (torch.uint8, torch.float32, torch.float32)
+    assert floats.min() >= 0 and floats.max() <= 1 and (floats * 255).round().equal(frames.float())
+    assert pipe.decode(latents).equal(frames)
+
+
+def test_same_seed_same_video_and_another_seed_another(pipe):
+    assert run(pipe, seed=3).equal(run(pipe, seed=3))
+    assert not run(pipe, seed=3).equal(run(pipe, seed=4))
+
+
+def test_noise_is_drawn_on_the_cpu_in_float32(pipe):
+    expected = torch.randn(2, 4, 6, 16, generator=torch.Generator().manual_seed(9))
+    assert pipe._initial_noise(None, 9, 1, 32, 48, 5)[0][0].equal(expected)
+    half = build_small_pipeline()
+    half.dit.bfloat16()
+    assert half._initial_noise(None, 9, 1, 32, 48, 5)[0][0].equal(expected)
+
+
+def test_a_batch_of_unequal_prompts_gives_each_what_it_gets_alone(pipe):
+    prompts = ["a fox", "a very long description of a red fox that runs through deep snow", ""]
+    together = run(pipe, prompts, num_videos_per_prompt=2, seed=5, output_type="latents")
+    assert together.shape[0] == 6
+    for i in range(6):
+        alone = run(pipe, prompts[i // 2], seed=5 + i, output_type="latents")
+        assert relative_error(together[i : i + 1], alone) < 1e-4
+
+
+def test_given_latents_take_the_place_of_the_seed(pipe):
+    latents = torch.randn(1, 2, 4, 6, 16, generator=torch.Generator().manual_seed(2))
+    given = run(pipe, latents=latents.transpose(1, 2).contiguous().transpose(1, 2), output_type="latents")
+    assert given.equal(run(pipe, latents=latents, seed=8, output_type="latents"))
+    assert not given.equal(run(pipe, seed=8, output_type="latents"))
+
+
+def test_guidance_of_one_is_one_pass_without_the_negative_prompt(pipe, monkeypatch):
+    passes = []
+    monkeypatch.setattr(pipe.dit, "forward", lambda x, *rest, f=pipe.dit.forward: passes.append(1) or f(x, *rest))
+    one = run(pipe, guidance_scale=1.0, negative_prompt="rain")
+    assert len(passes) == 2
+    assert one.equal(run(pipe, guidance_scale=1.0 + 5e-7)) and len(passes) == 4
+    run(pipe, guidance_scale=1.1)
+    assert len(passes) == 8
+
+
+def test_negative_prompt_steers(pipe):
+    assert not run(pipe, negative_prompt="rain").equal(run(pipe, negative_prompt="snow"))
+    assert run(pipe).equal(run(pipe, negative_prompt=pipe.config.sampling.negative_prompt))
+
+
+def test_long_prompts_are_cut(pipe):
+    long = "fox " * 400
+    assert run(pipe, long, max_sequence_length=8).equal(run(pipe, long + "in the rain", max_sequence_length=8))
+    assert not run(pipe, long, max_sequence_length=8).equal(run(pipe, long, max_sequence_length=9))
+
+
+def test_callback_sees_steps_and_can_stop_and_replace(pipe):
+    seen = []
+    run(pipe, num_inference_steps=4, callback=lambda *step: seen.append(step))
+    assert [s[0] for s in seen] == [0, 1, 2, 3] and seen[-1][1] == 0
+    first = run(pipe, num_inference_steps=4, output_type="latents", callback=lambda step, t, x: False)
+    assert first.equal(seen[0][2])
+    zeros = run(pipe, output_type="latents", callback=lambda step, t, x: torch.zeros_like(x) if t == 0 else None)
+    assert not zeros.any()
+
+
+def test_image_is_the_first_frame_and_keeps_its_shape(pipe):
+    image = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8)
+    latents = run(pipe, image=image, output_type="latents")
+    assert latents.shape == (1, 2, 4, 8, 16)  # 40×90 at 1536 pixels is 26×59, in steps of 16: 32×64
+    assert run(pipe, image=image, height=32, width=48, output_type="latents").shape == (1, 2, 4, 6, 16)
+    first, *_ = pipe._encode_image(image, 32, 64, [torch.Generator().manual_seed(0)] * 2)
+    noise_first = torch.Generator().manual_seed(0)
+    torch.randn(2, 4, 8, 16, generator=noise_first)  # the generator has drawn the video's noise before the image's
+    expected = pipe._encode_image(image, 32, 64, [noise_first])
+    assert latents[:, :1].equal(expected) and first.shape == (1, 4, 8, 16)
+
+
+def test_mask_channel_marks_the_given_frame_and_conditioning_is_zero(pipe):
+    latents = torch.randn(1, 3, 4, 6, 16)
+    without, given = (pipe._build_condition(latents, frame) for frame in (None, latents[:, :1]))
+    assert without.shape == (1, 3, 4, 6, 17) and not without.any()
+    assert (given[:, 0, ..., 16] == 1).all() and given.sum() == 4 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(dtype):
+    exact, half = build_small_pipeline(), build_small_pipeline()
+    for model in (half.dit, half.vae, half.text_encoder):
+        model.to(dtype)
+    a, b = (run(p, guidance_scale=1.0, output_type="latents") for p in (exact, half))
+    assert b.dtype == torch.float32 and relative_error(b, a) < 2e-2
+    assert run(half, image=torch.zeros(32, 48, 3, dtype=torch.uint8)).shape == (1, 5, 32, 48, 3)
+
+
+def test_nabla_pipeline():
+    pipe = build_small_pipeline(dit=replace(SMALL_DIT, nabla=SMALL_NABLA))
+    assert run(pipe, height=128, width=256, output_type="latents").isfinite().all()
+    with pytest.raises(ValueError, match="height 32: with NABLA a side is a multiple of 128; try 128 or 256"):
+        run(pipe)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"height": 500}, "height 500: a side is a multiple of 16; try 496 or 512"),
+        ({"width": 8}, "width 8: a side is a multiple of 16; try 16 or 32"),
+        ({"width": -16}, "width -16: a side is a multiple of 16"),
+        ({"num_frames": 24}, "24 frames: a clip has 4k [+] 1 frames; try 21 or 25"),
+        ({"num_frames": 0}, "0 frames: .* try 1 or 5"),
+        ({"num_inference_steps": 0}, "0 steps: sampling takes at least 1 step"),
+        ({"shift": 0.0}, "shift 0.0: it must be positive"),
+        ({"schedule": "linear"}, "schedule 'linear': choose one of official, diffusers"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan: it must be a finite number"),
+        ({"prompt": []}, "give a string, or a list of at least one string"),
+        ({"prompt": 3}, "prompt 3: give a string"),
+        ({"negative_prompt": ["a", "b"]}, "give one string, or a list of 1"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt 0: it must be at least 1"),
+        ({"max_sequence_length": 0}, "max_sequence_length 0: it must be at least 1"),
+        ({"output_type": "pil"}, "output_type 'pil': choose uint8, float or latents"),
+        ({"rope_scale": (1.0, 2.0)}, "give three positive numbers"),
+        ({"latents": torch.zeros(1, 2, 4, 4, 16)}, r"latents \(1, 2, 4, 4, 16\): this prompt and size need"),
+        ({"latents": torch.full((1, 2, 4, 6, 16), torch.nan)}, "the given latents contain NaN"),
+        ({"image": torch.zeros(3, 8, 8)}, "give a path, or uint8"),
+        ({"image": "no/such/file.png"}, "no/such/file.png"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run(pipe, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_task_of_the_checkpoint():
+    image = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="from a prompt alone"):
+        run(build_small_pipeline(tasks=("t2v",)), image=image)
+    with pytest.raises(ValueError, match="give an image"):
+        run(build_small_pipeline(tasks=("i2v",)))
+
+
+def test_nan_is_named_with_its_step(pipe):
+    def damage(step, t, x):
+        return torch.full_like(x, torch.nan) if step == 1 else None
+
+    with pytest.raises(ValueError, match="after step 3 of 4 the latents contain NaN"):
+        run(pipe, num_inference_steps=4, callback=damage)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_at_its_size_on_the_meta_device(name):
+    """From token ids to frames, two steps; an operation that meets a tensor left on the CPU fails there."""
+    pipe = build_meta_pipeline(PRESETS[name])
+    sampling = pipe.config.sampling
+    size = (sampling.num_frames, sampling.height, sampling.width)
+    image = torch.zeros(*size[1:], 3, dtype=torch.uint8) if pipe.config.tasks == ("i2v",) else None
+    if name == "i2v-pro-sft-5s-hd":  # the image's shape at an area of 1024², in steps of 128
+        size = (121, 768, 1280)
+    frames = run(pipe, image=image, num_inference_steps=2)
+    assert frames.device.type == "meta" and frames.dtype == torch.uint8
+    assert frames.shape == (1, *size, 3)
+
+
+def test_a_tensor_left_on_the_cpu_is_noticed():
+    pipe = build_meta_pipeline(PRESETS["t2v-lite-nocfg-5s"])
+    pipe.dit.patch_embedder.bias = torch.nn.Parameter(torch.zeros(pipe.config.dit.dim, dtype=torch.bfloat16))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run(pipe, num_inference_steps=1)
+
+
+def test_presets_are_the_rows_of_spec():
+    rows = {name: (p.sampling, p.dit.nabla and p.dit.nabla.P, p.sampling.rope_scale[1]) for name, p in PRESETS.items()}
+    assert len(rows) == 15
+    found = {n: (s.num_inference_steps, s.guidance_scale, s.shift, s.height, s.width, s.num_frames, scale, P)
+             for n, (s, P, scale) in rows.items()}  # fmt: skip
+    assert found["t2v-lite-sft-5s"] == (50, 5, 5, 512, 768, 121, 2, None)
+    assert found["t2v-lite-pretrain-5s"] == found["t2v-lite-sft-5s"]
+    assert found["t2v-lite-nocfg-5s"] == (50, 1, 5, 512, 768, 121, 2, None)
+    assert found["t2v-lite-distilled16steps-5s"] == (16, 1, 5, 512, 768, 121, 2, None)
+    assert found["t2v-lite-sft-10s"] == found["t2v-lite-pretrain-10s"] == (50, 5, 10, 512, 768, 241, 2, 0.9)
+    assert found["t2v-lite-nocfg-10s"] == (50, 1, 10, 512, 768, 241, 2, 0.9)
+    assert found["t2v-lite-distilled16steps-10s"] == (16, 1, 10, 512, 768, 241, 2, 0.9)
+    assert found["i2v-lite-5s"] == (50, 5, 10, 512, 768, 121, 2, None)
+    assert found["t2v-pro-sft-5s-sd"] == found["i2v-pro-sft-5s-sd"] == (50, 5, 10, 512, 768, 121, 2, None)
+    assert found["t2v-pro-sft-5s-hd"] == (50, 5, 10, 768, 1280, 121, 3.16, 0.8)
+    assert found["t2v-pro-sft-10s-sd"] == (50, 5, 10, 512, 768, 241, 2, 0.9)
+    assert found["t2v-pro-sft-10s-hd"] == (50, 5, 10, 768, 1280, 241, 3.16, 0.7)
+    assert found["i2v-pro-sft-5s-hd"] == (50, 5, 5, 768, 1280, 121, 3.16, 0.8)
