@@ -101,7 +101,7 @@ def to_float(video: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """The VAE's (B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), clamped and rounded as diffusers does."""
+    """The VAE's (B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), clamped, rounded as diffusers does."""
     return (to_float(video) * 255).round().to(torch.uint8)
 
 
@@ -218,8 +218,9 @@ def _encode_mp4(path: Path, frames: np.ndarray, fps: float, quality: float, comm
         if comment is not None:
             container.metadata["comment"] = comment
         rate = Fraction(fps).limit_denominator(1001)  # 23.976023976 -> 24000/1001
-        # chromaloc=1: swscale averages colour over 2x2 pixels; H.264's default says that it sits on the left one
-        options = {"crf": str(38 - 2 * quality), "x264-params": "chromaloc=1"}
+        # chromaloc=1: swscale puts colour in the middle of 2x2 pixels; H.264's default is their left side.
+        # mbtree=0: x264's macroblock tree reads memory that it never wrote (bytes differ from run to run).
+        options = {"crf": str(38 - 2 * quality), "x264-params": "chromaloc=1:mbtree=0"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         encoder = stream.codec_context
