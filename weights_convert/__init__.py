@@ -1,5 +1,6 @@
 """Checkpoints of other layouts to the native one and back; the only place that knows other people's names."""
 
-from weights_convert.convert import from_diffusers
+from weights_convert.convert import from_diffusers, from_official, to_diffusers
+from weights_convert.inspect import inspect
 
-__all__ = ["from_diffusers"]
+__all__ = ["from_diffusers", "from_official", "inspect", "to_diffusers"]

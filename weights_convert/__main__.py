@@ -1,51 +1,125 @@
-"""python -m weights_convert from-diffusers SRC DST"""
+"""Kandinsky 5.0 checkpoints from one layout to another, and what a file or folder is. Works offline."""
 
 import argparse
+import json
+import re
+import signal
 import sys
 
+from kandinsky5.checkpoint import MODELS
+from kandinsky5.config import PipelineConfig
 from weights_convert import convert
+from weights_convert.inspect import as_table, inspect
+from weights_convert.write import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 2 with one line on stderr if not."""
-    options = build_parser().parse_args(arguments)
+    """Run one command; returns 0 if it worked, 2 with one line on stderr if not, 130 if interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C
+    options = vars(build_parser().parse_args(arguments))
+    run = options.pop("run")
     try:
-        return options.run(options)
+        run(**options)
+        return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: --resume goes on with the files that are finished", file=sys.stderr)
         return 130
 
 
-def run_from_diffusers(options) -> int:
-    config = convert.from_diffusers(options.src, options.dst, preset=options.preset)
-    print(f"{options.dst}: {config.name}, {' and '.join(config.tasks)}")
-    if options.preset is None:
-        print_presets(config)
-    return 0
+def run_from_diffusers(**options) -> None:
+    print_config(convert.from_diffusers(**options), options)
 
 
-def print_presets(config) -> None:
-    names = convert.presets_like(config)
-    sampling = config.sampling
+def run_from_official(**options) -> None:
+    print_config(convert.from_official(**options), options)
+
+
+def run_to_diffusers(**options) -> None:
+    config = convert.to_diffusers(**options)
+    print(f"{options['dst']}: {config.name} in the Diffusers layout")
+
+
+def run_inspect(path: str, as_json: bool) -> None:
+    report = inspect(path)
+    print(json.dumps(report, indent=2) if as_json else as_table(report))
+
+
+def print_config(config: PipelineConfig, options: dict) -> None:
+    if options["only"] not in (None, "dit"):
+        print(f"{options['dst']}: {options['only']} converted")
+        return
+    sampling, attention = config.sampling, "NABLA" if config.dit.nabla else "full attention"
     print(
-        f"It samples with {sampling.num_inference_steps} steps and guidance {sampling.guidance_scale:g} by default. A distilled "
-        "or no-CFG checkpoint needs other numbers: convert it with --preset NAME."
+        f"{options['dst']}: {config.name}, {' and '.join(config.tasks)}, {attention}; by default "
+        f"{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, shift {sampling.shift:g}"
     )
-    print(f"Presets of this size: {', '.join(names) or 'none'}")
+    if not options["preset"]:
+        like = ", ".join(convert.presets_like(config)) or "none"
+        print(
+            f"Presets with this DiT, attention and task: {like}. A distilled or no-CFG checkpoint needs other steps "
+            "and guidance: convert it with --preset NAME."
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m weights_convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
     command = commands.add_parser("from-diffusers", help="Diffusers layout → native folder")
-    command.add_argument("src", metavar="SRC", help="folder with model_index.json")
-    command.add_argument("dst", metavar="DST", help="native folder to write; it must not exist yet")
+    command.add_argument(
+        "src", metavar="SRC", help="folder with model_index.json; with --only also one model's folder or file"
+    )
+    add_common(command, run_from_diffusers)
     command.add_argument("--preset", metavar="NAME", help="sample with the defaults of this preset")
-    command.set_defaults(run=run_from_diffusers)
+
+    command = commands.add_parser("from-official", help="official DiT file, VAE, Qwen and CLIP → native folder")
+    command.add_argument("--dit", metavar="FILE", help="safetensors file of the official release")
+    command.add_argument("--vae", metavar="PATH", help="Tencent's pytorch_model.pt, or a Diffusers VAE folder")
+    command.add_argument("--qwen", metavar="PATH", help="Hugging Face folder of Qwen2.5-VL, or one file")
+    command.add_argument("--clip", metavar="PATH", help="Hugging Face folder of CLIP ViT-L/14, or one file")
+    command.add_argument("--qwen-tokenizer", metavar="DIR", help="if it does not lie with the weights")
+    command.add_argument("--clip-tokenizer", metavar="DIR", help="if it does not lie with the weights")
+    add_common(command, run_from_official)
+    command.add_argument(
+        "--preset", metavar="NAME", help="which release this is: its task, NABLA, shift, steps, guidance"
+    )
+
+    command = commands.add_parser("to-diffusers", help="native folder → Diffusers layout")
+    command.add_argument("src", metavar="SRC", help="native folder")
+    add_common(command, run_to_diffusers)
+
+    command = commands.add_parser("inspect", help="what a file or folder is")
+    command.add_argument("path", metavar="PATH")
+    command.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
+    command.set_defaults(run=run_inspect)
     return parser
+
+
+def add_common(command: argparse.ArgumentParser, run) -> None:
+    command.add_argument("dst", metavar="DST", help="folder to write; it must not exist yet")
+    command.add_argument("--only", choices=MODELS, help="convert this model alone")
+    command.add_argument("--base", metavar="DIR", help="folder in DST's layout that the models not converted come from")
+    command.add_argument("--dtype", choices=convert.DTYPES, help="cast to this precision (default: as it is)")
+    command.add_argument("--cast-all", action="store_true", help="cast the DiT's float32 parts too")
+    command.add_argument(
+        "--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default: 5GB"
+    )
+    command.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    command.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 hashes")
+    command.add_argument("--quiet", action="store_false", dest="progress", help="no progress bar")
+    command.set_defaults(run=run)
+
+
+def parse_size(text: str) -> int:
+    """ "5GB" → 5·10⁹; KB, MB, GB, or bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2].upper()] if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 5GB or 500MB")
+    return int(size)
 
 
 if __name__ == "__main__":

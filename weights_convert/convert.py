@@ -1,159 +1,353 @@
-"""Checkpoint folders from one layout to another. `tables.py` has the names, `sizes.py` the configs."""
+"""Checkpoint folders from one layout to another: what is read, what is written, and whether it fits.
 
-import json
+    from_diffusers, from_official → native folder (kandinsky5/checkpoint.py) → to_diffusers
+
+`tables.py` has the names, `sizes.py` the configs, `write.py` the way a folder comes into being.
+"""
+
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from kandinsky5.checkpoint import MODELS
 from kandinsky5.clip import CLIPText
-from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset, save_config
+from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 from weights_convert import tables
-from weights_convert.read import FLOATS, Stored, Weights, count, read_json, read_weights
-from weights_convert.sizes import build_config
-from weights_convert.write import Part, new_folder, write_part
+from weights_convert.diffusers_files import TASKS, write_model_index, write_scheduler, write_tokenizer_configs
+from weights_convert.read import FLOATS, Weights, read_json, read_weights, write_json
+from weights_convert.sizes import build_config, to_their_config
+from weights_convert.write import Options, Part, say, write_folder
 
 CLASSES = {"dit": DiT, "vae": VAE, "qwen": Qwen, "clip": CLIPText}
-# Where the Diffusers layout keeps what the native one keeps at the top.
-DIFFUSERS_FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "text_encoder_2"}
-TOKENIZERS = {"qwen_tokenizer": "tokenizer", "clip_tokenizer": "tokenizer_2"}
-TASKS = {"Kandinsky5T2VPipeline": ("t2v",), "Kandinsky5I2VPipeline": ("i2v",)}
-MAX_SHARD_SIZE = 5 * 10**9
+# Where the Diffusers layout keeps what the native one keeps at the top, and what its weight files are called.
+FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "text_encoder_2"}
+STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "qwen": "model", "clip": "model"}
+TOKENIZERS = {"qwen": "tokenizer", "clip": "tokenizer_2"}
+NATIVE_CONFIG = "kandinsky5.json"  # our config.json, kept in the folders that `to_diffusers` writes
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+class Source(NamedTuple):
+    """One model as it was found: tensors by their Diffusers names, sizes, and the folder of its tokenizer if any."""
+
+    weights: Weights
+    sizes: object
+    tokenizer: Path | None
 
 
 def from_diffusers(
     src: str | Path,
     dst: str | Path,
     preset: str | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    progress: bool = True,
+    only: str | None = None,
+    base: str | Path | None = None,
+    **options,
 ) -> PipelineConfig:
     """Write the native checkpoint folder `dst` from `src`, a folder in the Diffusers layout (SPEC §9).
 
     preset: whose steps, guidance, size and rope_scale to sample with by default; else those of `SamplingConfig`.
-    ValueError, in one line, for anything that is missing, too much, or does not fit.
+    only: "dit", "vae", "qwen" or "clip"; then `src` may also be the folder or file of this model alone.
+    base: native folder that all other models come from (their files are shared, not copied).
+    options: the fields of `write.Options`. ValueError, in one line, for anything that is missing or does not fit.
     """
-    src, dst = Path(src), Path(dst)
-    model_index = src / "model_index.json"
-    if not model_index.is_file():
-        raise ValueError(f"{src} is not in the Diffusers layout: it has no model_index.json")
-    class_name = read_json(model_index).get("_class_name")
-    if class_name not in TASKS:
-        raise ValueError(f"{model_index} names the pipeline {class_name!r}; this code knows {' and '.join(TASKS)}")
+    src, models = Path(src), _chosen(only)
+    whole = (src / "model_index.json").is_file()
+    if not whole and not only:
+        raise ValueError(
+            f"{src} is not in the Diffusers layout (no model_index.json); for one model alone, say which: --only"
+        )
+    sources = {}
+    for model in models:
+        tokenizer = src / TOKENIZERS[model] if whole and model in TOKENIZERS else None
+        sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
 
-    sources, sizes = {}, {}
-    for model in MODELS:
-        folder = src / DIFFUSERS_FOLDERS[model]
-        sources[model] = read_theirs(model, folder)
-        sizes[model] = build_config(model, read_json(folder / "config.json"), shapes(sources[model]), str(folder))
-    shift = read_json(src / "scheduler" / "scheduler_config.json").get("shift", 1.0)
-    config = build_pipeline_config(src.resolve().name, TASKS[class_name], sizes, shift, preset)
-
-    parts, dropped = {}, {}
-    for model in MODELS:
-        parts[model], dropped[model] = to_native(model, sizes[model], sources[model])
-
-    with new_folder(dst) as partial:
-        save_config(config, partial / "config.json")
-        for ours, theirs in TOKENIZERS.items():
-            copy_tokenizer(src / theirs, partial / ours)
-        total = sum(part.nbytes(name) for part in parts.values() for name in part.tensors)
-        with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress) as bar:
-            for part in parts.values():
-                write_part(partial, part, max_shard_size, bar.update, lambda text: bar.write(f"warning: {text}"))
+    config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src.resolve().name)
+    config = load_config(Path(base) / "config.json") if base else config
+    if whole and "dit" in models:  # task and shift are the DiT's
+        shift = read_shift(src / "scheduler" / "scheduler_config.json")
+        config = replace(config, tasks=read_tasks(src), sampling=replace(config.sampling, shift=shift))
+    config = replace(config, **{model: source.sizes for model, source in sources.items()})
+    config = use_preset(config, preset, config.sampling.shift) if preset else config
+    write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
 
-def read_theirs(model: str, path: Path) -> Weights:
-    """The weights of one model, their names spelled as in the table."""
+def from_official(
+    dst: str | Path,
+    dit: str | Path | None = None,
+    vae: str | Path | None = None,
+    qwen: str | Path | None = None,
+    clip: str | Path | None = None,
+    preset: str | None = None,
+    only: str | None = None,
+    base: str | Path | None = None,
+    qwen_tokenizer: str | Path | None = None,
+    clip_tokenizer: str | Path | None = None,
+    **options,
+) -> PipelineConfig:
+    """Write the native checkpoint folder `dst` from the files that the authors' code reads (SPEC §9).
+
+    dit: one safetensors file; vae: Tencent's pytorch_model.pt or a Diffusers folder; qwen, clip: Hugging Face folders
+    or single files. Tokenizers lie there too, or in `qwen_tokenizer`, `clip_tokenizer`.
+    A bare DiT file says nothing of task, shift and NABLA: these come from `preset`. The rest is as in `from_diffusers`.
+    """
+    paths = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}
+    tokenizers = {"qwen": qwen_tokenizer, "clip": clip_tokenizer}
+    models = [model for model in _chosen(only) if paths[model] or not base]
+    if missing := [f"--{model}" for model in models if not paths[model]]:
+        raise ValueError(
+            f"{', '.join(missing)} is not given: give all four models, or a native folder that has the others "
+            "(--base), or say which one to convert alone (--only)"
+        )
+    sources = {model: read_source(model, Path(paths[model]), tokenizers.get(model)) for model in models}
+    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst).name)
+    config = replace(config, **{model: source.sizes for model, source in sources.items()})
+    if preset:
+        chosen = find_preset(preset)
+        beside = find_config(Path(dit)) if dit else None
+        if dit and not (beside and "attention_type" in read_json(beside)):
+            config = replace(config, dit=replace(config.dit, nabla=chosen.dit.nabla))
+        config = use_preset(replace(config, tasks=chosen.tasks), preset, chosen.sampling.shift)
+    write_native(Path(dst), sources, config, base, Options(**options))
+    return config
+
+
+def to_diffusers(
+    src: str | Path, dst: str | Path, only: str | None = None, base: str | Path | None = None, **options
+) -> PipelineConfig:
+    """Write a folder in the Diffusers layout from the native folder `src`.
+
+    only: this model alone, in its subfolder. base: folder in the Diffusers layout that all the rest comes from.
+    The native folder has neither Qwen's vision tower nor its lm_head. Without `base`, the Qwen written here has a
+    vision tower of no layers and its embedding for a head: enough for these pipelines, which give it text alone.
+    """
+    src, dst, options = Path(src), Path(dst), Options(**options)
+    config = load_config(src / "config.json")
+    parts = []
+    for model in _chosen(only):
+        weights, stem = read_weights(src, model), f"{FOLDERS[model]}/{STEMS[model]}"
+        parts.append(
+            build_part(model, getattr(config, model), weights, str, partial(tables.theirs, model), stem, options)
+        )
+
+    linked = {}
+    if base:
+        if not (Path(base) / "model_index.json").is_file():
+            raise ValueError(f"{base} (--base) is not in the Diffusers layout: it has no model_index.json")
+        replaced = {"scheduler", "model_index.json", NATIVE_CONFIG, *(FOLDERS[model] for model in _chosen(only))}
+        linked = list_files(Path(base), lambda place: place.parts[0] not in replaced)
+
+    def write_small_files(folder: Path) -> None:
+        for model in _chosen(only):
+            write_json(to_their_config(model, getattr(config, model)), folder / FOLDERS[model] / "config.json")
+            if model in TOKENIZERS and not base and (src / f"{model}_tokenizer").is_dir():
+                copy_tokenizer(src / f"{model}_tokenizer", folder / TOKENIZERS[model])
+                write_tokenizer_configs(model, folder / TOKENIZERS[model])
+        if base or not only:
+            write_scheduler(config.sampling.shift, folder / "scheduler" / "scheduler_config.json")
+            write_model_index(config.tasks, folder / "model_index.json", base)
+            save_config(config, folder / NATIVE_CONFIG)
+
+    write_folder(dst, parts, write_small_files, linked, options)
+    return config
+
+
+def write_native(
+    dst: Path, sources: Mapping[str, Source], config: PipelineConfig, base: str | Path | None, options: Options
+) -> None:
+    """Write `sources` and `config`; the other models' files are those of the native folder `base`."""
+    parts, linked = [], {}
+    for model, source in sources.items():
+        parts.append(
+            build_part(model, source.sizes, source.weights, partial(tables.theirs, model), str, model, options)
+        )
+    with_tokenizer = [model for model, source in sources.items() if source.tokenizer]
+    for model in TOKENIZERS.keys() - with_tokenizer if len(sources) == len(MODELS) else ():
+        raise ValueError(
+            f"no tokenizer lies with {sources[model].weights.source}: say where it is (--{model}-tokenizer)"
+        )
+    if base:
+        ours = tuple(f"{model}{end}" for model in sources for end in (".safetensors", "-")) + ("config.json",)
+        ours += tuple(f"{model}_tokenizer" for model in with_tokenizer)
+        linked = list_files(Path(base), lambda place: not place.parts[0].startswith(ours))
+    check_models_fit(config, {*sources, *(place.split(".")[0].split("-")[0] for place in linked)})
+
+    def write_small_files(folder: Path) -> None:
+        save_config(config, folder / "config.json")
+        for model in with_tokenizer:
+            copy_tokenizer(sources[model].tokenizer, folder / f"{model}_tokenizer")
+
+    for model, source in sources.items():
+        if options.progress:
+            tell_dropped(model, source.weights)
+    write_folder(dst, parts, write_small_files, linked, options)
+
+
+def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> Source:
+    """A model's folder or file in any layout but the native. tokenizer: its folder, if that is not the same one."""
     weights = read_weights(path)
-    tensors = {}
-    for name, stored in weights.tensors.items():
-        standard = tables.respell(model, name)
-        if standard in tensors:
-            raise ValueError(f"{weights.source} holds {standard} twice, once as {name}")
-        tensors[standard] = stored
-    return weights._replace(tensors=tensors)
+    weights = weights._replace(tensors=tables.respell(model, weights.tensors))
+    config = find_config(path)
+    shapes = {name: stored.shape for name, stored in weights.tensors.items()}
+    sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
+    beside = path if path.is_dir() else path.parent
+    if model in TOKENIZERS and not tokenizer and has_tokenizer(beside):
+        tokenizer = beside
+    return Source(weights, sizes, Path(tokenizer) if tokenizer else None)
 
 
-def to_native(model: str, sizes, source: Weights) -> tuple[Part, dict[str, Stored]]:
-    """Our names for their tensors; and what is dropped. ValueError with the full list of what does not fit."""
-    wanted = native_shapes(model, sizes)
-    names = {ours: tables.theirs(model, ours) for ours in wanted}
-    dropped = {n: t for n, t in source.tensors.items() if n.startswith(tables.DROPPED[model])}
-    problems = [f"{n} is missing" for n in names.values() if n not in source.tensors]
-    problems += [f"{n} is not known" for n in source.tensors if n not in {*names.values(), *dropped}]
+def find_config(path: Path) -> Path | None:
+    """The config.json in a folder of weights, or beside a file of them."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return config if config.is_file() else None
+
+
+def build_part(
+    model: str,
+    sizes: object,
+    weights: Weights,
+    name_there: Callable[[str], str],
+    name_here: Callable[[str], str],
+    stem: str,
+    options: Options,
+) -> Part:
+    """Give every tensor of our model its place in the output. The two functions turn our name of it into that of the
+    source and that of the output. ValueError, with the full list, for tensors that are missing, unknown or misshapen.
+    """
+    shapes, islands = describe_model(model, sizes)
+    names = {ours: name_there(ours) for ours in shapes}
+    known = {*names.values(), *dropped(model, weights)}
+    problems = [f"{n} is missing" for n in names.values() if n not in weights.tensors]
+    problems += [f"{n} is not known" for n in weights.tensors if n not in known]
+    tensors, dtypes = {}, {}
     for ours, theirs in names.items():
-        stored = source.tensors.get(theirs)
-        if stored and stored.shape != wanted[ours]:
-            problems.append(f"{theirs}: the configuration wants {wanted[ours]}, the file has {stored.shape}")
-        if stored and stored.dtype not in FLOATS:
-            problems.append(f"{theirs} is stored as {stored.dtype}, not as one of {', '.join(FLOATS)}")
+        if stored := weights.tensors.get(theirs):
+            if stored.shape != shapes[ours]:
+                problems.append(f"{theirs} is {stored.shape} in the file, {shapes[ours]} by the config.json")
+            if stored.dtype not in FLOATS:
+                problems.append(f"{theirs} is stored as {stored.dtype}, not as one of {', '.join(FLOATS)}")
+            tensors[name_here(ours)] = stored
+            wanted = "F32" if ours in islands and not options.cast_all else DTYPES.get(options.dtype, stored.dtype)
+            dtypes[name_here(ours)] = wanted if options.dtype else stored.dtype
     if problems:
-        raise ValueError(f"{source.source} does not fit a {model} of its config.json: {'; '.join(problems)}")
-    tensors = {ours: source.tensors[theirs] for ours, theirs in names.items()}
-    dtypes = {name: stored.dtype for name, stored in tensors.items()}
-    return Part(model, tensors, dtypes, source.metadata), dropped
+        raise ValueError(f"{weights.source} holds no {model} of these sizes: {'; '.join(problems)}")
+    return Part(stem, tensors, dtypes, weights.metadata)
 
 
-def native_shapes(model: str, sizes) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of our model's tensors, in its order."""
+def describe_model(model: str, sizes: object) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Names and shapes of our model's tensors, in its order; and which stay in float32 in half precision (SPEC §2)."""
     try:
         with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in CLASSES[model](sizes).state_dict().items()}
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            built = CLASSES[model](sizes)
+    except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
         raise ValueError(f"no {model} can have the sizes {sizes}: {error}") from error
+    islands = {
+        f"{n}.{kind}" for n, m in built.named_modules() if isinstance(m, Float32Linear) for kind in ("weight", "bias")
+    }
+    return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, islands
 
 
-def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
-    return {name: stored.shape for name, stored in weights.tensors.items()}
+def dropped(model: str, weights: Weights) -> list[str]:
+    return [name for name in weights.tensors if name.startswith(tables.DROPPED[model])]
 
 
-def build_pipeline_config(
-    name: str, tasks: tuple[str, ...], sizes: Mapping, shift: float, preset: str | None
-) -> PipelineConfig:
-    """What the native config.json says; ValueError where the models, or models and preset, do not fit together."""
-    dit, vae, qwen, clip = (sizes[model] for model in MODELS)
-    for what, one, other in (
-        ("the DiT's in_text_dim and Qwen's hidden_size", dit.text_dim, qwen.dim),
-        ("the DiT's in_text_dim2 and CLIP's hidden_size", dit.pooled_dim, clip.dim),
-        ("the DiT's in_visual_dim and the VAE's latent_channels", dit.in_channels, vae.latent_channels),
+def tell_dropped(model: str, weights: Weights) -> None:
+    """Say what is left out, and how large it is."""
+    for start in tables.DROPPED[model]:
+        sizes = [stored.nbytes for name, stored in weights.tensors.items() if name.startswith(start)]
+        if sizes:
+            say(f"left out of {weights.source}: {start}* ({len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB)")
+
+
+def check_models_fit(config: PipelineConfig, present: set[str]) -> None:
+    """ValueError where one model's output is not the other's input, of the models that are present."""
+    dit = config.dit
+    for other, what, theirs, key, value in (
+        ("qwen", "Qwen's hidden_size", config.qwen.dim, "in_text_dim", dit.text_dim),
+        ("clip", "CLIP's hidden_size", config.clip.dim, "in_text_dim2", dit.pooled_dim),
+        ("vae", "the VAE's latent_channels", config.vae.latent_channels, "in_visual_dim", dit.in_channels),
     ):
-        if one != other:
-            raise ValueError(f"{what} differ, {one} and {other}: these models do not belong together")
-    if preset is None:
-        sampling = SamplingConfig(shift=float(shift), rope_scale=None)
-    else:
-        chosen = find_preset(preset)
-        if replace(chosen.dit, nabla=None) != replace(dit, nabla=None):
-            raise ValueError(f"preset {preset} has a DiT of other sizes: {chosen.dit}, the checkpoint {dit}")
-        if chosen.tasks != tasks:
-            raise ValueError(f"preset {preset} is for {chosen.tasks[0]}, model_index.json says {tasks[0]}")
-        name, sampling = preset, replace(chosen.sampling, shift=float(shift))
-    return PipelineConfig(name=name, tasks=tasks, dit=dit, vae=vae, qwen=qwen, clip=clip, sampling=sampling)
+        if {"dit", other} <= present and theirs != value:
+            raise ValueError(f"the DiT's {key} is {value}, {what} {theirs}: these models do not belong together")
+
+
+def use_preset(config: PipelineConfig, preset: str, shift: float) -> PipelineConfig:
+    """`config` with the name and the sampling defaults of a preset, which must be of the same sizes and task."""
+    chosen = find_preset(preset)
+    theirs, ours = replace(chosen.dit, nabla=None), replace(config.dit, nabla=None)
+    if theirs != ours:
+        raise ValueError(f"preset {preset} has another DiT than the checkpoint: {theirs}, not {ours}")
+    if chosen.tasks != config.tasks:
+        raise ValueError(f"preset {preset} is for {chosen.tasks[0]}, the checkpoint for {' and '.join(config.tasks)}")
+    return replace(config, name=preset, sampling=replace(chosen.sampling, shift=shift))
 
 
 def presets_like(config: PipelineConfig) -> list[str]:
-    """The presets that `config` may be: same DiT, same attention, same task."""
+    """The presets that a checkpoint may be: same DiT, same attention, same task."""
     return [name for name, preset in PRESETS.items() if (preset.dit, preset.tasks) == (config.dit, config.tasks)]
 
 
+def read_tasks(src: Path) -> tuple[str, ...]:
+    class_name = read_json(src / "model_index.json").get("_class_name")
+    if class_name not in TASKS:
+        raise ValueError(f"{src / 'model_index.json'} is for {class_name!r}; this code knows {' and '.join(TASKS)}")
+    return (TASKS[class_name],)
+
+
+def read_shift(path: Path) -> float:
+    shift = read_json(path).get("shift", 1.0)  # the scheduler's own default
+    if type(shift) not in (int, float) or not 0 < shift < float("inf"):
+        raise ValueError(f"{path} says shift = {shift!r}; a shift is a positive number")
+    return float(shift)
+
+
+# What `Tokenizer.load` reads (the first that is there), and what diffusers wants beside it.
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"))
+PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / files[0]).is_file() for files in TOKENIZER_FILES)
+
+
 def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copy the files that `Tokenizer.load` reads, and see that it can."""
-    if (src / "tokenizer.json").is_file():
-        files = ["tokenizer.json"]
-    else:
-        files = ["vocab.json", "merges.txt", "added_tokens.json"]
-    dst.mkdir()
-    for file in files:
+    """Copy a tokenizer's files, and see that it can be read."""
+    found = next((files for files in TOKENIZER_FILES if (src / files[0]).is_file()), ())
+    dst.mkdir(exist_ok=True)
+    for file in (*found, *PROCESSOR_FILES):
         if (src / file).is_file():
             shutil.copyfile(src / file, dst / file)
-    Tokenizer.load(dst)
+    Tokenizer.load(dst if found else src)
+
+
+def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:
+    """The files below `folder` by their place in it, as far as `keep(place)` says so."""
+    places = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(place): folder / place for place in places if keep(place)}
+
+
+def _chosen(only: str | None) -> tuple[str, ...]:
+    if only not in (None, *MODELS):
+        raise ValueError(f"{only!r} (--only) is no part of a checkpoint: choose {', '.join(MODELS)}")
+    return (only,) if only else MODELS
+
+
+def _new_config(name: str) -> PipelineConfig:
+    return PipelineConfig(name=name, sampling=SamplingConfig(rope_scale=None))

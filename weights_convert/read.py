@@ -1,9 +1,9 @@
 """Tensors on disk: where each lies, and its bytes a piece at a time, so that no file is ever in memory whole."""
 
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 CHUNK = 16 * 2**20  # bytes that are read, cast and written at a time
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what weights may be stored as
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: Path, stem: str = "*") -> Weights:
-    """What a safetensors file, its index, or the one set of weights in a folder holds; nothing is loaded yet.
+    """What a safetensors file, its index, a .pt file, or the one set of weights in a folder holds; none is loaded yet.
 
     stem: in a folder, the file name up to `.safetensors`. ValueError, one line, for anything wrong with it.
     """
@@ -63,19 +64,23 @@ def read_weights(path: Path, stem: str = "*") -> Weights:
         path = find_weights(path, stem)
     if path.name.endswith(".index.json"):
         return read_index(path)
-    return read_safetensors(path)
+    return read_pt(path) if path.suffix in PICKLES else read_safetensors(path)
 
 
 def find_weights(folder: Path, stem: str = "*") -> Path:
-    """The file in `folder` that leads to all of a model's weights: an index, or a single safetensors file."""
-    for ending in (".safetensors.index.json", ".safetensors"):
+    """The file in `folder` that leads to all of a model's weights: an index, a safetensors file, or else a .pt file."""
+    for ending in (".safetensors.index.json", ".safetensors", ".pt"):
         found = sorted(p for p in folder.glob(stem + ending) if not p.name.startswith("."))
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(p.name for p in found)
-            raise ValueError(f"{folder} holds several sets of weights ({names}): give one of the files, or move the others away")
-    raise ValueError(f"no weights in {folder}: looked for {stem}.safetensors, or shards with {stem}.safetensors.index.json")
+            raise ValueError(
+                f"{folder} holds several sets of weights ({names}): give one of the files, or move the others away"
+            )
+    raise ValueError(
+        f"no weights in {folder}: looked for {stem}.safetensors, or shards with {stem}.safetensors.index.json"
+    )
 
 
 def read_index(path: Path) -> Weights:
@@ -86,7 +91,9 @@ def read_index(path: Path) -> Weights:
     tensors, metadata = {}, {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path} names {file!r}: shards are safetensors files beside their index, in the same folder")
+            raise ValueError(
+                f"{path} names {file!r}: shards are safetensors files beside their index, in the same folder"
+            )
         shard = read_safetensors(path.parent / file)
         tensors |= {name: stored for name, stored in shard.tensors.items() if weight_map.get(name) == file}
         metadata |= shard.metadata
@@ -110,13 +117,49 @@ def read_safetensors(path: Path) -> Weights:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no complete safetensors file ({one_line(error)}): copy or download it again") from error
+        raise ValueError(
+            f"{path} is no complete safetensors file ({one_line(error)}): copy or download it again"
+        ) from error
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         tensors[name] = Stored(path, start, stop, tuple(entry["shape"]), entry["dtype"])
     return Weights(path, tensors, metadata)
+
+
+def read_pt(path: Path) -> Weights:
+    """The places of the tensors in a file of `torch.save`, under an optional "state_dict". No code in it is run."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored_plainly = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        # On the meta device nothing is read, and each storage knows where it would have been read from.
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything; code in it raises UnpicklingError
+        reason = one_line(error)
+        if "eights only" in reason:
+            reason = "it holds code or objects, which are never run, and not tensors alone"
+        raise ValueError(
+            f"{path} cannot be read ({reason}): give a file of tensors saved by torch.save, or safetensors"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} holds no tensors by name")
+    tensors, length = {}, path.stat().st_size
+    for name, tensor in state.items():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_contiguous()
+        place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if dense else None
+        if place is None or not stored_plainly:
+            raise ValueError(f"{path} does not hold {name} as plain numbers: save it again with safetensors")
+        start = place + tensor.storage_offset() * tensor.element_size()
+        stop = start + tensor.numel() * tensor.element_size()
+        if stop > length:
+            raise ValueError(f"{path} ends before {name} does: copy or download it again")
+        dtype = next((ours for ours, theirs in FLOATS.items() if theirs == tensor.dtype), str(tensor.dtype))
+        tensors[str(name)] = Stored(path, start, stop, tuple(tensor.shape), dtype)
+    return Weights(path, tensors, {})
 
 
 def read_json(path: Path) -> dict:
@@ -130,8 +173,9 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def count(shape: tuple[int, ...]) -> int:
-    return prod(shape)
+def write_json(values: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def one_line(error: BaseException) -> str:

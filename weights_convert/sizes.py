@@ -55,6 +55,13 @@ KEYS = {
     },
 }
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "qwen": QwenConfig, "clip": CLIPConfig}
+# What names the class to build.
+CLASS_KEYS = {
+    "dit": {"_class_name": "Kandinsky5Transformer3DModel"},
+    "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    "qwen": {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
+    "clip": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
+}
 # Keys that may only have this value, as our models compute nothing else.
 FIXED = {
     "dit": {},
@@ -103,7 +110,9 @@ def read_config(model: str, config: dict, where: str) -> dict:
         space = config.get("spatial_compression_ratio", 8)
         time = config.get("temporal_compression_ratio", config.get("time_compression_ratio", 4))  # Tencent's key
         if not {space, time} <= {1, 2, 4, 8, 16}:
-            raise ValueError(f"{where}: config.json says compression ratios {space} and {time}; they are powers of two up to 16")
+            raise ValueError(
+                f"{where}: config.json says compression ratios {space} and {time}; they are powers of two up to 16"
+            )
         halvings, first = space.bit_length() - 1, len(said.get("channels", defaults.channels)) - time.bit_length()
         said["halves_time"] = tuple(stage >= first for stage in range(halvings))
     if model == "clip" and config:
@@ -116,13 +125,56 @@ def read_config(model: str, config: dict, where: str) -> dict:
     return said
 
 
+def to_their_config(model: str, sizes) -> dict:
+    """The config.json that diffusers or transformers builds a model of these sizes from."""
+    config = {key: getattr(sizes, field) for field, key in KEYS[model].items()} | FIXED[model]
+    if model == "dit" and sizes.nabla:
+        wT, wH, wW = sizes.nabla.window
+        window = {"attention_wT": wT, "attention_wH": wH, "attention_wW": wW}
+        config |= {"attention_type": "nabla", "attention_P": sizes.nabla.P, **window}
+        config |= {"attention_add_sta": True, "attention_method": "topcdf"}
+    if model == "vae":
+        config |= {"out_channels": sizes.image_channels}
+        config |= {"spatial_compression_ratio": sizes.space_factor, "temporal_compression_ratio": sizes.time_factor}
+        stages = len(sizes.channels)
+        config |= {
+            "down_block_types": ["HunyuanVideoDownBlock3D"] * stages,
+            "up_block_types": ["HunyuanVideoUpBlock3D"] * stages,
+        }
+    if model == "clip":
+        config["projection_dim"] = sizes.dim
+    if model == "qwen":
+        third = sizes.head_dim // 2 * 3 // 8
+        section = [sizes.head_dim // 2 - 2 * third, third, third]  # 16, 24, 24 for heads of 128
+        # What is not there is made as small as it can be: no vision layers, and the embedding as the head.
+        vision = {
+            "model_type": "qwen2_5_vl_vision",
+            "depth": 0,
+            "hidden_size": 16,
+            "num_heads": 1,
+            "intermediate_size": 16,
+        }
+        config = {
+            "text_config": {
+                **config,
+                "model_type": "qwen2_5_vl_text",
+                "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta, "mrope_section": section},
+            },
+            "vision_config": {**vision, "out_hidden_size": sizes.dim},
+            "tie_word_embeddings": True,
+        }
+    return {**CLASS_KEYS[model], **config}
+
+
 def read_nabla(config: dict, where: str) -> NablaConfig | None:
     kind = config.get("attention_type", "regular")
     if kind == "regular":
         return None
     if kind != "nabla":
         raise ValueError(f"{where}: config.json says attention_type = {kind!r}; this code knows 'regular' and 'nabla'")
-    missing = [key for key in ("attention_P", "attention_wT", "attention_wH", "attention_wW") if config.get(key) is None]
+    missing = [
+        key for key in ("attention_P", "attention_wT", "attention_wH", "attention_wW") if config.get(key) is None
+    ]
     if missing:
         raise ValueError(f"{where}: config.json says attention_type = 'nabla' but no {', '.join(missing)}")
     window = tuple(config[f"attention_w{axis}"] for axis in "THW")

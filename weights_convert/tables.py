@@ -10,12 +10,17 @@ import re
 
 def theirs(model: str, name: str) -> str:
     """The Diffusers name of our tensor: ("dit", "text_embedder.norm.bias") → "text_embeddings.norm.bias"."""
-    module, kind = name.rsplit(".", 1)
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
-    template = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", module)
+    module, _, kind = name.rpartition(".")
+    template, numbers = as_template(module)
     if template not in TABLES[model]:
         raise KeyError(f"weights_convert/tables.py has no row for {model}'s {template}")
     return f"{TABLES[model][template].format(*numbers)}.{kind}"
+
+
+def as_template(module: str) -> tuple[str, list[str]]:
+    """ "blocks.3.norm" → ("blocks.{}.norm", ["3"])."""
+    number = re.compile(r"(?<=\.)\d+(?=\.|$)")
+    return number.sub("{}", module), number.findall(module)
 
 
 def under(ours: str, theirs: str, rows: dict[str, str]) -> dict[str, str]:
@@ -73,7 +78,12 @@ MID = {
     "attention.to_out": "attentions.0.to_out.0",
     **under("block_2", "resnets.1", RESIDUAL_BLOCK),
 }
-ENDS = {"conv_in": "conv_in.conv", "norm_out": "conv_norm_out", "conv_out": "conv_out.conv", **under("mid", "mid_block", MID)}
+ENDS = {
+    "conv_in": "conv_in.conv",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out.conv",
+    **under("mid", "mid_block", MID),
+}
 # Our stages count residual blocks and the resampling conv behind them in one row: its second number goes nowhere.
 VAE = {
     **under("encoder", "encoder", ENDS),
@@ -133,6 +143,10 @@ DROPPED = {
         "visual_projection.",
         "logit_scale",
         "text_model.embeddings.position_ids",
+        "visual.",  # these in OpenAI's own files
+        "input_resolution",
+        "context_length",
+        "vocab_size",
     ),
 }
 
@@ -153,9 +167,51 @@ RESPELLED = {
 }
 
 
-def respell(model: str, name: str) -> str:
-    """One of the other savers' names → the name that stands in the table."""
-    for start, standard in RESPELLED[model].items():
-        if name.startswith(start):
-            return standard + name.removeprefix(start)
-    return name
+# OpenAI's own spelling of CLIP's text tower, module by module; q, k and v are one matrix there.
+OPENAI_CLIP_BLOCK = {
+    "ln_1": "layer_norm1",
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+OPENAI_CLIP = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    **under("transformer.resblocks.{}", "text_model.encoder.layers.{}", OPENAI_CLIP_BLOCK),
+    "ln_final": "text_model.final_layer_norm",
+}
+
+
+def respell(model: str, tensors: dict) -> dict:
+    """The tensors under the names that stand in the table, whichever way their saver spells them."""
+    if model == "clip" and "positional_embedding" in tensors:
+        tensors = respell_openai_clip(tensors)
+    respelled = {}
+    for name, tensor in tensors.items():
+        start = next((start for start in RESPELLED[model] if name.startswith(start)), "")
+        standard = RESPELLED[model].get(start, "") + name.removeprefix(start)
+        if standard in respelled:
+            raise ValueError(f"two tensors are called {standard}, one of them spelled {name}")
+        respelled[standard] = tensor
+    return respelled
+
+
+def respell_openai_clip(tensors: dict) -> dict:
+    """OpenAI's names → transformers'; the rows of `in_proj` are those of q, k and v."""
+    respelled = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        template, numbers = as_template(module)
+        if name == "positional_embedding":
+            respelled["text_model.embeddings.position_embedding.weight"] = tensor
+        elif template == "transformer.resblocks.{}.attn" and kind.startswith("in_proj_"):
+            for part, letter in enumerate("qkv"):
+                target = (
+                    f"text_model.encoder.layers.{numbers[0]}.self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"
+                )
+                respelled[target] = tensor.rows(part, parts=3)
+        elif template in OPENAI_CLIP:
+            respelled[f"{OPENAI_CLIP[template].format(*numbers)}.{kind}"] = tensor
+        else:
+            respelled[name] = tensor
+    return respelled

@@ -1,20 +1,37 @@
 """A folder of safetensors files, written tensor by tensor, that appears all at once when it is complete."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from weights_convert.read import FLOATS, Stored, count
+from weights_convert.read import FLOATS, Stored, Weights, read_json, read_safetensors
 
-SAFETENSORS_NAME = {dtype: name for name, dtype in FLOATS.items()}
+PLAN = "unfinished.json"  # stands in a folder as long as it is not complete
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all conversions can be told."""
+
+    dtype: str | None = None  # "bf16", "fp16" or "fp32": cast to it; None: leave every tensor as it is stored
+    cast_all: bool = False  # cast the float32 islands of the DiT too (SPEC §2); else they become or stay float32
+    max_shard_size: int = 5 * 10**9  # bytes of a file, unless one tensor alone is larger
+    resume: bool = False  # go on with the finished files of an interrupted run
+    verify: bool = False  # read everything back and compare
+    progress: bool = True  # a bar, and what was left out, on stderr
 
 
 @dataclass(frozen=True)
@@ -27,24 +44,88 @@ class Part:
     metadata: Mapping[str, str]
 
     def nbytes(self, name: str) -> int:
-        return count(self.tensors[name].shape) * FLOATS[self.dtypes[name]].itemsize
+        return prod(self.tensors[name].shape) * FLOATS[self.dtypes[name]].itemsize
+
+
+def write_folder(
+    destination: Path,
+    parts: list[Part],
+    write_small_files: Callable[[Path], None],
+    linked: Mapping[str, Path],
+    options: Options,
+) -> None:
+    """Write `parts` and what `write_small_files` adds; `linked` files, by their place, are shared and not copied."""
+    shards = [
+        (part, file, names) for part in parts for file, names in plan_shards(part, options.max_shard_size).items()
+    ]
+    with new_folder(destination, describe(shards), options.resume) as folder:
+        for place, path in linked.items():
+            link(path, folder / place)
+        write_small_files(folder)
+        finished = {file for _, file, _ in shards if (folder / file).exists()}
+        check_free_space(folder, sum(shard_size(part, names) for part, file, names in shards if file not in finished))
+        total = sum(shard_size(part, names) for part, _, names in shards) * (2 if options.verify else 1)
+        with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not options.progress) as bar:
+            for part, file, names in shards:
+                if file in finished:
+                    bar.update(shard_size(part, names))
+                else:
+                    (folder / file).parent.mkdir(exist_ok=True)
+                    write_shard(folder / file, part, names, bar.update)
+            if options.verify:
+                for _, file, _ in shards:
+                    verify_shard(folder / file, bar.update)
+        for part in parts:
+            write_index(folder, part, {file: names for p, file, names in shards if p is part})
 
 
 @contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` to write into; it takes that name when all has gone well, else it goes."""
+def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
+    """A folder beside `destination` to write into. When all has gone well it takes that name; an error removes it.
+
+    An interrupted or killed run leaves it behind, under its own name, for `resume`: the plan that stands in it says
+    which conversion it belongs to, and files that have their final name are complete.
+    """
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} exists already: choose another name, or remove it first")
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    if partial.exists() and not (resume and (partial / PLAN).exists() and read_json(partial / PLAN) == plan):
+        with locked(partial, destination):
+            shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    with locked(partial, destination):
+        replace_text(partial / PLAN, json.dumps(plan))
+        try:
+            yield partial
+            os.unlink(partial / PLAN)
+            os.rename(partial, destination)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(folder: Path, destination: Path) -> Iterator[None]:
+    """Hold `folder` alone; the lock ends with the process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        os.rename(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another conversion is writing {destination}: wait for it, or stop it") from error
+    finally:
+        os.close(handle)
+
+
+def describe(shards: list[tuple[Part, str, list[str]]]) -> dict:
+    """What makes two runs the same: sources that have not changed since, and where each tensor goes."""
+    paths = {stored.path for part, _, _ in shards for stored in part.tensors.values()}
+    text = repr(
+        [(file, [(name, part.tensors[name], part.dtypes[name]) for name in names]) for part, file, names in shards]
+    )
+    sources = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
+    return {"sources": sources, "files": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
@@ -61,22 +142,19 @@ def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
     return {f"{part.stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def write_part(folder: Path, part: Part, max_shard_size: int, written: Callable[[int], None], warn: Callable[[str], None]) -> None:
-    """Write one model: a single file, or shards with an index. `written` is told the bytes as they go."""
-    shards = plan_shards(part, max_shard_size)
-    for file, names in shards.items():
-        (folder / file).parent.mkdir(exist_ok=True)
-        write_shard(folder / file, part, names, written, warn)
+def shard_size(part: Part, names: list[str]) -> int:
+    return sum(part.nbytes(name) for name in names)
+
+
+def write_index(folder: Path, part: Part, shards: Mapping[str, list[str]]) -> None:
+    """What holds which tensor, where a model has several files."""
     if len(shards) > 1:
         weight_map = {name: Path(file).name for file, names in shards.items() for name in names}
-        total = sum(part.nbytes(name) for name in part.tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": shard_size(part, list(part.tensors))}, "weight_map": weight_map}
         (folder / f"{part.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_shard(
-    path: Path, part: Part, names: list[str], written: Callable[[int], None], warn: Callable[[str], None]
-) -> None:
+def write_shard(path: Path, part: Part, names: list[str], advance: Callable[[int], None]) -> None:
     """One safetensors file: 8 bytes of header length, the header in JSON, the tensors one behind the other.
 
     Written by hand because the library wants all tensors in memory at once. The header holds a SHA-256 of every
@@ -85,22 +163,22 @@ def write_shard(
     names = sorted(names, key=lambda name: -FLOATS[part.dtypes[name]].itemsize)  # so that all are aligned
     digests = dict.fromkeys(names, "0" * 64)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(build_header(part, names, digests))
+    with open(partial, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        write_all(file, build_header(part, names, digests))
         for name in names:
             sha256, finite = hashlib.sha256(), True
             for chunk in part.tensors[name].chunks():
                 finite = finite and is_finite(chunk)
-                values = chunk.to(FLOATS[part.dtypes[name]])
-                data = memoryview(values.view(torch.uint8).numpy())
-                sha256.update(data)
-                file.write(data)
-                written(len(data))
+                data = memoryview(chunk.to(FLOATS[part.dtypes[name]]).view(torch.uint8).numpy())
+                hashed = beside.submit(sha256.update, data)  # while this thread writes
+                write_all(file, data)
+                hashed.result()
+                advance(len(data))
             digests[name] = sha256.hexdigest()
             if not finite:
-                warn(f"{name} of {part.tensors[name].path} holds NaN or infinity")
+                say(f"warning: {name} of {part.tensors[name].path} holds NaN or infinity")
         file.seek(0)
-        file.write(build_header(part, names, digests))
+        write_all(file, build_header(part, names, digests))
     os.replace(partial, path)
 
 
@@ -118,6 +196,63 @@ def build_header(part: Part, names: list[str], digests: dict[str, str]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
+def verify_shard(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Read a file back; ValueError names the tensors whose bytes are not those that were written."""
+    weights = read_safetensors(path)
+    wrong = []
+    for name, digest in digests_of(weights).items():
+        sha256 = hashlib.sha256()
+        for chunk in weights.tensors[name].chunks():
+            sha256.update(chunk.view(torch.uint8).numpy())
+            advance(chunk.nbytes)
+        if sha256.hexdigest() != digest:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"{path} is not what was written, the disk may be failing: {', '.join(wrong)}")
+
+
+def digests_of(weights: Weights) -> dict[str, str]:
+    """SHA-256 of every tensor, as the header says."""
+    return json.loads(weights.metadata["sha256"])
+
+
 def is_finite(values: Tensor) -> bool:
     """False for NaN or infinity: the extremes show both, and cost a tenth of looking at each value."""
     return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
+
+
+def write_all(file, data: bytes | memoryview) -> None:
+    """`file.write` of an unbuffered file may write less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed + 2**20 > free:
+        raise ValueError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, the result takes {needed / 1e9:.1f} GB: make room"
+        )
+
+
+def link(path: Path, place: Path) -> None:
+    """The same file in a second place; a copy where the file system cannot do that."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), place)
+    except OSError:
+        shutil.copyfile(path, place)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def say(text: str) -> None:
+    """A line on stderr that does not tear the progress bar."""
+    tqdm.write(text, file=sys.stderr)

@@ -16,6 +16,9 @@ from diffusers import (
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
 )
+from random_weights import randomise
+from theirs import QwenTokenizer
+from tokenizer_data import tokenizer_folder
 from transformers import (
     AddedToken,
     CLIPTextConfig,
@@ -24,10 +27,6 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-
-from random_weights import randomise
-from theirs import QwenTokenizer
-from tokenizer_data import tokenizer_folder
 
 PIPELINES = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline}
 NABLA = dict(
@@ -41,7 +40,16 @@ def save_small_checkpoint(
 ) -> Path:
     """`build_small_pipeline`, saved by `DiffusionPipeline.save_pretrained(folder, **options)`."""
     build_small_pipeline(kind, nabla, seed).to(dtype).save_pretrained(folder, **options)
+    name_standard_tokenizer(Path(folder))
     return Path(folder)
+
+
+def name_standard_tokenizer(folder: Path) -> None:
+    """Make model_index.json name a tokenizer class that diffusers can import. Then `from_pretrained(folder,
+    tokenizer=load_qwen_tokenizer())` works, which it does not with Qwen2VLProcessor where torchvision is missing."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 def build_small_pipeline(kind: str = "t2v", nabla: bool = False, seed: int = 0) -> DiffusionPipeline:
@@ -77,12 +85,16 @@ def build_qwen(**text_sizes) -> Qwen2_5_VLForConditionalGeneration:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     )  # fmt: skip
     vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config={**text, **text_sizes}, vision_config=vision))
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**text, **text_sizes}, vision_config=vision)
+    )
 
 
 def build_clip() -> CLIPTextModel:
     return CLIPTextModel(
-        CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
+        CLIPTextConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+        )
     )
 
 

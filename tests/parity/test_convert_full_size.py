@@ -3,6 +3,7 @@
 Nothing is loaded: both sides are on the meta device.
 """
 
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from transformers import (  # noqa: E402
 
 from kandinsky5 import config as native  # noqa: E402
 from weights_convert import tables  # noqa: E402
-from weights_convert.convert import native_shapes, to_native  # noqa: E402
+from weights_convert.convert import build_part, describe_model, dropped  # noqa: E402
 from weights_convert.read import Stored, Weights  # noqa: E402
 from weights_convert.sizes import build_config  # noqa: E402
+from weights_convert.write import Options  # noqa: E402
 
 DIT = dict(
     in_visual_dim=16, out_visual_dim=16, visual_cond=True, patch_size=[1, 2, 2], in_text_dim=3584, in_text_dim2=768
@@ -75,18 +77,18 @@ def test_every_tensor_of_the_released_size_is_mapped_or_dropped(case):
     model, config, build, expected = CASES[case]
     with torch.device("meta"):
         reference = build().state_dict()
-    tensors = {tables.respell(model, name): stored(tensor) for name, tensor in reference.items()}
-    assert len(tensors) == len(reference)
+    tensors = tables.respell(model, {name: stored(tensor) for name, tensor in reference.items()})
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     assert build_config(model, config, shapes, case) == expected
-    part, dropped = to_native(model, expected, Weights(Path(case), tensors, {}))
+    weights = Weights(Path(case), tensors, {})
+    part = build_part(model, expected, weights, partial(tables.theirs, model), str, model, Options())
 
-    assert {name: t.shape for name, t in part.tensors.items()} == native_shapes(model, expected)
-    assert len(part.tensors) + len(dropped) == len(reference)
+    assert {name: t.shape for name, t in part.tensors.items()} == describe_model(model, expected)[0]
+    assert len(part.tensors) + len(dropped(model, weights)) == len(reference)
     if case in PARAMETERS:
         assert sum(prod(t.shape) for t in part.tensors.values()) == PARAMETERS[case]
-        assert not dropped
+        assert not dropped(model, weights)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,7 +96,7 @@ def test_sizes_come_from_the_tensors_alone_where_no_config_says_them(case):
     model, _, build, expected = CASES[case]
     with torch.device("meta"):
         reference = build().state_dict()
-    shapes = {tables.respell(model, name): tuple(tensor.shape) for name, tensor in reference.items()}
+    shapes = tables.respell(model, {name: tuple(tensor.shape) for name, tensor in reference.items()})
     assert build_config(model, {}, shapes, case) == expected
 
 

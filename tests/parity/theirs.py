@@ -74,16 +74,6 @@ def make_comparable(monkeypatch) -> None:
 
     namespace["dispatch_attention_fn"] = masked
 
-    for pipeline in (Kandinsky5T2VPipeline, Kandinsky5I2VPipeline):
-        build = pipeline.__init__
-
-        def with_the_template_of_the_training(self, *arguments, build=build, **parts):
-            build(self, *arguments, **parts)
-            assert "a prompt engineer" in self.prompt_template
-            self.prompt_template = self.prompt_template.replace("a prompt engineer", "a promt engineer")
-            self.prompt_template_encode_start_idx = 129
-
-        monkeypatch.setattr(pipeline, "__init__", with_the_template_of_the_training)
     monkeypatch.setattr(Kandinsky5I2VPipeline, "normalize_first_frame", official_first_frames)
 
 
@@ -153,6 +143,9 @@ def _pipeline(kind: type, parts: dict):
     _tiled(parts["vae"], space=False)
     pipe = kind(**parts)
     pipe.set_progress_bar_config(disable=True)
+    assert "a prompt engineer" in pipe.prompt_template and pipe.prompt_template_encode_start_idx == 128
+    pipe.prompt_template = pipe.prompt_template.replace("a prompt engineer", "a promt engineer")
+    pipe.prompt_template_encode_start_idx = 129
     pipe.get_sparse_params = lambda *_: None  # these cases are smaller than a NABLA tile: full attention
     return pipe
 

@@ -1,0 +1,565 @@
+"""The converter on small checkpoints of our own: round trips, options, interruption, bad and hostile input.
+
+That the names and sizes are right is shown against the real libraries, in tests/parity/test_convert_*.py.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from kandinsky5.checkpoint import MODELS, save_checkpoint
+from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, load_config
+from kandinsky5.dit import DiT
+from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
+from weights_convert.__main__ import main
+from weights_convert.read import read_weights
+
+CONFIG = PipelineConfig(
+    name="small",
+    tasks=("i2v",),
+    dit=replace(SMALL_DIT, nabla=SMALL_NABLA),
+    vae=SMALL_VAE,
+    qwen=replace(SMALL_QWEN, vocab_size=1000),
+    clip=replace(SMALL_CLIP, vocab_size=1000, start_token=998, end_token=999),
+    sampling=SamplingConfig(shift=7.0, num_inference_steps=12),
+)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("convert")
+    words = folder / "words"
+    words.mkdir()
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])).save(str(words / "tokenizer.json"))
+    save_checkpoint(folder / "native", CONFIG, build_small_models(CONFIG), {"qwen": words, "clip": words})
+    return folder / "native"
+
+
+@pytest.fixture(scope="module")
+def diffusers(native) -> Path:
+    folder = native.with_name("diffusers")
+    to_diffusers(native, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def transformer(diffusers, tmp_path) -> Path:
+    """A copy to damage: a folder with config.json and one safetensors file, of a DiT."""
+    return Path(shutil.copytree(diffusers / "transformer", tmp_path / "transformer"))
+
+
+def tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    state = {}
+    for file in sorted(folder.glob(f"{stem}*.safetensors")):
+        state |= load_file(file)
+    return state
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    assert load_config(folder / "config.json") == load_config(other / "config.json")
+    for model in MODELS:
+        ours, theirs = tensors(folder, model), tensors(other, model)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours), model
+
+
+def nothing_else_in(folder: Path, *expected: str) -> bool:
+    return sorted(path.name for path in folder.iterdir()) == sorted(expected)
+
+
+# Round trips and options
+
+
+def test_native_to_diffusers_and_back_is_bit_exact_whatever_the_shards(native, diffusers, tmp_path):
+    from_diffusers(diffusers, tmp_path / "again", progress=False)
+    assert_same(native, tmp_path / "again")
+    to_diffusers(native, tmp_path / "shards", max_shard_size=50_000, verify=True, progress=False)
+    assert len(list((tmp_path / "shards" / "transformer").glob("*-of-*.safetensors"))) > 3
+    from_diffusers(tmp_path / "shards", tmp_path / "sharded", max_shard_size=60_000, verify=True, progress=False)
+    assert (tmp_path / "sharded" / "dit.safetensors.index.json").is_file()
+    assert_same(native, tmp_path / "sharded")
+
+
+def test_metadata_of_the_source_is_kept_both_ways_and_hashes_are_the_same(native, tmp_path):
+    base = Path(shutil.copytree(native, tmp_path / "with metadata"))
+    save_file(load_file(native / "dit.safetensors"), base / "dit.safetensors", {"run": "fox"})
+    to_diffusers(base, tmp_path / "d", progress=False)
+    from_diffusers(tmp_path / "d", tmp_path / "n", progress=False)
+    there, back = read_weights(tmp_path / "d" / "transformer"), read_weights(tmp_path / "n", "dit")
+    assert there.metadata["run"] == back.metadata["run"] == "fox"
+    hashes = write.digests_of(there), write.digests_of(back)
+    assert sorted(hashes[0].values()) == sorted(hashes[1].values())
+
+
+def test_a_cast_leaves_the_float32_islands_unless_told_otherwise(diffusers, native, tmp_path):
+    from_diffusers(diffusers, tmp_path / "bf16", dtype="bf16", progress=False)
+    from_diffusers(diffusers, tmp_path / "all", dtype="fp16", cast_all=True, progress=False)
+    from_diffusers(diffusers, tmp_path / "back", dtype="fp32", only="dit", progress=False)
+    for name, tensor in tensors(native, "dit").items():
+        island = "time_embedder" in name or "modulation" in name
+        cast = tensors(tmp_path / "bf16", "dit")[name]
+        assert cast.dtype == (torch.float32 if island else torch.bfloat16)
+        assert torch.equal(cast, tensor.to(cast.dtype))
+        assert tensors(tmp_path / "all", "dit")[name].dtype == torch.float16
+        assert tensors(tmp_path / "back", "dit")[name].dtype == torch.float32
+    to_diffusers(tmp_path / "all", tmp_path / "untouched", only="dit", progress=False)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "untouched" / "transformer", "").values()} == {torch.float16}
+
+
+def test_tensors_are_aligned_whatever_their_order(tmp_path):
+    save_file({"odd": torch.ones(3, dtype=torch.bfloat16), "wide": torch.ones(2)}, tmp_path / "source.safetensors")
+    stored = read_weights(tmp_path).tensors
+    part = write.Part("x", {"odd": stored["odd"], "wide": stored["wide"]}, {"odd": "BF16", "wide": "F32"}, {})
+    write.write_shard(tmp_path / "x.safetensors", part, ["odd", "wide"], lambda nbytes: None)
+    written = read_weights(tmp_path / "x.safetensors").tensors
+    assert all(tensor.start % (tensor.nbytes // tensor.shape[0]) == 0 for tensor in written.values())
+
+
+def test_one_model_is_swapped_and_the_others_are_shared(native, diffusers, tmp_path):
+    bare = tmp_path / "bare.safetensors"
+    state = load_file(diffusers / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, bare)
+    # A bare file says nothing of its 8 norm groups: a config.json beside it does.
+    with pytest.raises(ValueError, match="must be divisible by num_groups"):
+        from_official(tmp_path / "swapped", vae=bare, base=native, progress=False)
+    shutil.copy(diffusers / "vae" / "config.json", tmp_path)
+    from_official(tmp_path / "swapped", vae=bare, base=native, progress=False)
+    assert load_config(tmp_path / "swapped" / "config.json") == CONFIG
+    before, after = tensors(native, "vae"), tensors(tmp_path / "swapped", "vae")
+    assert all(torch.equal(after[n], before[n] + 1) for n in before)
+    for file in ("dit.safetensors", "qwen_tokenizer/tokenizer.json"):
+        assert os.path.samefile(native / file, tmp_path / "swapped" / file)
+
+
+def test_one_model_alone_from_its_folder_goes_into_a_native_folder_that_is_filled_up_later(native, diffusers, tmp_path):
+    from_diffusers(diffusers / "transformer", tmp_path / "one", only="dit", progress=False)
+    assert nothing_else_in(tmp_path / "one", "config.json", "dit.safetensors")
+    for number, model in enumerate(("vae", "qwen", "clip")):
+        from_diffusers(diffusers, tmp_path / str(number), only=model, base=tmp_path / "one", progress=False)
+        shutil.rmtree(tmp_path / "one")
+        (tmp_path / str(number)).rename(tmp_path / "one")
+    found = load_config(tmp_path / "one" / "config.json")
+    assert [getattr(found, model) for model in MODELS] == [getattr(CONFIG, model) for model in MODELS]
+    assert torch.equal(tensors(tmp_path / "one", "clip")["norm.bias"], tensors(native, "clip")["norm.bias"])
+
+
+def test_to_diffusers_swaps_one_model_of_another_folder(native, diffusers, tmp_path):
+    to_diffusers(native, tmp_path / "bf16", only="dit", base=diffusers, dtype="bf16", progress=False)
+    assert tensors(tmp_path / "bf16" / "transformer", "")["visual_embeddings.in_layer.bias"].dtype == torch.bfloat16
+    assert os.path.samefile(diffusers / "vae" / "config.json", tmp_path / "bf16" / "vae" / "config.json")
+    assert json.loads((tmp_path / "bf16" / "scheduler" / "scheduler_config.json").read_text())["shift"] == 7
+    from_diffusers(tmp_path / "bf16", tmp_path / "n", progress=False)
+
+
+def test_a_preset_gives_the_sampling_defaults_and_must_fit():
+    lite = replace(PRESETS["i2v-lite-5s"], name="x", sampling=SamplingConfig(rope_scale=None))
+    found = convert.use_preset(lite, "i2v-lite-5s", shift=3.0)
+    assert found.name == "i2v-lite-5s" and found.sampling.rope_scale == (1, 2, 2) and found.sampling.shift == 3
+    assert convert.presets_like(lite) == ["i2v-lite-5s"]
+    with pytest.raises(ValueError, match="another DiT"):
+        convert.use_preset(lite, "i2v-pro-sft-5s-sd", 5.0)
+    with pytest.raises(ValueError, match="is for t2v, the checkpoint for i2v"):
+        convert.use_preset(lite, "t2v-lite-sft-5s", 5.0)
+
+
+def test_inspect_knows_every_layout(native, diffusers, tmp_path, capsys):
+    count = sum(tensor.numel() for tensor in tensors(native, "dit").values())
+    for path in (native, diffusers, diffusers / "transformer", native / "dit.safetensors"):
+        report = inspect(path)
+        assert report["models"][0]["model"] == "dit" and report["models"][0]["parameters"] == count
+        assert len(report["models"]) == (4 if path in (native, diffusers) else 1)
+    assert main(["inspect", str(diffusers), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "Diffusers"
+    assert main(["inspect", str(native)]) == 0
+    assert "NABLA 0.5" in capsys.readouterr().out
+
+
+# Interruption
+
+
+def test_an_interrupted_run_is_resumed_without_writing_finished_shards_again(native, tmp_path, monkeypatch):
+    arguments = dict(max_shard_size=100_000, progress=False)
+    to_diffusers(native, tmp_path / "whole", **arguments)
+    shards_left = 3
+
+    def interrupted(*arguments):
+        nonlocal shards_left
+        if shards_left == 0:
+            raise KeyboardInterrupt
+        shards_left -= 1
+        return write_shard(*arguments)
+
+    write_shard = write.write_shard
+    monkeypatch.setattr(write, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        to_diffusers(native, tmp_path / "dst", **arguments)
+    assert nothing_else_in(tmp_path, "whole", ".dst.partial")
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / ".dst.partial").rglob("*.safetensors")}
+    assert len(finished) == 3
+    monkeypatch.setattr(write, "write_shard", write_shard)
+    to_diffusers(native, tmp_path / "dst", resume=True, **arguments)
+    assert nothing_else_in(tmp_path, "whole", "dst")
+    assert finished.items() <= {path.name: path.stat().st_ino for path in (tmp_path / "dst").rglob("*")}.items()
+    assert_folders_equal(tmp_path / "whole", tmp_path / "dst")
+    assert not (tmp_path / "dst" / write.PLAN).exists()
+
+
+@pytest.mark.parametrize("resume, first", [(True, {"dtype": "fp16"}), (False, {})], ids=["another run", "not asked to"])
+def test_an_unfinished_run_is_not_resumed(resume, first, native, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_index", interrupted)  # all shards are there
+        with pytest.raises(KeyboardInterrupt):
+            to_diffusers(native, tmp_path / "dst", **first, progress=False)
+    unfinished = next((tmp_path / ".dst.partial" / "vae").glob("*.safetensors"))
+    unfinished.write_bytes(b"to be written again")
+    to_diffusers(native, tmp_path / "dst", resume=resume, progress=False)
+    assert tensors(tmp_path / "dst" / "vae", "")["quant_conv.bias"].dtype == torch.float32
+
+
+def test_killed_at_any_moment_it_leaves_nothing_or_all_and_resumes_to_the_same_bytes(native, tmp_path):
+    arguments = dict(max_shard_size=100_000, progress=False)
+    to_diffusers(native, tmp_path / "whole", **arguments)
+    steps = run_and_die(native, tmp_path / "counted", None, **arguments)
+    shutil.rmtree(tmp_path / "counted")
+    assert steps > 100
+    for step in random.Random(0).sample(range(steps), 20):
+        dst = tmp_path / f"killed at {step}"
+        run_and_die(native, dst, step, **arguments)
+        assert nothing_else_in(tmp_path, "whole", f".killed at {step}.partial")
+        to_diffusers(native, dst, resume=True, **arguments)
+        assert_folders_equal(tmp_path / "whole", dst)
+        shutil.rmtree(dst)
+
+
+def run_and_die(native: Path, dst: Path, step: int | None, **arguments) -> int:
+    """`to_diffusers` in a process that SIGKILL ends at its `step`-th touch of the file system, in the middle of a write
+    if that is one. Without `step` it ends by itself, and the number of its steps is returned.
+
+    Steps and not seconds: how far a run has come after a while depends on what else the machine does.
+    """
+    child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for the dead
+        passed = 0
+
+        def touch(event: str, details: tuple) -> None:
+            nonlocal passed
+            if event in ("open", "os.mkdir", "os.rename", "os.remove") and ".partial" in str(details[0]):
+                passed += 1
+                if passed - 1 == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def half_then_all(file, data):
+            write_all(file, data[: len(data) // 2])
+            touch("open", (".partial",))
+            write_all(file, data[len(data) // 2 :])
+
+        write_all, write.write_all = write.write_all, half_then_all
+        sys.addaudithook(touch)
+        to_diffusers(native, dst, **arguments)
+        (dst.parent / "steps").write_text(str(passed))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if step is not None:
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        return step
+    steps = int((dst.parent / "steps").read_text())
+    (dst.parent / "steps").unlink()
+    return steps
+
+
+def assert_folders_equal(folder: Path, other: Path) -> None:
+    places = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert places == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    assert all((folder / place).read_bytes() == (other / place).read_bytes() for place in places)
+
+
+def test_two_conversions_to_one_place_do_not_meet(native, tmp_path):
+    (tmp_path / ".dst.partial").mkdir()
+    with write.locked(tmp_path / ".dst.partial", tmp_path / "dst"):
+        with pytest.raises(ValueError, match="another conversion"):
+            to_diffusers(native, tmp_path / "dst", progress=False)
+
+
+# Bad and hostile input: one line, exit code 2, nothing left behind
+
+
+def damage_truncated(folder: Path, file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_header_beyond_the_file(folder: Path, file: Path) -> None:
+    file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def edit_header(file: Path, edit) -> None:
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def damage_overlapping_offsets(folder: Path, file: Path) -> None:
+    def edit(header):
+        first, second = [name for name in header if name != "__metadata__"][:2]
+        header[second]["data_offsets"][0] -= 4
+        header[first]["data_offsets"][1] += 4
+
+    edit_header(file, edit)
+
+
+def damage_wrong_dtype_tag(folder: Path, file: Path) -> None:
+    edit_header(file, lambda header: header["visual_embeddings.in_layer.bias"].update(dtype="F64"))
+
+
+def damage_unknown_dtype_tag(folder: Path, file: Path) -> None:
+    edit_header(file, lambda header: header["visual_embeddings.in_layer.bias"].update(dtype="X7"))
+
+
+def damage_integer_weights(folder: Path, file: Path) -> None:
+    edit_header(file, lambda header: header["visual_embeddings.in_layer.bias"].update(dtype="I32"))
+
+
+def damage_missing_tensor(folder: Path, file: Path) -> None:
+    state = load_file(file)
+    del state["visual_transformer_blocks.1.cross_attention.key_norm.weight"]
+    save_file(state, file)
+
+
+def damage_unknown_tensors(folder: Path, file: Path) -> None:
+    save_file(load_file(file) | {"lora.up": torch.ones(2), "lora.down": torch.ones(2)}, file)
+
+
+def damage_config_of_another_depth(folder: Path, file: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_visual_blocks": 60}))
+
+
+def damage_config_that_is_no_json(folder: Path, file: Path) -> None:
+    (folder / "config.json").write_text("{" * 100_000)
+
+
+def damage_config_of_another_attention(folder: Path, file: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_type": "sta"}))
+
+
+def damage_no_weights(folder: Path, file: Path) -> None:
+    file.unlink()
+
+
+def damage_two_sets_of_weights(folder: Path, file: Path) -> None:
+    shutil.copy(file, folder / "other.safetensors")
+
+
+def damage_html_instead_of_weights(folder: Path, file: Path) -> None:
+    file.write_text("<html>404</html>")
+
+
+def damage_index_that_leaves_the_folder(folder: Path, file: Path) -> None:
+    file.unlink()
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+
+
+def damage_index_that_names_a_safetensors_file_elsewhere(folder: Path, file: Path) -> None:
+    weight_map = dict.fromkeys(load_file(file), f"../{folder.name}/{file.name}")
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def damage_index_without_its_shard(folder: Path, file: Path) -> None:
+    file.unlink()
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+
+
+def damage_index_of_numbers(folder: Path, file: Path) -> None:
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 5}}))
+
+
+def damage_pickle_with_code(folder: Path, file: Path) -> None:
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(folder / "code was run"),))
+
+    file.unlink()
+    torch.save({"state_dict": {"a": Code()}}, folder / "x.pt")
+
+
+def damage_pt_that_is_no_zip(folder: Path, file: Path) -> None:
+    file.unlink()
+    (folder / "x.pt").write_bytes(os.urandom(1000))
+
+
+BAD_INPUT = {
+    damage_truncated: "no complete safetensors file",
+    damage_header_beyond_the_file: "no complete safetensors file",
+    damage_overlapping_offsets: "no complete safetensors file",
+    damage_wrong_dtype_tag: "no complete safetensors file",
+    damage_unknown_dtype_tag: "no complete safetensors file",
+    damage_integer_weights: "visual_embeddings.in_layer.bias is stored as I32",
+    damage_missing_tensor: "visual_transformer_blocks.1.cross_attention.key_norm.weight is missing",
+    damage_unknown_tensors: "lora.down is not known; lora.up is not known",
+    damage_config_of_another_depth: "config.json says num_visual_blocks = 60, its tensors have 2",
+    damage_config_that_is_no_json: "cannot be read as JSON",
+    damage_config_of_another_attention: "attention_type = 'sta'",
+    damage_no_weights: "no weights in",
+    damage_two_sets_of_weights: "several sets of weights",
+    damage_html_instead_of_weights: "no complete safetensors file",
+    damage_index_that_leaves_the_folder: "'../../etc/passwd'",
+    damage_index_that_names_a_safetensors_file_elsewhere: "beside their index, in the same folder",
+    damage_index_without_its_shard: "gone.safetensors is missing",
+    damage_index_of_numbers: "no weight_map",
+    damage_pickle_with_code: "code or objects, which are never run",
+    damage_pt_that_is_no_zip: "cannot be read",
+}
+
+
+@pytest.mark.parametrize("damage", BAD_INPUT, ids=lambda damage: damage.__name__.removeprefix("damage_"))
+def test_bad_input(damage, transformer, tmp_path, capsys):
+    damage(transformer, next(transformer.glob("*.safetensors")))
+    assert main(["from-diffusers", str(transformer), str(tmp_path / "dst"), "--only", "dit", "--quiet"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and BAD_INPUT[damage] in message
+    assert nothing_else_in(tmp_path, "transformer") and not (transformer / "code was run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("from-diffusers gone dst", "gone is not in the Diffusers layout"),
+        ("from-diffusers gone dst --only vae", "gone is missing"),
+        ("from-diffusers {diffusers} {diffusers}", "exists already: choose another name, or remove it"),
+        ("from-diffusers {diffusers} dst --preset t2v-lite-sft", "did you mean t2v-lite-sft-"),
+        ("from-diffusers {diffusers} dst --preset i2v-lite-5s", "preset i2v-lite-5s has another DiT"),
+        ("from-official --dit {native}/dit.safetensors dst", "--vae, --qwen, --clip is not given"),
+        ("from-official --only dit --dit {native}/vae.safetensors dst", "these are not the weights of a dit"),
+        ("to-diffusers gone dst", "gone"),
+        ("to-diffusers {native} dst --base {native}", "is not in the Diffusers layout"),
+        ("inspect gone", "gone does not exist"),
+        ("inspect {native}/config.json", "no complete safetensors file"),
+    ],
+)
+def test_bad_arguments(arguments, message, native, diffusers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    places = {"native": native, "diffusers": diffusers}
+    assert main([word.format(**places) for word in arguments.split()]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and message in printed
+    assert nothing_else_in(tmp_path)
+
+
+def test_models_that_do_not_belong_together_are_refused(native, diffusers, tmp_path):
+    config = replace(CONFIG, dit=replace(CONFIG.dit, text_dim=48))
+    other = randomise(DiT(config.dit)).state_dict()
+    names = {convert.tables.theirs("dit", name): tensor for name, tensor in other.items()}
+    save_file(names, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="in_text_dim is 48, Qwen's hidden_size"):
+        from_official(tmp_path / "dst", dit=tmp_path / "x.safetensors", base=native, progress=False)
+
+
+def test_nan_is_warned_of_by_name(transformer, tmp_path, capsys):
+    file = next(transformer.glob("*.safetensors"))
+    state = load_file(file)
+    state["visual_embeddings.in_layer.weight"][3, 5] = float("nan")
+    state["out_layer.out_layer.bias"][0] = float("-inf")
+    save_file(state, file)
+    assert main(["from-diffusers", str(transformer), str(tmp_path / "dst"), "--only", "dit", "--quiet"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2 and "patch_embedder.weight" in "".join(warnings) and "final_layer" in "".join(warnings)
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_written(native, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="has 0.0 GB free"):
+        to_diffusers(native, tmp_path / "dst", progress=False)
+    assert nothing_else_in(tmp_path)
+
+
+def test_a_disk_that_fails_while_writing_leaves_nothing(native, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_index", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_diffusers(native, tmp_path / "dst", progress=False)
+    assert nothing_else_in(tmp_path)
+
+
+def test_verify_names_the_tensor_that_changed(native, tmp_path):
+    to_diffusers(native, tmp_path / "d", only="vae", progress=False)
+    file = next((tmp_path / "d" / "vae").glob("*.safetensors"))
+    write.verify_shard(file)
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["sha256"]).keys() == set(opened.keys())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is not what was written.*: [a-z_.0-9]+$"):
+        write.verify_shard(file)
+
+
+def test_three_thousand_damaged_headers_give_the_one_clear_error_or_none(tmp_path):
+    """Bytes of the header changed or cut out: nothing but ValueError may come of it, at any stage."""
+    tiny = replace(SMALL_DIT, dim=32, ff_dim=8, time_dim=4, text_dim=4, pooled_dim=4, num_text_blocks=1)
+    theirs = partial(convert.tables.theirs, "dit")
+    save_file({theirs(name): tensor for name, tensor in DiT(tiny).state_dict().items()}, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    choose, refused = random.Random(3), 0
+    for _ in range(3000):
+        header = bytearray(content[:length])
+        for _ in range(choose.randint(1, 4)):
+            place = choose.randrange(8, length) if choose.random() < 0.95 else choose.randrange(8)
+            header[place] = choose.choice([choose.randrange(256), *b'0123456789"{}[],:-'])
+        if choose.random() < 0.2:
+            cut = choose.randrange(8, length)
+            del header[cut : cut + choose.randint(1, 20)]
+        (tmp_path / "x.safetensors").write_bytes(bytes(header) + content[length:])
+        try:
+            source = convert.read_source("dit", tmp_path)
+            convert.build_part("dit", source.sizes, source.weights, theirs, str, "dit", write.Options())
+        except ValueError as error:
+            refused += 1
+            assert str(error)
+    assert refused > 2000
+
+
+def test_three_hundred_damaged_pt_files_too(tmp_path):
+    state = {
+        name: torch.randn(4, 3) for name in ("encoder.conv_in.conv.weight", "quant_conv.weight", "quant_conv.bias")
+    }
+    torch.save({"state_dict": state}, tmp_path / "x.pt")
+    content, choose, refused = (tmp_path / "x.pt").read_bytes(), random.Random(4), 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(choose.randint(1, 6)):
+            damaged[choose.randrange(len(damaged))] = choose.randrange(256)
+        if choose.random() < 0.1:
+            del damaged[choose.randrange(len(damaged)) :]
+        (tmp_path / "x.pt").write_bytes(damaged)
+        try:
+            for stored in read_weights(tmp_path).tensors.values():
+                list(stored.chunks())
+        except ValueError:
+            refused += 1
+    assert refused > 30

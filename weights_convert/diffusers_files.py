@@ -1,0 +1,60 @@
+"""The small files of a Diffusers folder, for checkpoints that go back there."""
+
+from pathlib import Path
+
+from weights_convert.read import read_json, write_json
+
+TASKS = {"Kandinsky5T2VPipeline": "t2v", "Kandinsky5I2VPipeline": "i2v"}
+COMPONENTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "text_encoder_2": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "Qwen2VLProcessor"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "transformer": ["diffusers", "Kandinsky5Transformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
+}
+# Only where the native folder's tokenizers came without any: what their savers would have written.
+TOKENIZER_CONFIGS = {
+    "qwen": {
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": None,
+            "bos_token": None,
+            "model_max_length": 131072,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+        },
+    },
+    "clip": {
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "pad_token": "<|endoftext|>",
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "model_max_length": 77,
+        },
+    },
+}
+
+
+def write_model_index(tasks: tuple[str, ...], path: Path, base: str | Path | None = None) -> None:
+    """Which class each subfolder is for; with `base`, as that folder says."""
+    pipelines = [name for name, task in TASKS.items() if task in tasks]
+    components = read_json(Path(base) / "model_index.json") if base else COMPONENTS
+    write_json({**components, "_class_name": pipelines[0]}, path)
+
+
+def write_scheduler(shift: float, path: Path) -> None:
+    write_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}, path)
+
+
+def write_tokenizer_configs(model: str, folder: Path) -> None:
+    for file, content in TOKENIZER_CONFIGS[model].items():
+        if not (folder / file).exists():
+            write_json(content, folder / file)

@@ -1,0 +1,125 @@
+"""What a checkpoint file or folder is: layout, models, sizes, precision, and the presets that it may be."""
+
+from collections import Counter
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+
+from kandinsky5.checkpoint import MODELS
+from kandinsky5.config import PRESETS, load_config
+from weights_convert import tables
+from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
+from weights_convert.read import Weights, read_json, read_weights
+from weights_convert.sizes import build_config
+
+# Our name of a tensor that only this model has.
+MARKS = {
+    "dit": "patch_embedder.weight",
+    "vae": "encoder.conv_in.weight",
+    "qwen": "blocks.0.feed_forward.gate.weight",
+    "clip": "position_embedding.weight",
+}
+
+
+def inspect(path: str | Path) -> dict:
+    """What `path` is, in plain values: {"path", "layout", "tasks", "models": [one dict for each]}.
+
+    path: a folder in the native or the Diffusers layout, the folder of one model, or one file of weights. ValueError
+    where it is none of these, or damaged.
+    """
+    path, tasks = Path(path), None
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if (path / "model_index.json").is_file():
+        layout, tasks = "Diffusers", read_tasks(path)
+        rows = [inspect_model(path / FOLDERS[m], tasks) for m in MODELS if (path / FOLDERS[m]).is_dir()]
+    elif native := {m: files[0] for m in MODELS if (files := sorted(path.glob(f"{m}.safetensors*"), reverse=True))}:
+        config = load_config(path / "config.json")
+        layout, tasks = "native", config.tasks
+        rows = [inspect_model(file, tasks, getattr(config, m)) for m, file in native.items()]
+    else:
+        layout, rows = "one model", [inspect_model(path)]
+    return {"path": str(path), "layout": layout, "tasks": tasks, "models": rows}
+
+
+def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: object = None) -> dict:
+    """One row. sizes: what a native config.json says; else the config.json with the weights and the weights say it."""
+    model, names, weights = recognise(read_weights(path))
+    config = find_config(path) if names == "Diffusers" else None
+    if sizes is None:
+        shapes = {name: stored.shape for name, stored in weights.tensors.items()}
+        sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
+    ours = {tables.theirs(model, name) for name in describe_model(model, sizes)[0]}
+    used = [stored for name, stored in weights.tensors.items() if name in ours]
+    nbytes = Counter()
+    for stored in weights.tensors.values():
+        nbytes[stored.dtype] += stored.nbytes
+    return {
+        "model": model,
+        "file": str(weights.source),
+        "names": names,
+        "dtypes": dict(nbytes.most_common()),  # bytes of each
+        "parameters": sum(prod(stored.shape) for stored in used),
+        "other tensors": len(weights.tensors) - len(used),
+        "missing tensors": len(ours - weights.tensors.keys()),
+        "sizes": asdict(sizes),
+        "presets": presets_of(model, sizes, tasks, attention_known=config is not None or names == "native"),
+    }
+
+
+def recognise(weights: Weights) -> tuple[str, str, Weights]:
+    """The model, whose names its tensors have ("native" or "Diffusers"), and the weights by their Diffusers names."""
+    for model, mark in MARKS.items():
+        if mark in weights.tensors:
+            try:
+                tensors = {tables.theirs(model, name): stored for name, stored in weights.tensors.items()}
+            except KeyError as error:
+                raise ValueError(f"{weights.source} has tensors that a native {model} has not: {error}") from error
+            return model, "native", weights._replace(tensors=tensors)
+        tensors = tables.respell(model, weights.tensors)
+        if tables.theirs(model, mark) in tensors:
+            return model, "Diffusers", weights._replace(tensors=tensors)
+    some = ", ".join(list(weights.tensors)[:3])
+    raise ValueError(f"{weights.source} holds none of {', '.join(MODELS)}: its tensors are called {some}, …")
+
+
+def presets_of(model: str, sizes: object, tasks: tuple[str, ...] | None, attention_known: bool) -> list[str]:
+    """The presets that have this model; a DiT also tells task and attention apart, where these are known."""
+    fitting = []
+    for name, preset in PRESETS.items():
+        wanted = getattr(preset, model)
+        if model == "dit" and not attention_known:
+            wanted = replace(wanted, nabla=sizes.nabla)
+        if wanted == sizes and (model != "dit" or tasks in (None, preset.tasks)):
+            fitting.append(name)
+    return fitting
+
+
+def as_table(report: dict) -> str:
+    """The report for people."""
+    rows = [("model", "names", "stored as", "parameters", "sizes", "presets")]
+    for row in report["models"]:
+        dtypes = " + ".join(f"{dtype} {nbytes / 1e6:,.1f} MB" for dtype, nbytes in row["dtypes"].items())
+        fitting = "all" if len(row["presets"]) == len(PRESETS) else ", ".join(row["presets"]) or "none"
+        rows.append((row["model"], row["names"], dtypes, f"{row['parameters']:,}", summary(row), fitting))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
+    tasks = f", {' and '.join(report['tasks'])}" if report["tasks"] else ""
+    notes = []
+    for row in report["models"]:
+        if row["other tensors"]:
+            notes.append(f"{row['model']}: {row['other tensors']} tensors that are not used here")
+        if row["missing tensors"]:
+            notes.append(f"{row['model']}: {row['missing tensors']} tensors are MISSING")
+    return "\n".join([f"{report['path']}: {report['layout']}{tasks}", *lines, *notes])
+
+
+def summary(row: dict) -> str:
+    """The sizes that people tell models apart by."""
+    sizes = row["sizes"]
+    if row["model"] == "dit":
+        attention = f"NABLA {sizes['nabla']['P']:g}" if sizes["nabla"] else "full attention"
+        return f"dim {sizes['dim']}, {sizes['num_text_blocks']} + {sizes['num_visual_blocks']} blocks, {attention}"
+    if row["model"] == "vae":
+        return f"channels {', '.join(map(str, sizes['channels']))}"
+    return f"dim {sizes['dim']}, {sizes['num_layers']} layers"
