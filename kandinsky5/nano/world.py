@@ -38,10 +38,10 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink", "still")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
-RADII = {"small": (7.4, 8.8), "big": (11.5, 13.5)}  # of objects that keep their size
-GROWTH_FROM, GROWTH_FACTOR = (6.8, 7.6), (1.7, 2.0)  # radius at the small end; large end / small end
-TRAVEL = {1: (14.0, 28.0), 2: (13.0, 20.0)}  # by the number of objects: two have less room
-MARGIN, GAP = 1.0, 5.0  # between an object and the canvas; between the areas that two objects sweep
+RADII = {"small": (8.0, 9.2), "big": (12.0, 13.8)}  # of objects that keep their size
+GROWTH_FROM, GROWTH_FACTOR = (7.2, 8.0), (1.7, 2.0)  # radius at the small end; large end / small end
+TRAVEL = {1: (14.0, 24.5), 2: (13.0, 19.0)}  # by the number of objects: two have less room
+MARGIN, GAP = 2.0, 5.0  # between an object and the canvas; between the areas that two objects sweep
 
 # (colour, shape, motion): those of the file are never drawn for training.
 HELD_OUT = frozenset(map(tuple, json.loads(Path(__file__).with_name("held_out.json").read_text())["triples"]))
@@ -78,9 +78,7 @@ class Caption:
 
     text: str
     background: str | None  # None where the caption does not say
-    objects: tuple[
-        dict[str, str], ...
-    ]  # in order of mention: "colour", "shape", "motion" and, where said, "size"
+    objects: tuple[dict[str, str], ...]  # in order of mention: "colour", "shape", "motion" and, where said, "size"
     relation: str | None = None  # the first object is "above", "below", "left of" or "right of" the second
 
 
@@ -112,9 +110,7 @@ def sample_scene(
         triples = [pick(rng, TRIPLES[split]) for _ in range(num_objects)]
         if len({colour for colour, _, _ in triples}) < num_objects:
             continue
-        for _ in range(
-            20
-        ):  # One object always fits. Large moving pairs rarely do: try before taking another pair.
+        for _ in range(20):  # One object always fits. Large moving pairs rarely do: try before taking another pair.
             objects = [_sample_path(rng, *triple, TRAVEL[num_objects]) for triple in triples]
             placed = _place(rng, objects, canvas)
             if placed:
@@ -205,7 +201,7 @@ def pick(rng: np.random.Generator, options: tuple):
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, pixels: float = 1.0) -> np.ndarray:
     """The part of each pixel that a shape covers, in [0, 1]; `pixels` are per unit, the rest broadcasts."""
-    return np.clip(0.5 - DISTANCE[shape](x, y, radius) * np.float32(pixels), 0, 1)
+    return np.clip(0.5 - DISTANCE[shape](x, y, radius) * pixels, 0, 1)
 
 
 def _circle(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -232,15 +228,16 @@ def _star(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
         beyond = 2 * np.maximum(COS_36 * x + SIN_36 * y, 0)  # of the notch at 36 degrees from the top
         x, y = x - beyond * COS_36, y - beyond * SIN_36
     across, along = STAR_NOTCH * SIN_36, 1 - STAR_NOTCH * COS_36  # from tip to notch
-    length = np.float32(math.hypot(across, along))
+    length = math.hypot(across, along)
     return (np.abs(x) * (along / length)) - (y + STAR_TIP * radius) * (across / length)
 
 
-SIN_36, COS_36 = np.float32(math.sin(math.pi / 5)), np.float32(math.cos(math.pi / 5))
-SIN_60 = np.float32(math.sin(math.pi / 3))
-RING_MIDDLE, RING_HALF_WIDTH = np.float32(0.8), np.float32(0.3)
-SQUARE_HALF_SIDE, TRIANGLE_TIP, STAR_TIP = np.float32(0.9), np.float32(1.3), np.float32(1.3)
-STAR_NOTCH = np.float32(0.45)  # the notches' distance from the centre as a part of the tips'
+SIN_36, COS_36 = math.sin(math.pi / 5), math.cos(math.pi / 5)
+SIN_60 = math.sin(math.pi / 3)
+# In radii, chosen so that all shapes of one radius look about as large.
+RING_MIDDLE, RING_HALF_WIDTH = 0.8, 0.3
+SQUARE_HALF_SIDE, TRIANGLE_TIP, STAR_TIP = 0.9, 1.3, 1.35
+STAR_NOTCH = 0.45  # the notches' distance from the centre as a part of the tips'
 
 DISTANCE: dict[str, Callable] = {
     "circle": _circle,
@@ -252,26 +249,24 @@ DISTANCE: dict[str, Callable] = {
 # Half the width, and the height above and below the centre of mass, of a shape of radius 1; and its area.
 EXTENT = {
     "circle": (1.0, 1.0, 1.0),
-    "square": (0.9, 0.9, 0.9),
-    "triangle": (1.3 * math.sin(math.pi / 3), 1.3, 0.65),
-    "star": (1.3 * math.sin(math.pi * 2 / 5), 1.3, 1.3 * math.cos(math.pi / 5)),
-    "ring": (1.1, 1.1, 1.1),
+    "square": (SQUARE_HALF_SIDE, SQUARE_HALF_SIDE, SQUARE_HALF_SIDE),
+    "triangle": (TRIANGLE_TIP * SIN_60, TRIANGLE_TIP, TRIANGLE_TIP / 2),
+    "star": (STAR_TIP * math.cos(math.pi / 10), STAR_TIP, STAR_TIP * COS_36),
+    "ring": (RING_MIDDLE + RING_HALF_WIDTH,) * 3,
 }
 AREA = {
     "circle": math.pi,
-    "square": 1.8**2,
-    "triangle": 0.75 * math.sqrt(3) * 1.3**2,
-    "star": 5 * 0.45 * math.sin(math.pi / 5) * 1.3**2,
-    "ring": math.pi * (1.1**2 - 0.5**2),
+    "square": 4 * SQUARE_HALF_SIDE**2,
+    "triangle": 1.5 * SIN_60 * TRIANGLE_TIP**2,
+    "star": 5 * STAR_NOTCH * SIN_36 * STAR_TIP**2,
+    "ring": 4 * math.pi * RING_MIDDLE * RING_HALF_WIDTH,
 }
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def _sample_path(
-    rng: np.random.Generator, colour: str, shape: str, motion: str, travel: tuple[float, float]
-) -> Object:
+def _sample_path(rng: np.random.Generator, colour: str, shape: str, motion: str, travel: tuple[float, float]) -> Object:
     """An object with radii and travel, starting at (0, 0)."""
     size, across, down = None, 0.0, 0.0
     if motion in ("grow", "shrink"):
@@ -287,9 +282,7 @@ def _sample_path(
     return Object(colour, shape, motion, size, (0.0, 0.0, first), (across, down, last))
 
 
-def _place(
-    rng: np.random.Generator, objects: list[Object], canvas: tuple[int, int]
-) -> tuple[Object, ...] | None:
+def _place(rng: np.random.Generator, objects: list[Object], canvas: tuple[int, int]) -> tuple[Object, ...] | None:
     """Moves objects to a random place inside the canvas, one behind the other; None where they do not fit."""
     height, width = canvas
     room = (width - 2 * MARGIN, height - 2 * MARGIN)  # x, y
@@ -301,9 +294,7 @@ def _place(
         return None
     placed = []
     cursor = MARGIN
-    for thing, box, extent, cut in zip(
-        objects, boxes, extents, np.sort(rng.random(len(objects))), strict=True
-    ):
+    for thing, box, extent, cut in zip(objects, boxes, extents, np.sort(rng.random(len(objects))), strict=True):
         corner = [0.0, 0.0]
         corner[axis] = cursor + spare * float(cut)
         corner[1 - axis] = MARGIN + (room[1 - axis] - extent[1 - axis]) * float(rng.random())
@@ -332,9 +323,7 @@ def _write_english(
     nouns = [_english_noun(rng, thing) for thing in said]
     moves, moving = zip(*(_english_verb(rng, thing["motion"]) for thing in said), strict=True)
     if len(said) == 1:
-        text = pick(
-            rng, (f"{nouns[0]} {moves[0]}", f"{nouns[0]} {moving[0]}", f"there is {nouns[0]} {moving[0]}")
-        )
+        text = pick(rng, (f"{nouns[0]} {moves[0]}", f"{nouns[0]} {moving[0]}", f"there is {nouns[0]} {moving[0]}"))
     elif relation is None:
         text = pick(rng, (
             f"{nouns[0]} {moves[0]} and {nouns[1]} {moves[1]}",
@@ -436,9 +425,7 @@ def _write_russian(
 def _russian_noun(thing: dict[str, str], size: str | None, case: str = "nominative") -> str:
     gender, *forms = RUSSIAN_SHAPE[thing["shape"]]
     adjectives = [word for word in (size, RUSSIAN_COLOUR[thing["colour"]]) if word]
-    return " ".join(
-        [_russian_adjective(word, gender, case) for word in adjectives] + [forms[CASES.index(case)]]
-    )
+    return " ".join([_russian_adjective(word, gender, case) for word in adjectives] + [forms[CASES.index(case)]])
 
 
 def _russian_adjective(word: str, gender: str, case: str = "nominative") -> str:

@@ -1,0 +1,144 @@
+"""The last stages, all from `nano`: guidance in one pass, sixteen steps, and twice the length with NABLA.
+
+    python -m kandinsky5.nano.distill nocfg     --folder runs/nocfg     --teacher runs/dit   --vae … --text …
+    python -m kandinsky5.nano.distill distilled --folder runs/distilled --teacher runs/nocfg --vae … --text …
+    python -m kandinsky5.nano.distill long      --folder runs/long      --teacher runs/dit   --vae … --text …
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky5.config import PipelineConfig
+from kandinsky5.dit import DiT
+from kandinsky5.nano import presets
+from kandinsky5.nano.train_dit import ClipStore, draw_batch, encode_text, test
+from kandinsky5.nano.train_text import load_text_encoder
+from kandinsky5.nano.train_vae import load_vae
+from kandinsky5.sampler import flow_schedule
+from kandinsky5.text_encoder import TextEncoder, TextFeatures
+from kandinsky5.train import (
+    FlowBatch,
+    Recipe,
+    autocast_dit,
+    flow_loss,
+    guided_target,
+    load_average,
+    step_target,
+    train,
+)
+from kandinsky5.vae import VAE
+
+RECIPES = {
+    "nocfg": Recipe(steps=3000, learning_rate=3e-4, warmup=100, ema=0.998, weight_decay=0.0),
+    "distilled": Recipe(steps=3000, learning_rate=3e-4, warmup=100, ema=0.998, weight_decay=0.0),
+    "long": Recipe(steps=4000, learning_rate=5e-4, warmup=100, ema=0.998, accumulate=2),
+}
+CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
+TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
+DISTILLATION_CLIPS = 16_000
+LONG_BATCH, LONG_CLIPS = 8, 4000  # clips of 33 frames at 128 x 128 in a batch; on disk
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=RECIPES)
+    parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the run to start from")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    arguments = parser.parse_args()
+    vae = load_vae(arguments.vae)
+    text_encoder = load_text_encoder(arguments.text)
+    teacher = load_average(DiT(presets.DIT), arguments.teacher)
+    config, stage = CONFIGS[arguments.stage], arguments.stage
+    if stage == "long":
+        train_long(arguments.folder, teacher, vae, text_encoder, RECIPES[stage])
+    else:
+        distill(arguments.folder, config, teacher, vae, text_encoder, RECIPES[stage])
+
+
+def distill(
+    folder: Path, config: PipelineConfig, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe
+) -> nn.Module:
+    """Train a copy of `teacher` to answer in one pass what the teacher answers in more; returns its average.
+
+    With the configuration of nano-nocfg these are the two passes of guidance, at any time. With that of
+    nano-distilled16steps they are three steps of a teacher that needs no guidance, at one of the sixteen times.
+    """
+    torch.manual_seed(recipe.seed)
+    student, clips = start_from(teacher, config), ClipStore(folder / "clips", vae)
+    nothing = encode_text(text_encoder, [""])
+    schedule = flow_schedule(config.sampling.num_inference_steps, config.sampling.shift)  # (17,)
+
+    def on_schedule(count: int, generator: torch.Generator) -> Tensor:
+        return schedule[torch.randint(len(schedule) - 1, (count,), generator=generator)]
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        arguments = (seed, student, clips, DISTILLATION_CLIPS, text_encoder, nothing)
+        if config is presets.NOCFG:
+            batch, features = draw_batch(*arguments)
+            with autocast_dit(teacher):
+                target = guided_target(teacher, batch, features, nothing, presets.SAMPLING.guidance_scale)
+        else:
+            batch, features = draw_batch(*arguments, sample_times=on_schedule)
+            with autocast_dit(teacher):
+                target = _several_steps(teacher, batch, features, schedule)
+        with autocast_dit(student):
+            predicted = student(batch.x, features.text, features.pooled, batch.t, features.mask)
+        return flow_loss(predicted, target, batch.asked), {}
+
+    return train(student, loss, recipe, folder, _sampler(config, vae, text_encoder, folder), sample_every=500)
+
+
+def train_long(folder: Path, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe) -> nn.Module:
+    """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA."""
+    torch.manual_seed(recipe.seed)
+    sampling = presets.LONG.sampling
+    dit = start_from(teacher, presets.LONG)
+    clips = ClipStore(folder / "clips", vae, sampling.num_frames, sampling.height)
+    nothing = encode_text(text_encoder, [""])
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        available = LONG_CLIPS + 2 * seed[1]
+        batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
+        with autocast_dit(dit):
+            predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
+        return flow_loss(predicted, batch.velocity, batch.asked), {}
+
+    return train(dit, loss, recipe, folder, _sampler(presets.LONG, vae, text_encoder, folder), sample_every=500)
+
+
+def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
+    """A DiT of another preset with the teacher's weights."""
+    student = DiT(config.dit)
+    student.load_state_dict(teacher.state_dict())
+    return student
+
+
+def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, schedule: Tensor) -> Tensor:
+    """Where the teacher gets between two times of the schedule, in steps as even as sampling's; as a velocity."""
+    channels = teacher.config.in_channels
+    x, condition = batch.x[..., :channels], batch.x[..., channels:]
+    end = schedule[(schedule[:, None] - batch.t).abs().argmin(dim=0) + 1]  # (B,)
+    parts = torch.linspace(0, 1, TEACHER_STEPS + 1)[:, None]
+    times = batch.t + parts * (end - batch.t)  # (4, B)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:  # a given first frame stays as it is
+        answer = teacher(torch.cat([x, condition], dim=-1), features.text, features.pooled, t, features.mask)
+        return answer.float() * batch.asked
+
+    return step_target(velocity, x, times)
+
+
+def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder: Path):
+    def sample(dit: nn.Module, step: int) -> dict[str, float]:
+        return test(config, dit, vae, text_encoder, folder / f"sample_{step:06d}.png")
+
+    return sample
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The third stage: `nano` itself, text and image to video in one network.
+
+    python -m kandinsky5.nano.train_dit --folder runs/dit --vae runs/vae --text runs/text
+
+The clips' latents are drawn and encoded once and kept on disk, but a few new ones are added at every step; their
+captions are written anew each time. A sample is given its first frame in 30 % of the cases, and no prompt in 10 %.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kandinsky5 import video_io
+from kandinsky5.config import PipelineConfig
+from kandinsky5.dit import DiT
+from kandinsky5.nano import presets
+from kandinsky5.nano.judge import judge_clip, score
+from kandinsky5.nano.train_text import LANGUAGES, load_text_encoder
+from kandinsky5.nano.train_vae import draw_videos, load_vae, single_frame
+from kandinsky5.nano.world import Caption, Scene, caption, draw_scene, sample_scene
+from kandinsky5.pipeline import Pipeline
+from kandinsky5.text_encoder import TextEncoder, TextFeatures
+from kandinsky5.train import (
+    FlowBatch,
+    FlowTimes,
+    Recipe,
+    autocast_dit,
+    drop_condition,
+    flow_batch,
+    flow_loss,
+    generator,
+    train,
+)
+from kandinsky5.vae import VAE
+
+RECIPE = Recipe(steps=30_000, learning_rate=1.5e-3, warmup=300, constant=0.5, ema=0.999, weight_decay=0.01)
+BATCH = 48
+TIMES = FlowTimes("logit-normal", mean=0.5, std=1.2)  # more often near the noise, where motion is decided
+FIRST_FRAME_GIVEN, PROMPT_DROPPED = 0.3, 0.1
+CLIPS_AT_FIRST, CLIPS_A_STEP, CLIPS_AT_MOST = 2000, 4, 80_000
+CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    arguments = parser.parse_args()
+    vae = load_vae(arguments.vae)
+    recipe = replace(RECIPE, steps=arguments.steps)
+    train_dit(arguments.folder, vae, load_text_encoder(arguments.text), recipe)
+
+
+def train_dit(folder: Path, vae: VAE, text_encoder: TextEncoder, recipe: Recipe = RECIPE) -> nn.Module:
+    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights."""
+    torch.manual_seed(recipe.seed)
+    dit, clips = DiT(presets.DIT), ClipStore(folder / "clips", vae)
+    nothing = encode_text(text_encoder, [""])
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        available = min(CLIPS_AT_FIRST + CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
+        batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing)
+        with autocast_dit(dit):
+            predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
+        value = flow_loss(predicted, batch.velocity, batch.asked)
+        return value, loss_by_time(predicted.detach(), batch)
+
+    def sample(dit: nn.Module, step: int) -> dict[str, float]:
+        return test(presets.NANO, dit, vae, text_encoder, folder / f"sample_{step:06d}.png")
+
+    return train(dit, loss, recipe, folder, sample=sample, sample_every=1000)
+
+
+def draw_batch(
+    seed: list[int],
+    dit: DiT,
+    clips: "ClipStore",
+    available: int,
+    text_encoder: TextEncoder,
+    nothing: TextFeatures,
+    batch_size: int = BATCH,
+    sample_times: Callable[[int, torch.Generator], Tensor] = TIMES.sample,
+) -> tuple[FlowBatch, TextFeatures]:
+    """What a step trains on; it depends on nothing but `seed` and the number of clips that there are by then."""
+    rng, random = np.random.default_rng(seed), generator(seed)
+    chosen = rng.integers(available, size=batch_size)
+    latents, first_frame = clips.read(chosen, available)  # (B, 5, 8, 8, 16), (B, 1, 8, 8, 16)
+    said = [caption(clips.scene(int(i)), LANGUAGES[rng.integers(2)], rng).text for i in chosen]
+    dropped = torch.from_numpy(rng.random(batch_size) < PROMPT_DROPPED)
+    given = torch.from_numpy(rng.random(batch_size) < FIRST_FRAME_GIVEN)
+    noise = torch.randn(latents.shape, generator=random)
+    batch = flow_batch(dit, latents, sample_times(batch_size, random), noise, first_frame, given)
+    return batch, drop_condition(encode_text(text_encoder, said), dropped, nothing)
+
+
+def encode_text(text_encoder: TextEncoder, prompts: list[str]) -> TextFeatures:
+    """`text_encoder.encode`, as tensors that a gradient may pass by."""
+    return TextFeatures(*(x.clone() for x in text_encoder.encode(prompts)))
+
+
+def loss_by_time(predicted: Tensor, batch: FlowBatch) -> dict[str, float]:
+    """The loss of the samples near the noise and of those near the data: motion and fine detail."""
+    each = ((predicted.float() - batch.velocity).square() * batch.asked).flatten(1).mean(dim=1)  # (B,)
+    parts = {"loss_noise": batch.t > 0.8, "loss_data": batch.t < 0.4}
+    return {name: float(each[where].mean()) for name, where in parts.items() if where.any()}
+
+
+class ClipStore:
+    """Latents of the training clips 0, 1, 2, … on disk, drawn and encoded when they are first asked for.
+
+    A record is the clip's latents and, behind them, those of its first frame encoded alone as the pipeline does
+    it: (T + 1, h, w, 16) in float16. What is in it does not depend on when it was written.
+    """
+
+    CHUNK = 8  # clips that are encoded together, always the same ones
+
+    def __init__(self, folder: Path, vae: VAE, num_frames: int = 17, size: int = 64, seed: int = CLIP_SEED):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.vae, self.num_frames, self.size, self.seed = vae, num_frames, size, seed
+        self._check_world(folder / "world.txt")
+        self.count_file = folder / "count.json"
+        self.count = json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0
+        T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
+        path = folder / "latents.f16"
+        self.records = np.memmap(
+            path,
+            dtype=np.float16,
+            mode="r+" if path.is_file() else "w+",
+            shape=(CLIPS_AT_MOST, T + 1, side, side, vae.config.latent_channels),
+        )
+
+    def scene(self, index: int) -> Scene:
+        return sample_scene([self.seed, index], canvas=(self.size, self.size))
+
+    def read(self, indices: np.ndarray, available: int) -> tuple[Tensor, Tensor]:
+        """Clips `indices`, all below `available`: latents (B, T, h, w, 16), first frames (B, 1, h, w, 16); scaled."""
+        self.fill(available)
+        records = torch.from_numpy(self.records[indices].astype(np.float32)) * self.vae.config.scaling_factor
+        return records[:, :-1], records[:, -1:]
+
+    def fill(self, available: int) -> None:
+        """Draw and encode until there are at least `available` clips."""
+        began = self.count
+        while self.count < available:
+            rows = range(self.count, self.count + self.CHUNK)
+            self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
+            self.count += self.CHUNK
+            if self.count % 512 == 0:
+                self._keep_count()
+        if self.count > began:
+            self._keep_count()
+
+    def _check_world(self, path: Path) -> None:
+        """What is on disk belongs to scenes that are not: if the world has changed since, captions would be wrong."""
+        scenes = [self.scene(i) for i in range(8)]
+        pictures = b"".join(draw_scene(scene, 3, self.size, self.size).tobytes() for scene in scenes)
+        fingerprint = hashlib.sha256(repr(scenes).encode() + pictures).hexdigest()
+        if not path.is_file():
+            path.write_text(fingerprint)
+        if path.read_text() != fingerprint:
+            raise ValueError(
+                f"the latents in {path.parent} are of a world that has changed since: remove that folder, "
+                "the clips will be drawn and encoded again"
+            )
+
+    def _keep_count(self) -> None:
+        self.records.flush()
+        partial = self.count_file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.count))
+        os.replace(partial, self.count_file)
+
+    @torch.no_grad()
+    def _encode(self, scenes: list[Scene]) -> np.ndarray:
+        video = draw_videos(scenes, self.num_frames, self.size)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = self.vae.encode(video).mean
+            with single_frame(self.vae):
+                first = self.vae.encode(video[:, :, :1]).mean
+        return torch.cat([z, first], dim=2).permute(0, 2, 3, 4, 1).to(torch.float16).numpy()  # (B, T + 1, h, w, 16)
+
+
+# ---------------------------------------------------------------------------------------------- looking at it
+
+
+def build_pipeline(config: PipelineConfig, dit: nn.Module, vae: VAE, text_encoder: TextEncoder) -> Pipeline:
+    """Copies of the models in bf16, as they will be shipped."""
+    models = (copy.deepcopy(model).to(torch.bfloat16).eval() for model in (dit, vae, text_encoder))
+    return Pipeline(config, *models)
+
+
+def test(
+    config: PipelineConfig, dit: nn.Module, vae: VAE, text_encoder: TextEncoder, picture: Path | None, count: int = 32
+) -> dict[str, float]:
+    """What the judge finds in clips of fresh prompts, one object and two, English and Russian; and a contact sheet."""
+    pipe = build_pipeline(config, dit, vae, text_encoder)
+    canvas = (config.sampling.height, config.sampling.width)
+    tests = [draw_test(i, 1 if i < count * 3 // 4 else 2, canvas) for i in range(count)]
+    steps = min(config.sampling.num_inference_steps, 25)
+    frames = pipe([said.text for _, said in tests], num_inference_steps=steps, progress=False, seed=TEST_SEED).numpy()
+    answers = [score(judge_clip(clip, canvas), said) for clip, (_, said) in zip(frames, tests, strict=True)]
+    one, two = answers[: count * 3 // 4], answers[count * 3 // 4 :]
+    figures = {f"one_{name}": np.mean([a[name] for a in one]) for name in ("all", "colour", "shape", "motion")}
+    figures |= {f"two_{name}": np.mean([a[name] for a in two]) for name in ("all", "colour", "shape", "motion")}
+
+    few = tests[:8]
+    images = [torch.from_numpy(draw_scene(scene, 1, *canvas)[0]) for scene, _ in few]
+    given = [
+        pipe(said.text, image=image, num_inference_steps=steps, progress=False)[0].numpy()
+        for image, (_, said) in zip(images, few, strict=True)
+    ]
+    figures["image_motion"] = np.mean(
+        [score(judge_clip(clip, canvas), said)["motion"] for clip, (_, said) in zip(given, few, strict=True)]
+    )
+    if picture:
+        rows = [*frames[:8, ::4], *frames[-4:, ::4], *(clip[::4] for clip in given[:4])]  # (5, H, W, 3) each
+        video_io.write_video(picture, np.concatenate([np.concatenate(list(row), axis=1) for row in rows])[None])
+        text = "\n".join(said.text for _, said in [*tests[:8], *tests[-4:], *few[:4]])
+        picture.with_suffix(".txt").write_text(text + "\n")
+    return {name: round(float(value), 3) for name, value in figures.items()}
+
+
+def draw_test(
+    index: int, num_objects: int, canvas: tuple[int, int] = (64, 64), split: str = "train"
+) -> tuple[Scene, Caption]:
+    """A scene and a caption that are never trained on."""
+    rng = np.random.default_rng([TEST_SEED, index])
+    scene = sample_scene(rng, split, num_objects, canvas)
+    return scene, caption(scene, LANGUAGES[index % 2], rng)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The second stage: two tokenizers, and the two language models that read captions.
+
+    python -m kandinsky5.nano.train_text --folder runs/text
+
+The Qwen-class encoder learns to go on with a conversation: a caption stands where the prompt will, and the answer
+lists what it says in one fixed manner, so that the caption's tokens must come to mean something. The CLIP-class
+encoder learns which of 128 lists belongs to which caption. Both are frozen afterwards, as in the real model.
+"""
+
+import argparse
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from kandinsky5.clip import CLIPText
+from kandinsky5.nano import presets
+from kandinsky5.nano.world import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    OPPOSITE,
+    RADII,
+    SHAPES,
+    Caption,
+    caption,
+    sample_scene,
+)
+from kandinsky5.qwen import Qwen
+from kandinsky5.text_encoder import TextEncoder
+from kandinsky5.tokenizer import CLIP_SPLIT, QWEN_SPLIT, Tokenizer
+from kandinsky5.train import Recipe, load_average, train
+
+QWEN_RECIPE = Recipe(steps=1000, learning_rate=2e-3, ema=0.998)
+CLIP_RECIPE = Recipe(steps=1000, learning_rate=1e-3, ema=0.998)
+QWEN_BATCH, CLIP_BATCH = 48, 128  # captions
+TOKENIZER_CAPTIONS = 40_000
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+LANGUAGES = ("english", "russian")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
+    folder = parser.parse_args().folder
+    if not (folder / "clip_tokenizer").is_dir():
+        train_tokenizers(folder)
+    train_qwen(folder)
+    train_clip(folder)
+
+
+def load_text_encoder(folder: Path) -> TextEncoder:
+    """What this stage left in `folder`: both models with their tokenizers, frozen, float32."""
+    return TextEncoder(
+        presets.TEXT,
+        load_average(LanguageModel(), folder / "qwen").qwen,
+        load_average(CaptionContrast(), folder / "clip").clip,
+        Tokenizer.load(folder / "qwen_tokenizer"),
+        Tokenizer.load(folder / "clip_tokenizer"),
+    )
+
+
+def draw_caption(seed: list[int]) -> Caption:
+    """A caption of a training scene, in English or Russian; it depends on nothing but `seed`."""
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng)
+    return caption(scene, LANGUAGES[rng.integers(2)], rng)
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+def train_tokenizers(folder: Path) -> None:
+    """Byte-level BPE of captions for both encoders: `qwen_tokenizer/` and `clip_tokenizer/tokenizer.json`."""
+    captions = [draw_caption([1, i]) for i in range(TOKENIZER_CAPTIONS)]
+    corpus = [said.text for said in captions]
+    letters = [" ".join(string.printable), " ".join(map(chr, range(ord("а"), ord("я") + 1)))]  # as words of their own
+    conversation = [presets.TEMPLATE.replace("{}", answer(said)) for said in captions[:4000]]
+    for name, backend, special, texts in (
+        ("qwen", _qwen_backend(), QWEN_SPECIAL, corpus + conversation),
+        ("clip", _clip_backend(), CLIP_SPECIAL, corpus + letters),
+    ):
+        trainer = trainers.BpeTrainer(
+            vocab_size=presets.QWEN.vocab_size if name == "qwen" else presets.CLIP.vocab_size,
+            special_tokens=[AddedToken(token, normalized=False) for token in special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            **({"end_of_word_suffix": "</w>"} if name == "clip" else {}),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        target = folder / f"{name}_tokenizer"
+        target.mkdir(parents=True, exist_ok=True)
+        backend.save(str(target / "tokenizer.json"))
+
+
+def _qwen_backend() -> Backend:
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _clip_backend() -> Backend:
+    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+# ---------------------------------------------------------------------------------------------- next token
+
+
+class LanguageModel(nn.Module):
+    """Qwen with the head that predicts the next token, which is thrown away afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.qwen = Qwen(presets.QWEN)
+        self.head = nn.Linear(presets.QWEN.dim, presets.QWEN.vocab_size, bias=False)
+        nn.init.normal_(self.qwen.embedding.weight, std=0.3)
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, S) → logits (B, S, vocabulary)
+        return self.head(self.qwen(ids))
+
+
+def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> nn.Module:
+    """Next token in conversations of template, caption and answer."""
+    torch.manual_seed(recipe.seed)
+    model, tokenizer = LanguageModel(), Tokenizer.load(folder / "qwen_tokenizer")
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        captions = [draw_caption([2, *seed, i]) for i in range(QWEN_BATCH)]
+        ids = [tokenizer.encode(conversation(said)) for said in captions]
+        ids = pad_sequence([torch.tensor(i) for i in ids], batch_first=True, padding_value=-100)  # (B, S)
+        logits = model(ids[:, :-1].clamp(min=0)).float()
+        value = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
+        answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.token_id("<|im_start|>"))
+        return value, {"answer_accuracy": answers}
+
+    return train(model, loss, recipe, folder / "qwen")
+
+
+def conversation(said: Caption) -> str:
+    """The template with a caption in it, and the answer after it."""
+    return f"{presets.TEMPLATE.replace('{}', said.text)}\n<|im_start|>assistant\n{answer(said)}<|im_end|>"
+
+
+def answer(said: Caption) -> str:
+    """What a caption says, in a fixed manner: "red star left small above; blue ring still; on black"."""
+    roles = (said.relation, OPPOSITE.get(said.relation))
+    parts = [" ".join((*thing.values(), role or "")).strip() for thing, role in zip(said.objects, roles, strict=False)]
+    return "; ".join(parts + [f"on {said.background}"] * (said.background is not None))
+
+
+def answer_accuracy(logits: Tensor, targets: Tensor, start: int) -> float:
+    """The share of the answers' tokens that are predicted; logits (B, S, V), targets (B, S)."""
+    in_answer = ((targets == start).cumsum(dim=1) == 2) & (targets >= 0)  # the third <|im_start|> begins the answer
+    return float((logits.argmax(-1) == targets)[in_answer].float().mean())
+
+
+# ---------------------------------------------------------------------------------------------- contrast
+
+
+ATTRIBUTES = (*COLOURS, *SHAPES, *MOTIONS, *RADII, *OPPOSITE)
+
+
+class CaptionContrast(nn.Module):
+    """CLIP's text tower, and a tower that reads what a caption says as a set; the latter is thrown away."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.clip = CLIPText(presets.CLIP)
+        self.project = nn.Linear(presets.CLIP.dim, width)
+        self.read_object = nn.Sequential(nn.Linear(len(ATTRIBUTES), 256), nn.SiLU(), nn.Linear(256, 128))
+        self.read_scene = nn.Sequential(nn.Linear(128 + len(BACKGROUNDS), 256), nn.SiLU(), nn.Linear(256, width))
+        self.log_scale = nn.Parameter(torch.tensor(2.5))
+        for table in (self.clip.token_embedding, self.clip.position_embedding):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, ids: Tensor, objects: Tensor, background: Tensor) -> Tensor:
+        """ids (B, S), objects (B, 2, attributes) and background (B, backgrounds) → scores (B captions, B lists)."""
+        captions = F.normalize(self.project(self.clip(ids)).float(), dim=-1)
+        there = objects.any(dim=-1, keepdim=True)  # (B, 2, 1)
+        things = (self.read_object(objects) * there).sum(dim=1)  # (B, 128): which is first does not matter
+        lists = F.normalize(self.read_scene(torch.cat([things, background], dim=-1)).float(), dim=-1)
+        return self.log_scale.clamp(max=4.6).exp() * captions @ lists.T
+
+
+def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> nn.Module:
+    """Which caption says what, among the captions of a batch."""
+    torch.manual_seed(recipe.seed)
+    model, tokenizer = CaptionContrast(), Tokenizer.load(folder / "clip_tokenizer")
+    start, end = presets.CLIP.start_token, presets.CLIP.end_token
+    assert (tokenizer.token_id(CLIP_SPECIAL[0]), tokenizer.token_id(CLIP_SPECIAL[1])) == (start, end)
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        captions = [draw_caption([3, *seed, i]) for i in range(CLIP_BATCH)]
+        ids = [torch.tensor([start, *tokenizer.encode(said.text), end]) for said in captions]
+        objects, background = (torch.stack(x) for x in zip(*map(as_set, captions), strict=True))
+        scores = model(pad_sequence(ids, batch_first=True, padding_value=end), objects, background)
+        # Captions that say the same are right answers to each other.
+        lists = torch.cat([objects.sum(dim=1), objects.prod(dim=1), background], dim=-1)
+        same = (torch.cdist(lists, lists, p=1) < 0.5).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        value = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+        return value, {"accuracy": float((target.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean())}
+
+    return train(model, loss, recipe, folder / "clip")
+
+
+def as_set(said: Caption) -> tuple[Tensor, Tensor]:
+    """What a caption says as ones and zeros: objects (2, attributes), background (backgrounds,)."""
+    objects = torch.zeros(2, len(ATTRIBUTES))
+    roles = (said.relation, OPPOSITE.get(said.relation))
+    for i, (thing, role) in enumerate(zip(said.objects, roles, strict=False)):
+        for word in (*thing.values(), *([role] if role else [])):
+            objects[i, ATTRIBUTES.index(word)] = 1
+    return objects, torch.tensor([float(name == said.background) for name in BACKGROUNDS])
+
+
+if __name__ == "__main__":
+    main()
