@@ -1,0 +1,409 @@
+"""Training, as far as it is the same for any model: one loop, and the losses of flow models.
+
+The loop is a function. What differs from model to model is a function too, `loss(seed)`, which draws its batch
+and its noise from the `seed` it is given (a list of numbers: the run's, the step's, the part's) and from nothing
+else. So step 7,000 is the same whether the run came there in one go or was cut off and taken up ten times.
+
+    train ──> loss(seed) ──> flow_batch ─ x_t, t, velocity ─> DiT ─> flow_loss
+      └─ AdamW, warm-up and cosine, clipping, averaged weights, state and curves on disk
+"""
+
+import contextlib
+import copy
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kandinsky5 import dit
+from kandinsky5.attention import dense_attention, expand_block_map
+from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.sampler import guided_velocity
+from kandinsky5.text_encoder import TextFeatures
+
+Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `train` takes its steps."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 200  # steps over which the rate rises from 0
+    constant: float = 0.0  # share of the steps before the rate starts to fall along a cosine
+    final_rate: float = 0.02  # where the cosine ends, as a share of the learning rate
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01  # of matrices and kernels; biases and norms have none
+    clip_norm: float = 1.0
+    accumulate: int = 1  # batches whose gradients are averaged in a step
+    ema: float = 0.999  # decay of the averaged weights; (1 + step) / (10 + step) while that is less
+    bf16: bool = True  # autocast; on a CPU with avx512_bf16 a 3-D conv gains 20×, a Linear 3×
+    seed: int = 0
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    recipe: Recipe,
+    folder: str | Path,
+    sample: Callable[[nn.Module, int], dict[str, float] | None] | None = None,
+    sample_every: int = 1000,
+    log_every: int = 20,
+    save_seconds: float = 180,
+    stop_after: int | None = None,
+) -> nn.Module:
+    """Train `model` in place; returns a copy of it with the averaged weights.
+
+    loss: seed → a scalar and figures for the log; it uses no other randomness than what it derives from the seed.
+    folder: of the run. `state.pt` is all that is needed to go on, `loss.csv` and `loss.png` are the curves. If
+        there is a state already the run goes on from it, with exactly the result of a run that was never cut.
+    sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
+    log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
+    stop_after: leave after this step as if cut off (the schedule is still that of recipe.steps).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = build_optimizer(model, recipe)
+    step, seconds = load_state(folder / "state.pt", model, average, optimizer)
+    for name in ("loss.csv", "samples.csv"):
+        drop_rows_after(folder / name, step)
+    began = saved = time.monotonic()
+    seconds_before = seconds
+    rows: list[dict[str, float]] = []
+    last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
+
+    model.train()
+    while step < last:
+        rate = learning_rate(step, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for part in range(recipe.accumulate):
+            with torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
+                value, figures = loss([recipe.seed, step, part])
+            (value.float() / recipe.accumulate).backward()
+            rows.append({"loss": float(value.detach()), **figures})
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        rows[-1]["gradient"] = float(norm)
+        if torch.isfinite(norm):  # one bad batch must not spoil the run
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+
+        if step % sample_every == 0 and sample is not None:
+            append_row(folder / "samples.csv", {"step": step, **(sample(average, step) or {})})
+            model.train()
+        if step % log_every == 0 or step == last:
+            seconds = seconds_before + time.monotonic() - began
+            append_row(folder / "loss.csv", {"step": step, "seconds": round(seconds, 1), "rate": rate, **_mean(rows)})
+            rows = []
+            if time.monotonic() - saved > save_seconds or step == last:
+                save_state(folder / "state.pt", model, average, optimizer, step, seconds)
+                plot_losses(folder / "loss.csv", folder / "loss.png")
+                saved = time.monotonic()
+    return average
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, a constant share, then half a cosine down to `final_rate`."""
+    warm = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    start = recipe.constant * recipe.steps
+    fallen = min(max(step - start, 0) / max(recipe.steps - start, 1), 1.0)
+    cosine = (1 + math.cos(math.pi * fallen)) / 2
+    return recipe.learning_rate * warm * (recipe.final_rate + (1 - recipe.final_rate) * cosine)
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW whose weight decay leaves vectors (biases, norms) alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, foreach=True)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · model, in float32."""
+    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+
+
+def generator(seed: list[int]) -> torch.Generator:
+    """A generator that depends on every number of `seed` (`torch.manual_seed` takes only one)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------------------------------------- flow matching
+# A clean x_0 and noise lie at the ends of a straight line, x_t = (1 − t)·x_0 + t·noise, along which the velocity
+# is noise − x_0 everywhere (SPEC §7). The network learns its mean over all lines through x_t.
+
+
+@dataclass(frozen=True)
+class FlowTimes:
+    """At which times the network is trained: the more often, the better it gets there."""
+
+    kind: str = "logit-normal"  # or "uniform"; logit-normal: sigmoid of a normal (arXiv 2403.03206)
+    mean: float = 0.0  # of that normal
+    std: float = 1.0
+    shift: float = 1.0  # t ← s·t / (1 + (s − 1)·t), as in sampling: above 1 towards the noise
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) float32 in (0, 1)."""
+        if self.kind == "uniform":
+            t = torch.rand(count, generator=generator)
+        elif self.kind == "logit-normal":
+            t = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator))
+        else:
+            raise ValueError(f"flow times {self.kind!r}: choose uniform or logit-normal")
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """One batch as the DiT sees it, and what it should answer."""
+
+    x: Tensor  # (B, T, H, W, C_in) noisy latents, and with visual_cond conditioning latents and mask
+    t: Tensor  # (B,)
+    velocity: Tensor  # (B, T, H, W, C) noise − latents
+    asked: Tensor  # (B, T, 1, 1, 1) 1 where the velocity is asked for, 0 in a given first frame
+
+
+def flow_batch(
+    model: DiT,
+    latents: Tensor,  # (B, T, H, W, C) clean and scaled
+    t: Tensor,  # (B,)
+    noise: Tensor,  # (B, T, H, W, C)
+    first_frame: Tensor | None = None,  # (B, 1, H, W, C) clean
+    given: Tensor | None = None,  # (B,) bool: which samples are given their first frame
+) -> FlowBatch:
+    """Latents on their way to noise, presented as the pipeline presents them.
+
+    A given first frame stands clean in frame 0 of the noisy latents and the mask is 1 there; the conditioning
+    channels are zeros (SPEC §7). Nothing is asked of that frame.
+    """
+    B, T = latents.shape[:2]
+    asked = torch.ones(B, T, 1, 1, 1, device=latents.device)
+    x = torch.lerp(latents, noise, t.view(B, 1, 1, 1, 1))
+    condition = latents.new_zeros(*latents.shape[:-1], model.config.input_channels - model.config.in_channels)
+    if given is not None:
+        assert first_frame is not None and condition.shape[-1], (given.shape, condition.shape)
+        x = torch.cat([torch.where(given.view(B, 1, 1, 1, 1), first_frame, x[:, :1]), x[:, 1:]], dim=1)
+        condition[given, :1, ..., -1] = 1
+        asked[given, 0] = 0
+    return FlowBatch(torch.cat([x, condition], dim=-1), t, noise - latents, asked)
+
+
+def flow_loss(predicted: Tensor, target: Tensor, asked: Tensor) -> Tensor:
+    """Mean squared error of the velocity where it is asked for; any shapes that broadcast."""
+    asked = asked.expand_as(target)
+    return ((predicted.float() - target).square() * asked).sum() / asked.sum()
+
+
+def drop_condition(features: TextFeatures, dropped: Tensor, nothing: TextFeatures) -> TextFeatures:
+    """Features in which the samples of `dropped` (B,) bool are told `nothing` (the features of the empty prompt).
+
+    The network then also learns what guidance needs, the velocity without a prompt.
+    """
+    S, n = features.text.shape[1], nothing.text.shape[1]
+    assert n <= S, (n, S)
+    text = torch.where(dropped[:, None, None], F.pad(nothing.text, (0, 0, 0, S - n)), features.text)
+    mask = torch.where(dropped[:, None], F.pad(nothing.mask, (0, S - n)), features.mask)
+    return TextFeatures(text, mask, torch.where(dropped[:, None], nothing.pooled, features.pooled))
+
+
+# ---------------------------------------------------------------------------------------------- distillation
+
+
+@torch.no_grad()
+def guided_target(
+    teacher: DiT, batch: FlowBatch, features: TextFeatures, nothing: TextFeatures, guidance_scale: float
+) -> Tensor:
+    """Guidance distillation: what the teacher answers in two passes, for the student to answer in one."""
+    negative = drop_condition(features, torch.ones_like(batch.t, dtype=torch.bool), nothing)
+    with_prompt, without = (_ask(teacher, batch.x, f, batch.t) for f in (features, negative))
+    return guided_velocity(with_prompt, without, guidance_scale)
+
+
+@torch.no_grad()
+def step_target(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:
+    """Step distillation (progressive, arXiv 2202.00512): the one velocity that leads where the teacher gets in several.
+
+    velocity: the teacher's, (x, t) → dx/dt; x (B, T, H, W, C) at times[0]; times (n + 1, B), falling.
+    The student that answers with the result at times[0] lands, in one Euler step to times[-1], where the teacher
+    lands in n.
+    """
+    there = x
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        there = there + (t_next - t).view(-1, 1, 1, 1, 1) * velocity(there, t)
+    return (there - x) / (times[-1] - times[0]).view(-1, 1, 1, 1, 1)
+
+
+def _ask(model: DiT, x: Tensor, features: TextFeatures, t: Tensor) -> Tensor:
+    return model(x, features.text, features.pooled, t, features.mask).float()
+
+
+# ---------------------------------------------------------------------------------------------- speed and memory
+
+
+@contextlib.contextmanager
+def autocast_dit(model: DiT) -> Iterator[None]:
+    """Inside, a DiT trains under autocast with the precision that it has in half precision, and fast on a CPU.
+
+    The layers that stay in float32 do so. Attention is the definition, written out: the gradient of PyTorch's
+    fused kernel in bf16 on a CPU takes five times as long (80 tokens, 6 heads of 32).
+    """
+    layers = [module for module in model.modules() if isinstance(module, Float32Linear)]
+    for layer in layers:
+        layer.forward = torch.autocast(_device(model).type, enabled=False)(layer.forward)
+    fused, dit.attention = dit.attention, _written_out if _device(model).type == "cpu" else dit.attention
+    try:
+        yield
+    finally:
+        dit.attention = fused
+        for layer in layers:
+            del layer.forward
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block_map: Tensor | None = None):
+    return dense_attention(q, k, v, expand_block_map(block_map) if block_map is not None else mask)
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
+    """Inside, the blocks forget their activations and compute them again for the gradient: a third more work."""
+    forwards = [block.forward for block in blocks]
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+def save_state(
+    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
+) -> None:
+    """All that a run is made of, in one file that is never half written."""
+    state = {
+        "step": step,
+        "seconds": seconds,
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_state(
+    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Fill the three from `path`, if there is such a file; returns (step, seconds) or (0, 0.0)."""
+    if not path.is_file():
+        return 0, 0.0
+    state = torch.load(path, map_location=_device(model), weights_only=True)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
+
+
+def load_average(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Fill `model` with the averaged weights of the run in `folder`; returns it frozen, in eval mode."""
+    path = Path(folder) / "state.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: run the stage that trains it first (see the Makefile)")
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    return model.eval().requires_grad_(False)
+
+
+def save_average(model: nn.Module, folder: str | Path) -> None:
+    """Write a finished model where `load_average` finds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    partial = Path(folder) / "state.partial"
+    torch.save({"average": model.state_dict()}, partial)
+    os.replace(partial, Path(folder) / "state.pt")
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """One more row of a CSV file. A column that the file does not have yet makes it be written anew."""
+    rows = read_rows(path)
+    columns = list(dict.fromkeys([*(rows[0] if rows else []), *row]))
+    if rows and list(rows[0]) == columns:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(row)
+    else:
+        _write_rows(path, columns, [*rows, row])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, [] if there is none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Forget what a run that was cut off had logged after it last saved its state."""
+    rows = read_rows(path)
+    kept = [row for row in rows if int(row["step"]) <= step]
+    if len(kept) < len(rows):
+        _write_rows(path, list(rows[0]), kept)
+
+
+def plot_losses(path: Path, picture: Path) -> None:
+    """The curves of a log as a PNG; nothing without matplotlib (`pip install kandinsky5[train]`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = read_rows(path)
+    columns = [name for name in rows[0] if name not in ("step", "seconds", "rate")]
+    figure = Figure(figsize=(8, 2.2 * len(columns)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(columns), 1, squeeze=False)[:, 0], columns, strict=True):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        axes.plot(*zip(*points, strict=True), linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        if all(value > 0 for _, value in points):
+            axes.set_yscale("log")
+    partial = picture.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=80)
+    os.replace(partial, picture)
+
+
+def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the figures, each over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: float(f"{sum(v) / len(v):.6g}") for name, v in values.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,255 @@
+"""The training code: exact losses, exact resuming, and the conditioning that the pipeline presents."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kandinsky5 import train as training
+from kandinsky5.attention import attention
+from kandinsky5.config import DiTConfig, VAEConfig
+from kandinsky5.dit import DiT
+from kandinsky5.nano import presets
+from kandinsky5.nano.train_dit import ClipStore
+from kandinsky5.nano.train_vae import draw_confetti, draw_videos, single_frame, standardise
+from kandinsky5.nano.world import sample_scene
+from kandinsky5.pipeline import Pipeline
+from kandinsky5.sampler import euler_sample
+from kandinsky5.text_encoder import TextFeatures
+from kandinsky5.train import FlowTimes, Recipe, drop_condition, flow_batch, flow_loss, generator, step_target, train
+from kandinsky5.vae import VAE
+
+TINY = DiTConfig(
+    dim=32, ff_dim=32, time_dim=16, num_text_blocks=1, num_visual_blocks=1, rope_axes=(4, 6, 6),
+    in_channels=4, out_channels=4, text_dim=8, pooled_dim=8,
+)  # fmt: skip
+
+
+def tiny_features(batch: int, seed: int = 0, length: int = 3) -> TextFeatures:
+    random = generator([seed])
+    text, pooled = torch.randn(batch, length, 8, generator=random), torch.randn(batch, 8, generator=random)
+    return TextFeatures(text, torch.ones(batch, length, dtype=torch.bool), pooled)
+
+
+def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, **options):
+    """A DiT that learns two latents by their prompts; returns it and its average."""
+    torch.manual_seed(0)
+    dit = DiT(TINY)
+    targets = torch.randn(2, 2, 4, 4, 4, generator=generator([9]))
+    features = tiny_features(2)
+
+    def loss(seed):
+        random = generator(seed)
+        t, noise = FlowTimes().sample(2, random), torch.randn(targets.shape, generator=random)
+        batch = flow_batch(dit, targets, t, noise)
+        with training.autocast_dit(dit):
+            predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
+        return flow_loss(predicted, batch.velocity, batch.asked), {"noise": float(noise.mean())}
+
+    recipe = Recipe(steps, 1e-2, warmup=4, bf16=bf16, accumulate=accumulate)
+    average = train(dit, loss, recipe, folder, log_every=2, save_seconds=0, stop_after=stop_after, **options)
+    return dit, average
+
+
+def losses(folder) -> list[float]:
+    return [float(row["loss"]) for row in training.read_rows(folder / "loss.csv")]
+
+
+def test_a_tiny_dit_learns_and_the_log_shows_it(tmp_path):
+    tiny_run(tmp_path, steps=300)
+    curve = losses(tmp_path)
+    assert len(curve) == 150 and np.mean(curve[-10:]) < 0.5 * np.mean(curve[:5]), curve[::10]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, bf16):
+    whole = tiny_run(tmp_path / "whole", bf16=bf16, accumulate=2)
+    for stop in (4, 8, None):
+        parts = tiny_run(tmp_path / "parts", stop_after=stop, bf16=bf16, accumulate=2)
+    for a, b in zip(whole, parts, strict=True):
+        assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_a_run_cut_off_after_its_last_save_forgets_what_it_logged_since(tmp_path):
+    tiny_run(tmp_path, stop_after=4)
+    training.append_row(tmp_path / "loss.csv", {"step": 6, "loss": 123.0})
+    tiny_run(tmp_path)
+    steps = [int(row["step"]) for row in training.read_rows(tmp_path / "loss.csv")]
+    assert steps == [2, 4, 6, 8, 10, 12] and 123.0 not in losses(tmp_path)
+
+
+def test_sampling_during_training_changes_nothing(tmp_path):
+    def sample(model, step):
+        torch.rand(3)  # global randomness is free to use
+        return {"step_again": step}
+
+    plain, _ = tiny_run(tmp_path / "plain")
+    with_samples, _ = tiny_run(tmp_path / "samples", sample=sample, sample_every=4)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), with_samples.parameters(), strict=True))
+    assert [row["step"] for row in training.read_rows(tmp_path / "samples" / "samples.csv")] == ["4", "8", "12"]
+
+
+def test_learning_rate_warms_up_stays_and_falls_along_a_cosine():
+    recipe = Recipe(100, 1.0, warmup=10, constant=0.2, final_rate=0.1)
+    rates = [training.learning_rate(step, recipe) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10:21] == [1.0] * 11 and rates[60] == pytest.approx(0.55)  # half way of the cosine
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_average_is_the_exponential_one():
+    model, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    for layer, value in ((model, 1.0), (average, 0.0)):
+        nn.init.constant_(layer.weight, value)
+    for _ in range(3):
+        training.update_average(average, model, 0.9)
+    assert average.weight.item() == pytest.approx(1 - 0.9**3)
+
+
+def test_flow_batch_is_presented_as_the_pipeline_does_it():
+    dit = DiT(TINY)
+    latents, noise = torch.randn(2, 3, 2, 2, 4), torch.randn(2, 3, 2, 2, 4)
+    first_frame, given = torch.randn(2, 1, 2, 2, 4), torch.tensor([False, True])
+    t = torch.tensor([0.25, 0.5])
+    batch = flow_batch(dit, latents, t, noise, first_frame, given)
+
+    # What does the network see in the pipeline, when its latents are just as noisy?
+    pipe = Pipeline(presets.replace(presets.NANO, dit=TINY), dit, None, None)
+    noisy = latents + t.view(2, 1, 1, 1, 1) * (noise - latents)
+    for i, image in enumerate((None, first_frame[1:])):
+        seen = []
+        condition = pipe._build_condition(noisy[i : i + 1], image)
+        euler_sample(
+            lambda x, t, condition=condition, seen=seen: seen.append(torch.cat([x, condition], -1)) or x,
+            noisy[i : i + 1],
+            torch.tensor([1.0, 0.0]),
+            image,
+        )
+        torch.testing.assert_close(batch.x[i : i + 1], seen[0])
+    assert batch.asked[:, :, 0, 0, 0].tolist() == [[1, 1, 1], [0, 1, 1]]
+    torch.testing.assert_close(batch.velocity, noise - latents)
+
+
+def test_flow_loss_has_its_closed_form():
+    # An answer of 0 to noise 3 and latents 1 is wrong by 2 everywhere; the given frame, wrong by 100, does not count.
+    dit = DiT(TINY)
+    latents, noise = torch.ones(1, 2, 2, 2, 4), 3 * torch.ones(1, 2, 2, 2, 4)
+    batch = flow_batch(dit, latents, torch.tensor([0.5]), noise, latents[:, :1], torch.tensor([True]))
+    predicted = torch.zeros(1, 2, 2, 2, 4)
+    predicted[:, 0] = 102
+    assert flow_loss(predicted, batch.velocity, batch.asked).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("times", "median"), [(FlowTimes("uniform"), 0.5), (FlowTimes(mean=1.0), 0.731)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_times_have_the_median_that_they_should(times, median, shift):
+    times = FlowTimes(times.kind, times.mean, times.std, shift)
+    t = times.sample(20_000, generator([0]))
+    assert 0 < t.min() and t.max() < 1
+    assert t.median().item() == pytest.approx(shift * median / (1 + (shift - 1) * median), abs=0.01)
+
+
+def test_dropped_prompts_become_the_empty_one():
+    features, nothing = tiny_features(2, length=3), tiny_features(1, seed=1, length=1)
+    result = drop_condition(features, torch.tensor([False, True]), nothing)
+    dit = DiT(TINY)
+    x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    answer = dit(x, result.text, result.pooled, t, result.mask)
+    torch.testing.assert_close(answer[:1], dit(x[:1], features.text[:1], features.pooled[:1], t[:1]))
+    torch.testing.assert_close(answer[1:], dit(x[1:], nothing.text, nothing.pooled, t[1:]))
+
+
+def test_step_target_leads_where_the_teachers_steps_lead():
+    x, times = torch.randn(2, 1, 2, 2, 4), torch.tensor([[1.0, 0.8], [0.7, 0.5], [0.4, 0.1]])
+    there = step_target(lambda x, t: -x * t.view(-1, 1, 1, 1, 1), x, times)
+    for i in range(2):
+        walked = euler_sample(lambda x, t: -x * t, x[i : i + 1], times[:, i])
+        torch.testing.assert_close(x[i : i + 1] + (times[-1, i] - times[0, i]) * there[i], walked)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    dit, features = DiT(TINY), tiny_features(2)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator([0]))
+    again = copy.deepcopy(dit)
+    x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
+    dit(x, features.text, features.pooled, t).square().mean().backward()
+    with training.gradient_checkpointing(again.visual_blocks):
+        again(x, features.text, features.pooled, t).square().mean().backward()
+    for a, b in zip(dit.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_attention_written_out_is_the_same_attention():
+    dit, features = DiT(TINY), tiny_features(2)
+    x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
+    expected = dit(x, features.text, features.pooled, t, features.mask)
+    with training.autocast_dit(dit):
+        torch.testing.assert_close(dit(x, features.text, features.pooled, t, features.mask), expected)
+    assert training.dit.attention is attention
+
+
+# ---------------------------------------------------------------------------------------------- VAE
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return VAE(VAEConfig(channels=(4, 4, 8, 8), blocks_per_stage=1, norm_groups=2, scaling_factor=1.0))
+
+
+def test_a_single_frame_through_2d_convs_is_the_same(vae):
+    video = draw_videos([sample_scene([1, i]) for i in range(2)], num_frames=1)
+    expected = vae.encode(video).mean, vae.decode(vae.encode(video).mean)
+    with single_frame(vae):
+        mean = vae.encode(video).mean
+        torch.testing.assert_close((mean, vae.decode(mean)), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(vae.encode(video).mean, expected[0])  # and nothing is left behind
+
+
+def test_standardised_latents_decode_to_the_same_video(vae):
+    vae = copy.deepcopy(vae)
+    video = draw_videos([sample_scene([1, i]) for i in range(8)], num_frames=5)
+    with torch.no_grad():
+        before, posterior = vae.decode(vae.encode(video).mean), vae.encode(video)
+        standardise(vae, count=8)
+        after = vae.encode(video)
+        torch.testing.assert_close(vae.decode(after.mean), before, rtol=1e-3, atol=1e-4)
+    # The noise has become as much larger or smaller as the latents: one straight line maps the one to the other.
+    scale = (posterior.logvar - after.logvar).div(2).exp()
+    rise, rise_before = after.mean.diff(dim=-1), posterior.mean.diff(dim=-1)
+    torch.testing.assert_close(rise * scale[..., 1:], rise_before, rtol=1e-3, atol=1e-4)
+    assert after.mean.mean(dim=(0, 2, 3, 4)).abs().max() < 0.5
+
+
+def test_confetti_shows_many_colours():
+    colours = np.unique(draw_confetti(np.random.default_rng(0)).reshape(-1, 3), axis=0)
+    assert len(colours) > 200 and (colours.max(0) - colours.min(0)).min() > 120
+
+
+def test_clips_on_disk_do_not_depend_on_when_they_were_written(vae, tmp_path):
+    at_once = ClipStore(tmp_path / "at_once", vae, num_frames=5)
+    at_once.fill(20)
+    ClipStore(tmp_path / "in_parts", vae, num_frames=5).fill(3)
+    in_parts = ClipStore(tmp_path / "in_parts", vae, num_frames=5)  # a new process
+    in_parts.fill(20)
+    indices = np.array([0, 7, 8, 19])
+    a, b = at_once.read(indices, 20), in_parts.read(indices, 20)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert a[0].shape == (4, 2, 8, 8, 16) and a[1].shape == (4, 1, 8, 8, 16)
+
+    video = draw_videos([at_once.scene(i) for i in range(8)], num_frames=5)
+    with torch.no_grad():
+        first = vae.encode(video[:, :, :1]).mean.permute(0, 2, 3, 4, 1)[7:]
+    torch.testing.assert_close(a[1][1:2], first, rtol=0.05, atol=0.05)  # bf16 and float16
+
+
+def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
+    ClipStore(tmp_path, vae, num_frames=5)
+    with pytest.raises(ValueError, match="world that has changed"):
+        ClipStore(tmp_path, vae, num_frames=5, seed=5)
