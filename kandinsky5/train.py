@@ -312,9 +312,7 @@ def save_state(
     os.replace(partial, path)
 
 
-def load_state(
-    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
+def load_state(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Fill the three from `path`, if there is such a file; returns (step, seconds) or (0, 0.0)."""
     if not path.is_file():
         return 0, 0.0

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky5 import Pipeline, checkpoint
 from kandinsky5.config import PRESETS, PRO, find_preset, load_config, save_config
-from random_weights import SMALL, SMALL_DIT, SMALL_NABLA, build_small_models, build_small_pipeline, save_small_checkpoint
+from random_weights import (
+    SMALL,
+    SMALL_DIT,
+    SMALL_NABLA,
+    build_small_models,
+    build_small_pipeline,
+    save_small_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizer_data import fingerprint, load_goldens, tokenizer_folder
 from tokenizers import pre_tokenizers
 
 from kandinsky5.tokenizer import Tokenizer
+from tokenizer_data import fingerprint, load_goldens, tokenizer_folder
 
 QWEN, CLIP = "qwen2.5", "clip-vit-large-patch14"
 TEMPLATE_PREFIX = """<|im_start|>system

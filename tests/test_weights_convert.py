@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from kandinsky5.checkpoint import MODELS, save_checkpoint
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, load_config
 from kandinsky5.dit import DiT
+from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
 from weights_convert.__main__ import main
 from weights_convert.read import read_weights

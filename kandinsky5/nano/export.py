@@ -1,6 +1,6 @@
 """The trained family as checkpoint folders that `Pipeline.load` reads.
 
-    python -m kandinsky5.nano.export --runs runs --vae runs/vae --text runs/text --to runs/checkpoints
+python -m kandinsky5.nano.export --runs runs --vae runs/vae --text runs/text --to runs/checkpoints
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """Write tests/data/tokenizers/golden_ids.json: transformers' ids for TEXTS. Run in the repository's folder:
 
-    PYTHONPATH=tests python tests/parity/make_tokenizer_goldens.py
+PYTHONPATH=tests python tests/parity/make_tokenizer_goldens.py
 """
 
 import json
 import os
 
-from tokenizer_data import DATA, fingerprint, tokenizer_folder
 from transformers import AddedToken, CLIPTokenizer, Qwen2Tokenizer
+
+from tokenizer_data import DATA, fingerprint, tokenizer_folder
 
 TEXTS = {  # title → text, or [text, how many times]
     "empty": "",

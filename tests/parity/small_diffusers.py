@@ -16,9 +16,6 @@ from diffusers import (
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
 )
-from random_weights import randomise
-from theirs import QwenTokenizer
-from tokenizer_data import tokenizer_folder
 from transformers import (
     AddedToken,
     CLIPTextConfig,
@@ -27,6 +24,10 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from random_weights import randomise
+from theirs import QwenTokenizer
+from tokenizer_data import tokenizer_folder
 
 PIPELINES = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline}
 NABLA = dict(

@@ -10,14 +10,14 @@ import torch
 pytest.importorskip("diffusers", reason="the parity suite needs the extra: pip install .[parity] -c constraints.txt")
 
 from diffusers import DiffusionPipeline  # noqa: E402
-from random_weights import randomise  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from small_diffusers import build_qwen, load_qwen_tokenizer, name_standard_tokenizer, save_small_checkpoint  # noqa: E402
 from transformers import CLIPConfig as WholeCLIPConfig  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
 from kandinsky5 import Pipeline  # noqa: E402
 from kandinsky5.config import NablaConfig, load_config  # noqa: E402
+from random_weights import randomise  # noqa: E402
+from small_diffusers import build_qwen, load_qwen_tokenizer, name_standard_tokenizer, save_small_checkpoint  # noqa: E402
 from weights_convert import from_diffusers, from_official, inspect, to_diffusers  # noqa: E402
 
 MODELS = ("dit", "vae", "qwen", "clip")

@@ -6,10 +6,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from kandinsky5.tokenizer import Tokenizer  # noqa: E402
 from make_tokenizer_goldens import load_reference  # noqa: E402
 from tokenizer_data import load_goldens, tokenizer_folder  # noqa: E402
-
-from kandinsky5.tokenizer import Tokenizer  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "clip-vit-large-patch14"])
