@@ -151,6 +151,7 @@ class SamplingConfig:
     rope_scale: tuple[float, float, float] | None = (1.0, 2.0, 2.0)  # None: by size (`rope.scale_for_size`)
     image_area: int = 512 * 768  # image-to-video without height and width: the image's shape at this area
     negative_prompt: str = NEGATIVE_PROMPT
+    normalise_first_frames: bool = True  # after image-to-video; needs a clip of about ten latent frames to make sense
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ class Pipeline:
                 return callback(step, t, x) if callback else None
 
             latents = sampler.euler_sample(velocity, latents, times, first_frame, after_step)
-        if first_frame is not None:
+        if first_frame is not None and sampling.normalise_first_frames:
             latents = sampler.normalise_first_frames(latents)
         return latents.cpu() if output_type == "latents" and not latents.is_meta else self.decode(latents, output_type)
 

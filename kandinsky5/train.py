@@ -5,7 +5,7 @@ and its noise from the `seed` it is given (a list of numbers: the run's, the ste
 else. So step 7,000 is the same whether the run came there in one go or was cut off and taken up ten times.
 
     train ──> loss(seed) ──> flow_batch ─ x_t, t, velocity ─> DiT ─> flow_loss
-      └─ AdamW, warm-up and cosine, clipping, averaged weights, state and curves on disk
+      └─ AdamW (or Muon), warm-up and cosine, clipping, averaged weights, state and curves on disk
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import copy
 import csv
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Recipe:
     final_rate: float = 0.02  # where the cosine ends, as a share of the learning rate
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01  # of matrices and kernels; biases and norms have none
+    muon: str = ""  # regular expression: Muon trains the matrices whose names it finds, AdamW everything else
+    muon_rate: float = 2.5  # Muon's learning rate, as a multiple of AdamW's
     clip_norm: float = 1.0
     accumulate: int = 1  # batches whose gradients are averaged in a step
     ema: float = 0.999  # decay of the averaged weights; (1 + step) / (10 + step) while that is less
@@ -74,8 +77,8 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = build_optimizer(model, recipe)
-    step, seconds = load_state(folder / "state.pt", model, average, optimizer)
+    optimizers = build_optimizers(model, recipe)
+    step, seconds = load_state(folder / "state.pt", model, average, optimizers)
     for name in ("loss.csv", "samples.csv"):
         drop_rows_after(folder / name, step)
     began = saved = time.monotonic()
@@ -86,8 +89,9 @@ def train(
     model.train()
     while step < last:
         rate = learning_rate(step, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (recipe.muon_rate if isinstance(optimizer, torch.optim.Muon) else 1)
         for part in range(recipe.accumulate):
             with torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
                 value, figures = loss([recipe.seed, step, part])
@@ -96,8 +100,9 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         rows[-1]["gradient"] = float(norm)
         if torch.isfinite(norm):  # one bad batch must not spoil the run
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+        model.zero_grad(set_to_none=True)
         step += 1
         update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
 
@@ -109,7 +114,7 @@ def train(
             append_row(folder / "loss.csv", {"step": step, "seconds": round(seconds, 1), "rate": rate, **_mean(rows)})
             rows = []
             if time.monotonic() - saved > save_seconds or step == last:
-                save_state(folder / "state.pt", model, average, optimizer, step, seconds)
+                save_state(folder / "state.pt", model, average, optimizers, step, seconds)
                 plot_losses(folder / "loss.csv", folder / "loss.png")
                 saved = time.monotonic()
     return average
@@ -124,14 +129,24 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * warm * (recipe.final_rate + (1 - recipe.final_rate) * cosine)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW whose weight decay leaves vectors (biases, norms) alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, whose weight decay leaves vectors (biases, norms) alone; and Muon, where the recipe asks for it.
+
+    Muon takes the nearest orthogonal matrix of the averaged gradient as its step, so that it moves in all directions
+    alike; scaled as in arXiv 2502.16982. It is for the matrices inside a network, not for embeddings or the output.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [n for n, p in trained.items() if recipe.muon and p.ndim == 2 and re.search(recipe.muon, n)]
+    rest = [p for n, p in trained.items() if n not in muon]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, foreach=True)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=recipe.betas, foreach=True)]
+    if muon:
+        matrices = [trained[name] for name in muon]
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 @torch.no_grad()
@@ -297,7 +312,7 @@ def gradient_checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
 
 
 def save_state(
-    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
+    path: Path, model: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
 ) -> None:
     """All that a run is made of, in one file that is never half written."""
     state = {
@@ -305,21 +320,24 @@ def save_state(
         "seconds": seconds,
         "model": model.state_dict(),
         "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
 
 
-def load_state(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Fill the three from `path`, if there is such a file; returns (step, seconds) or (0, 0.0)."""
+def load_state(
+    path: Path, model: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float]:
+    """Fill them from `path`, if there is such a file; returns (step, seconds) or (0, 0.0)."""
     if not path.is_file():
         return 0, 0.0
     state = torch.load(path, map_location=_device(model), weights_only=True)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"], state["seconds"]
 
 

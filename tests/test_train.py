@@ -33,7 +33,7 @@ def tiny_features(batch: int, seed: int = 0, length: int = 3) -> TextFeatures:
     return TextFeatures(text, torch.ones(batch, length, dtype=torch.bool), pooled)
 
 
-def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, **options):
+def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="", **options):
     """A DiT that learns two latents by their prompts; returns it and its average."""
     torch.manual_seed(0)
     dit = DiT(TINY)
@@ -48,7 +48,7 @@ def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, **opti
             predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
         return flow_loss(predicted, batch.velocity, batch.asked), {"noise": float(noise.mean())}
 
-    recipe = Recipe(steps, 1e-2, warmup=4, bf16=bf16, accumulate=accumulate)
+    recipe = Recipe(steps, 1e-2, warmup=4, bf16=bf16, accumulate=accumulate, muon=muon)
     average = train(dit, loss, recipe, folder, log_every=2, save_seconds=0, stop_after=stop_after, **options)
     return dit, average
 
@@ -63,11 +63,22 @@ def test_a_tiny_dit_learns_and_the_log_shows_it(tmp_path):
     assert len(curve) == 150 and np.mean(curve[-10:]) < 0.5 * np.mean(curve[:5]), curve[::10]
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_is_trained_once():
+    dit = DiT(TINY)
+    adam, muon = training.build_optimizers(dit, Recipe(1, muon=presets.MUON))
+    names = {id(p): name for name, p in dit.named_parameters()}
+    taken = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (adam, muon)]
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())
+    assert len(taken[1]) == (4 + 2) + (8 + 2)  # q, k, v, out and the feed-forward; twice with cross-attention
+    assert "visual_blocks.0.cross_attention.to_v.weight" in taken[1]
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, bf16):
-    whole = tiny_run(tmp_path / "whole", bf16=bf16, accumulate=2)
+@pytest.mark.parametrize("muon", ["", presets.MUON])
+def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, bf16, muon):
+    whole = tiny_run(tmp_path / "whole", bf16=bf16, accumulate=2, muon=muon)
     for stop in (4, 8, None):
-        parts = tiny_run(tmp_path / "parts", stop_after=stop, bf16=bf16, accumulate=2)
+        parts = tiny_run(tmp_path / "parts", stop_after=stop, bf16=bf16, accumulate=2, muon=muon)
     for a, b in zip(whole, parts, strict=True):
         assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")

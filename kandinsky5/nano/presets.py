@@ -29,13 +29,14 @@ TEXT = TextConfig(template=TEMPLATE, dropped_tokens=12)
 DIT = DiTConfig(
     dim=192,
     ff_dim=384,
-    time_dim=48,
+    time_dim=40,
     num_text_blocks=1,
     num_visual_blocks=5,
     rope_axes=(8, 12, 12),
     text_dim=QWEN.dim,
     pooled_dim=CLIP.dim,
 )
+MUON = r"blocks.*(attention|feed_forward)"  # which matrices of the DiT it trains
 SAMPLING = SamplingConfig(
     num_inference_steps=50,
     guidance_scale=3.0,
@@ -47,6 +48,7 @@ SAMPLING = SamplingConfig(
     rope_scale=(1.0, 1.0, 1.0),
     image_area=64 * 64,
     negative_prompt="",
+    normalise_first_frames=False,
 )
 
 NANO = PipelineConfig(
