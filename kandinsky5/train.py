@@ -46,7 +46,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01  # of matrices and kernels; biases and norms have none
     muon: str = ""  # regular expression: Muon trains the matrices whose names it finds, AdamW everything else
-    muon_rate: float = 2.5  # Muon's learning rate, as a multiple of AdamW's
+    muon_rate: float = 3.0  # Muon's learning rate, as a multiple of AdamW's
     clip_norm: float = 1.0
     accumulate: int = 1  # batches whose gradients are averaged in a step
     ema: float = 0.999  # decay of the averaged weights; (1 + step) / (10 + step) while that is less
