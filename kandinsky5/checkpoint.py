@@ -3,8 +3,9 @@
     config.json  dit.safetensors  vae.safetensors  qwen.safetensors  clip.safetensors
     qwen_tokenizer/  clip_tokenizer/
 
-A large file may be cut into shards; then `dit.safetensors.index.json` says which tensor is where. Weights load
-strictly or not at all, and stay where they are: the files are mapped into memory, not copied through it.
+A large file may be cut into shards; then `dit.safetensors.index.json` says which tensor is where. What the folder
+does not hold may come from another one, which config.json names as `base`. Weights load strictly or not at all, and
+stay where they are: the files are mapped into memory, not copied through it.
 """
 
 import json
@@ -42,6 +43,12 @@ def load_weights(
         state = {n: files[n].to(device=device, dtype=t.dtype) for n, t in wanted.items()}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def find_part(folder: Path, part: str, base: str | None) -> Path:
+    """The folder that holds `part` ("vae", "clip_tokenizer", …): `folder` itself, or its `base`, relative to it."""
+    here = any((folder / f"{part}{end}").exists() for end in ("", ".safetensors", ".safetensors.index.json"))
+    return folder if here or base is None else folder / base
 
 
 def check_shapes(file: str, wanted: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 6) -> None:
@@ -115,12 +122,13 @@ def save_checkpoint(
     """Write a native checkpoint folder that `Pipeline.load` reads.
 
     models: "dit", "vae", "qwen" and "clip"; tokenizers: the folders of "qwen" and "clip", whose files are copied.
+    Where config.base is set, some of them or all but the DiT may be left to that folder.
     Everything is written into a folder beside it that is renamed at the end. FileExistsError if `folder` exists.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a new folder, or remove it first")
-    assert set(models) == set(MODELS) and set(tokenizers) == {"qwen", "clip"}, (set(models), set(tokenizers))
+    assert config.base or (set(models) == set(MODELS) and set(tokenizers) == {"qwen", "clip"}), (models, tokenizers)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

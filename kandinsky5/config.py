@@ -179,6 +179,7 @@ class PipelineConfig:
     text: TextConfig = field(default_factory=TextConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tiling: Tiling = field(default_factory=Tiling)
+    base: str | None = None  # folder, relative to this one, of the models and tokenizers that are not in it
 
     @property
     def side_divisor(self) -> int:

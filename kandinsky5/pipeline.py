@@ -24,6 +24,8 @@ from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
+SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
+
 
 class Pipeline:
     """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
@@ -36,12 +38,14 @@ class Pipeline:
     def load(
         cls, folder_or_preset: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> "Pipeline":
-        """Load a native checkpoint folder (README: how to convert one).
+        """Load a native checkpoint folder (README: how to convert one), or a small model of this package: "nano".
 
         On the CPU the weight files are mapped, not copied. device "meta" checks names and shapes and loads nothing.
         ValueError where the folder is in another layout, or weights and config.json do not fit.
         """
         folder = Path(folder_or_preset)
+        if not folder.exists() and (SHIPPED / folder).is_dir():
+            folder = SHIPPED / folder
         if not folder.exists():
             preset = find_preset(str(folder_or_preset))
             raise ValueError(
@@ -58,8 +62,9 @@ class Pipeline:
                 "clip": CLIPText(config.clip),
             }
         for name, model in models.items():
-            checkpoint.load_weights(model, folder, name, device, dtype)
-        tokenizers = (Tokenizer.load(folder / f"{name}_tokenizer") for name in ("qwen", "clip"))
+            checkpoint.load_weights(model, checkpoint.find_part(folder, name, config.base), name, device, dtype)
+        names = ("qwen_tokenizer", "clip_tokenizer")
+        tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
         return cls(config, models["dit"], models["vae"], text_encoder)
 

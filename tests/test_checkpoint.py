@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kandinsky5 import Pipeline, checkpoint
+from kandinsky5.checkpoint import save_checkpoint
 from kandinsky5.config import PRESETS, PRO, find_preset, load_config, save_config
 from random_weights import (
     SMALL,
@@ -16,6 +17,7 @@ from random_weights import (
     SMALL_NABLA,
     build_small_models,
     build_small_pipeline,
+    relative_error,
     save_small_checkpoint,
 )
 
@@ -43,6 +45,16 @@ def test_round_trip(saved):
     # Mapped weights lie at other addresses, and matrix products round differently there.
     frames = [pipe("a fox", progress=False).int() for pipe in (loaded, expected)]
     assert (frames[0] - frames[1]).abs().max() <= 1
+
+
+def test_models_that_are_not_in_a_folder_come_from_its_base(saved, tmp_path):
+    config, models = replace(SMALL, base=os.path.relpath(saved, tmp_path / "variant")), build_small_models()
+    torch.nn.init.ones_(models["dit"].final_layer.linear.weight)
+    save_checkpoint(tmp_path / "variant", config, {"dit": models["dit"]}, {})
+    variant, base = Pipeline.load(tmp_path / "variant"), Pipeline.load(saved)
+    assert variant.dit.final_layer.linear.weight.eq(1).all() and not base.dit.final_layer.linear.weight.eq(1).any()
+    assert relative_error(*(p.vae.decoder.conv_in.weight for p in (variant, base))) == 0
+    assert variant.text_encoder.encode(["a fox"]).text.equal(base.text_encoder.encode(["a fox"]).text)
 
 
 def test_half_precision_leaves_the_float32_islands(saved):

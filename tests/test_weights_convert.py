@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kandinsky5.checkpoint import MODELS, save_checkpoint
-from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, load_config
+from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, load_config, save_config
 from kandinsky5.dit import DiT
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
@@ -93,6 +93,19 @@ def test_native_to_diffusers_and_back_is_bit_exact_whatever_the_shards(native, d
     from_diffusers(tmp_path / "shards", tmp_path / "sharded", max_shard_size=60_000, verify=True, progress=False)
     assert (tmp_path / "sharded" / "dit.safetensors.index.json").is_file()
     assert_same(native, tmp_path / "sharded")
+
+
+def test_a_folder_that_takes_models_from_a_base_is_written_whole(native, tmp_path):
+    variant = tmp_path / "variant"
+    variant.mkdir()
+    shutil.copy(native / "dit.safetensors", variant)
+    save_config(replace(CONFIG, base=os.path.relpath(native, variant)), variant / "config.json")
+    assert [row["model"] for row in inspect(variant)["models"]] == list(MODELS)
+    to_diffusers(variant, tmp_path / "d", progress=False)
+    from_diffusers(tmp_path / "d", tmp_path / "n", progress=False)
+    assert_same(native, tmp_path / "n")
+    with pytest.raises(ValueError, match="itself takes models from"):
+        from_diffusers(tmp_path / "d", tmp_path / "m", only="dit", base=variant, progress=False)
 
 
 def test_metadata_of_the_source_is_kept_both_ways_and_hashes_are_the_same(native, tmp_path):

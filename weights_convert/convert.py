@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from kandinsky5.checkpoint import MODELS
+from kandinsky5.checkpoint import MODELS, find_part
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
@@ -132,9 +132,11 @@ def to_diffusers(
     """
     src, dst, options = Path(src), Path(dst), Options(**options)
     config = load_config(src / "config.json")
+    folders = {part: find_part(src, part, config.base) for part in (*MODELS, *(f"{m}_tokenizer" for m in TOKENIZERS))}
+    config = replace(config, base=None)  # what is written is complete
     parts = []
     for model in _chosen(only):
-        weights, stem = read_weights(src, model), f"{FOLDERS[model]}/{STEMS[model]}"
+        weights, stem = read_weights(folders[model], model), f"{FOLDERS[model]}/{STEMS[model]}"
         parts.append(
             build_part(model, getattr(config, model), weights, str, partial(tables.theirs, model), stem, options)
         )
@@ -149,8 +151,9 @@ def to_diffusers(
     def write_small_files(folder: Path) -> None:
         for model in _chosen(only):
             write_json(to_their_config(model, getattr(config, model)), folder / FOLDERS[model] / "config.json")
-            if model in TOKENIZERS and not base and (src / f"{model}_tokenizer").is_dir():
-                copy_tokenizer(src / f"{model}_tokenizer", folder / TOKENIZERS[model])
+            tokenizer = folders.get(f"{model}_tokenizer", src) / f"{model}_tokenizer"
+            if model in TOKENIZERS and not base and tokenizer.is_dir():
+                copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
                 write_tokenizer_configs(model, folder / TOKENIZERS[model])
         if base or not only:
             write_scheduler(config.sampling.shift, folder / "scheduler" / "scheduler_config.json")
@@ -176,6 +179,8 @@ def write_native(
             f"no tokenizer lies with {sources[model].weights.source}: say where it is (--{model}-tokenizer)"
         )
     if base:
+        if config.base:
+            raise ValueError(f"{base} (--base) itself takes models from {config.base!r}: give a complete folder")
         ours = tuple(f"{model}{end}" for model in sources for end in (".safetensors", "-")) + ("config.json",)
         ours += tuple(f"{model}_tokenizer" for model in with_tokenizer)
         linked = list_files(Path(base), lambda place: not place.parts[0].startswith(ours))

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 
-from kandinsky5.checkpoint import MODELS
+from kandinsky5.checkpoint import MODELS, find_part
 from kandinsky5.config import PRESETS, load_config
 from weights_convert import tables
 from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
@@ -33,10 +33,11 @@ def inspect(path: str | Path) -> dict:
     if (path / "model_index.json").is_file():
         layout, tasks = "Diffusers", read_tasks(path)
         rows = [inspect_model(path / FOLDERS[m], tasks) for m in MODELS if (path / FOLDERS[m]).is_dir()]
-    elif native := {m: files[0] for m in MODELS if (files := sorted(path.glob(f"{m}.safetensors*"), reverse=True))}:
+    elif any(list(path.glob(f"{m}.safetensors*")) for m in MODELS):
         config = load_config(path / "config.json")
         layout, tasks = "native", config.tasks
-        rows = [inspect_model(file, tasks, getattr(config, m)) for m, file in native.items()]
+        files = {m: sorted(find_part(path, m, config.base).glob(f"{m}.safetensors*"), reverse=True) for m in MODELS}
+        rows = [inspect_model(found[0], tasks, getattr(config, m)) for m, found in files.items() if found]
     else:
         layout, rows = "one model", [inspect_model(path)]
     return {"path": str(path), "layout": layout, "tasks": tasks, "models": rows}
