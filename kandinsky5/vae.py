@@ -201,10 +201,50 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)  # (B, C, T, 2H, 2W)
-        if self.double_time:
-            x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(2, dim=2)], dim=2)  # (B, C, 2T − 1, 2H, 2W)
-        return self.conv(x)
+        return conv_of_repeated(x, self.conv, self.double_time)  # the same as self.conv(repeat(x, self.double_time))
+
+
+def repeat(x: Tensor, double_time: bool) -> Tensor:
+    """Nearest neighbours: every pixel four times, and every frame but the first twice if `double_time`."""
+    x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)  # (B, C, T, 2H, 2W)
+    return torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(2, dim=2)], dim=2) if double_time else x
+
+
+def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
+    """`conv(repeat(x, double_time))` in 8/27 of the multiplications, without making the repeated video.
+
+    Of three neighbouring pixels of the repeated video two are always the same one, so a kernel of three acts like
+    one of two with two of its weights added up. Which two depends on whether the output lies at an even or an odd
+    place; in time the frames 2t − 1 and 2t come from frame t, as the first frame is not repeated.
+
+        even place: w₀·x[i − 1] + (w₁ + w₂)·x[i]        odd place: (w₀ + w₁)·x[i] + w₂·x[i + 1]
+        odd frame 2t − 1: (w₀ + w₁)·x[t − 1] + w₂·x[t]  even frame 2t: w₀·x[t − 1] + (w₁ + w₂)·x[t]
+
+    Replicated borders carry over: the neighbour of the outermost pixel is that pixel, repeated or not.
+    """
+    T, H, W = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1, 1 if double_time else 2, 0), mode="replicate")
+    weight = conv.weight.float()  # sums of bf16 weights are rounded once, not twice
+    out = x.new_empty(x.shape[0], conv.out_channels, 2 * T - 1 if double_time else T, 2 * H, 2 * W)
+    for odd_frame in (False, True) if double_time else (None,):
+        in_time = weight if odd_frame is None else _merge(weight, 2, odd_frame)
+        # an odd frame needs the frame t − 1 ≥ 0 that is there, an even one also that before the first
+        frames = padded[:, :, 1:] if odd_frame else padded
+        into = out if odd_frame is None else out[:, :, 1::2] if odd_frame else out[:, :, ::2]
+        if into.shape[2] == 0:
+            continue
+        for odd_row in (False, True):
+            for odd_column in (False, True):
+                kernel = _merge(_merge(in_time, 3, odd_row), 4, odd_column).to(x.dtype)
+                rows, columns = slice(odd_row, odd_row + H + 1), slice(odd_column, odd_column + W + 1)
+                into[..., odd_row::2, odd_column::2] = F.conv3d(frames[..., rows, columns], kernel, conv.bias)
+    return out
+
+
+def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
+    """Add up two of a kernel's three weights along `dim`: the first two for an odd place, else the last two."""
+    first, middle, last = weight.split(1, dim)
+    return torch.cat([first + middle, last] if odd else [first, middle + last], dim)
 
 
 class CausalConv3d(nn.Conv3d):

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from kandinsky5 import vae_tiling
 from kandinsky5.config import Tiling, VAEConfig
-from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, Posterior, Upsample
+from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, Posterior, Upsample, repeat
 from random_weights import SMALL_VAE, randomise, relative_error
 
 ONE_PIECE = Tiling(time=False)
@@ -133,3 +133,14 @@ def test_other_factors_follow_from_the_config():
     config = replace(SMALL_VAE, halves_time=(False, True))
     assert (config.space_factor, config.time_factor) == (4, 2)
     assert VAE(config).encode(torch.zeros(1, 3, 3, 8, 8)).mean.shape == (1, 16, 2, 2, 2)
+
+
+@pytest.mark.parametrize("double_time", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_conv_of_repeated_is_the_conv_of_the_repeated_video(double_time, T):
+    """At all borders and in the first frame too."""
+    upsample = randomise(Upsample(6, double_time))
+    x = torch.randn(2, 6, T, 3, 4)
+    expected = upsample.conv(repeat(x, double_time))
+    assert expected.shape == (2, 6, 2 * T - 1 if double_time else T, 6, 8)
+    assert (upsample(x) - expected).abs().max() < 1e-5
