@@ -7,6 +7,7 @@ results (tests/test_golden.py), and with mistakes built in (tests/test_mutations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from kandinsky5.config import NablaConfig, PipelineConfig, Tiling
 from kandinsky5.dit import DiT
 from kandinsky5.pipeline import Pipeline
 
-NABLA = NablaConfig(P=0.6, window=(3, 1, 1))
+NABLA = NablaConfig(P=0.6, window=(1, 3, 1))  # unlike in height and width, so that these cannot be confused
 ROPE_SCALE = (1.0, 2.0, 3.16)
 SPATIAL = Tiling(space=True, pixels=32, pixel_stride=24)
 PROMPTS = ["A red fox runs through deep snow, the camera follows it.", "Кот спит.", ""]
@@ -26,52 +27,59 @@ SEED = 7
 
 
 def build_inputs(config: PipelineConfig) -> dict[str, dict[str, Tensor]]:
-    """Random inputs for a checkpoint of this config, always the same ones."""
-    generator = torch.Generator().manual_seed(SEED)
+    """Random inputs for a checkpoint of this config, always the same ones.
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
+    Uniform numbers of NumPy's frozen generator are the same bits on every machine and in every version. torch.randn's
+    are not: it computes logarithms, and their last bits depend on the processor.
+    """
+    generator = np.random.RandomState(SEED)
+
+    def pixels(*shape):  # [-1, 1]
+        return torch.from_numpy(generator.uniform(-1, 1, shape)).float()
+
+    def noise(*shape):  # mean 0, variance 1
+        return pixels(*shape) * 3**0.5
 
     def ids(vocab_size, *shape):
-        return torch.randint(0, vocab_size, shape, generator=generator)
+        return torch.from_numpy(generator.randint(0, vocab_size, shape, dtype=np.int64))
 
     dit, vae, clip = config.dit, config.vae, config.clip
-    words = {"text": normal(2, 7, dit.text_dim), "pooled": normal(2, dit.pooled_dim), "t": torch.tensor([0.93, 0.31])}
+    words = {"text": noise(2, 7, dit.text_dim), "pooled": noise(2, dit.pooled_dim), "t": torch.tensor([0.93, 0.31])}
     clip_ids = ids(clip.end_token, 3, clip.max_positions)
     for row, length in enumerate((1, 30, clip.max_positions - 1)):
         clip_ids[row, length:] = clip.end_token
     return {
-        "dit": {"x": normal(2, 3, 8, 12, dit.input_channels), **words},
-        "dit_nabla": {"x": normal(2, 2, 48, 48, dit.input_channels), **words},
-        "vae_encode": {"video": normal(1, 3, 9, 24, 40).clamp(-1, 1)},
-        "vae_encode_time": {"video": normal(1, 3, 29, 16, 24).clamp(-1, 1)},
-        "vae_encode_space": {"video": normal(1, 3, 17, 40, 72).clamp(-1, 1)},
-        "vae_decode": {"z": normal(1, vae.latent_channels, 3, 3, 5)},
-        "vae_decode_time": {"z": normal(1, vae.latent_channels, 8, 2, 3)},
-        "vae_decode_space": {"z": normal(1, vae.latent_channels, 6, 5, 9)},
+        "dit": {"x": noise(2, 3, 8, 12, dit.input_channels), **words},
+        "dit_mask": {"x": noise(2, 2, 4, 6, dit.input_channels), **words, "lengths": torch.tensor([7, 3])},
+        "dit_nabla": {"x": noise(2, 2, 48, 32, dit.input_channels), **words},
+        "vae_encode": {"video": pixels(1, 3, 9, 24, 40)},
+        "vae_encode_time": {"video": pixels(1, 3, 29, 16, 24)},
+        "vae_encode_space": {"video": pixels(1, 3, 17, 40, 72)},
+        "vae_decode": {"z": noise(1, vae.latent_channels, 3, 3, 5)},
+        "vae_decode_time": {"z": noise(1, vae.latent_channels, 8, 2, 3)},
+        "vae_decode_space": {"z": noise(1, vae.latent_channels, 5, 5, 9)},
         "qwen": {"ids": ids(min(config.qwen.vocab_size, 1000), 2, 37)},
         "clip": {"ids": clip_ids},
         "text": {},
         "pooled": {},
-        "t2v": {"latents": normal(1, 3, 4, 6, vae.latent_channels)},
-        "i2v": {"image": torch.randint(0, 256, (32, 48, 3), generator=generator, dtype=torch.uint8)},
+        "t2v": {"latents": noise(2, 3, 4, 6, vae.latent_channels)},
+        "i2v": {"image": ids(256, 32, 48, 3).to(torch.uint8)},
     }
 
 
-def _dit(pipe: Pipeline, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
-    with torch.device("meta"):
-        dit = DiT(replace(pipe.dit.config, nabla=None))
-    dit.load_state_dict(pipe.dit.state_dict(), assign=True)
-    x, text, pooled = (v.to(pipe.dtype) for v in (x, text, pooled))
-    return dit(x, text, pooled, t, rope_scale=ROPE_SCALE)
+def _dit(nabla: NablaConfig | None = None) -> Callable[..., Tensor]:
+    def run(
+        pipe: Pipeline, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor, lengths: Tensor | None = None
+    ) -> Tensor:
+        with torch.device("meta"):
+            dit = DiT(replace(pipe.dit.config, nabla=nabla))
+        dit.load_state_dict(pipe.dit.state_dict(), assign=True)
+        x, text, pooled = (v.to(pipe.dtype) for v in (x, text, pooled))
+        # The first `lengths` tokens of each text are real: its result must be the one that it gets alone.
+        mask = None if lengths is None else torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+        return dit(x, text, pooled, t, mask, ROPE_SCALE)
 
-
-def _dit_nabla(pipe: Pipeline, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
-    with torch.device("meta"):
-        dit = DiT(replace(pipe.dit.config, nabla=NABLA))
-    dit.load_state_dict(pipe.dit.state_dict(), assign=True)
-    x, text, pooled = (v.to(pipe.dtype) for v in (x, text, pooled))
-    return dit(x, text, pooled, t, rope_scale=ROPE_SCALE)
+    return run
 
 
 def _encode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
@@ -95,9 +103,10 @@ def _text(pipe: Pipeline) -> Tensor:
 
 
 def _t2v(pipe: Pipeline, latents: Tensor, schedule: str = "diffusers") -> Tensor:
+    """Two prompts of unequal length in one batch; the references run each alone."""
     pipe = with_tasks(pipe)
     return pipe(
-        PROMPTS[0], negative_prompt=NEGATIVE, num_frames=FRAMES["t2v"], shift=5.0, schedule=schedule,
+        PROMPTS[:2], negative_prompt=NEGATIVE, num_frames=FRAMES["t2v"], shift=5.0, schedule=schedule,
         latents=latents, output_type="float", progress=False, **PIPELINE,
     )  # fmt: skip
 
@@ -120,8 +129,9 @@ def with_tasks(pipe: Pipeline) -> Pipeline:
 
 
 OURS: dict[str, Callable[..., Tensor]] = {
-    "dit": _dit,
-    "dit_nabla": _dit_nabla,
+    "dit": _dit(),
+    "dit_mask": _dit(),
+    "dit_nabla": _dit(NABLA),
     "vae_encode": _encode(Tiling()),
     "vae_encode_time": _encode(Tiling()),
     "vae_encode_space": _encode(SPATIAL),

@@ -129,6 +129,8 @@ def test_damaged_weight_files(saved, copy, damage):
 
 def test_other_layouts_name_the_command_to_run(tmp_path, saved):
     with pytest.raises(ValueError, match="is neither a folder nor a preset"):
+        Pipeline.load("nothing")
+    with pytest.raises(ValueError, match="there is no checkpoint folder .*nothing"):
         Pipeline.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no config.json.*weights_convert from-diffusers"):
         Pipeline.load(tmp_path)
@@ -137,6 +139,12 @@ def test_other_layouts_name_the_command_to_run(tmp_path, saved):
         Pipeline.load(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         Pipeline.load(saved / "config.json")
+    (tmp_path / "release" / "model").mkdir(parents=True)
+    file = tmp_path / "release" / "model" / "lite.safetensors"
+    file.touch()
+    for official in (tmp_path / "release", file):
+        with pytest.raises(ValueError, match=f"in the official layout.*weights_convert from-official --dit {file}"):
+            Pipeline.load(official)
 
 
 def test_presets_without_weights_say_so():
@@ -160,6 +168,7 @@ def test_config_round_trip(config, tmp_path):
         ("{", "is not a Kandinsky 5 configuration"),
         ("[]", "expected a table"),
         ('{"dit": {"depth": 3}}', "DiTConfig has no field depth; its fields are dim, ff_dim"),
+        ('{"sampling": {"shift": "five"}}', "sampling: shift is 'five', which is no float"),
     ],
 )
 def test_damaged_configs(tmp_path, text, message):

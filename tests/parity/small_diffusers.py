@@ -66,35 +66,36 @@ def build_small_pipeline(kind: str = "t2v", nabla: bool = False, seed: int = 0) 
     )
 
 
-def build_transformer(nabla: bool = False) -> Kandinsky5Transformer3DModel:
+def build_transformer(nabla: bool = False, text_dim: int = 64, pooled_dim: int = 32) -> Kandinsky5Transformer3DModel:
     return Kandinsky5Transformer3DModel(
-        in_visual_dim=16, out_visual_dim=16, visual_cond=True, patch_size=(1, 2, 2), in_text_dim=64, in_text_dim2=32,
-        time_dim=48, model_dim=64, ff_dim=96, num_text_blocks=2, num_visual_blocks=2, axes_dims=(8, 12, 12),
-        **(NABLA if nabla else {}),
+        in_visual_dim=16, out_visual_dim=16, visual_cond=True, patch_size=(1, 2, 2), in_text_dim=text_dim,
+        in_text_dim2=pooled_dim, time_dim=48, model_dim=64, ff_dim=96, num_text_blocks=2, num_visual_blocks=2,
+        axes_dims=(8, 12, 12), **(NABLA if nabla else {}),
     )  # fmt: skip
 
 
-def build_vae() -> AutoencoderKLHunyuanVideo:
-    return AutoencoderKLHunyuanVideo(block_out_channels=(16, 24, 32, 32), norm_num_groups=8)
+def build_vae(channels: tuple[int, ...] = (16, 24, 32, 32), groups: int = 8) -> AutoencoderKLHunyuanVideo:
+    return AutoencoderKLHunyuanVideo(block_out_channels=channels, norm_num_groups=groups)
 
 
-def build_qwen(**text_sizes) -> Qwen2_5_VLForConditionalGeneration:
-    """Vision tower and lm_head too, as released checkpoints have them."""
+def build_qwen(tie_word_embeddings: bool = False, **text_sizes) -> Qwen2_5_VLForConditionalGeneration:
+    """Vision tower and lm_head too, as released checkpoints have them (tied, the embedding is the lm_head)."""
     text = dict(
         vocab_size=151680, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, rms_norm_eps=1e-6, max_position_embeddings=2048, pad_token_id=151643,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     )  # fmt: skip
-    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64)
+    text |= text_sizes
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=text["hidden_size"])
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config={**text, **text_sizes}, vision_config=vision)
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie_word_embeddings)
     )
 
 
-def build_clip() -> CLIPTextModel:
+def build_clip(dim: int = 32) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+            hidden_size=dim, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=dim
         )
     )
 

@@ -107,6 +107,15 @@ def _dit(parts: dict, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor, sparse
     ).sample
 
 
+def _dit_mask(parts: dict, lengths: Tensor, **batch: Tensor) -> Tensor:
+    """Each sample alone with its real tokens, since a batch of the references' would attend to the padding."""
+    results = []
+    for i, length in enumerate(lengths):
+        sample = {name: value[i : i + 1] for name, value in batch.items()}
+        results.append(_dit(parts, **sample | {"text": sample["text"][:, :length]}))
+    return torch.cat(results)
+
+
 def _dit_nabla(parts: dict, x: Tensor, **rest: Tensor) -> Tensor:
     T, H, W = x.shape[1], x.shape[2] // 16, x.shape[3] // 16
     window = Kandinsky5T2VPipeline.fast_sta_nabla(T, H, W, *cases.NABLA.window, device=x.device)
@@ -138,7 +147,8 @@ def _tiled(vae: AutoencoderKLHunyuanVideo, space: bool) -> AutoencoderKLHunyuanV
     return vae
 
 
-def _pipeline(kind: type, parts: dict):
+def build_pipeline(kind: type, parts: dict, nabla: bool = False):
+    """Their pipeline with the training's template, and with full attention unless `nabla`."""
     parts = parts | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0)}
     _tiled(parts["vae"], space=False)
     pipe = kind(**parts)
@@ -146,28 +156,33 @@ def _pipeline(kind: type, parts: dict):
     assert "a prompt engineer" in pipe.prompt_template and pipe.prompt_template_encode_start_idx == 128
     pipe.prompt_template = pipe.prompt_template.replace("a prompt engineer", "a promt engineer")
     pipe.prompt_template_encode_start_idx = 129
-    pipe.get_sparse_params = lambda *_: None  # these cases are smaller than a NABLA tile: full attention
+    if not nabla:  # the cases are smaller than a NABLA tile
+        pipe.get_sparse_params = lambda *_: None
     return pipe
 
 
 def _encode_prompts(parts: dict) -> list[tuple[Tensor, Tensor]]:
     """Each prompt alone, since a batch of the references' would pad: (tokens, pooled) of each."""
-    pipe = _pipeline(Kandinsky5T2VPipeline, parts)
+    pipe = build_pipeline(Kandinsky5T2VPipeline, parts)
     return [pipe.encode_prompt(prompt, max_sequence_length=256)[:2] for prompt in cases.PROMPTS]
 
 
 def _t2v(parts: dict, latents: Tensor) -> Tensor:
-    pipe = _pipeline(Kandinsky5T2VPipeline, parts)
+    """Each prompt alone, as in `_encode_prompts`."""
+    pipe = build_pipeline(Kandinsky5T2VPipeline, parts)
     latents = torch.cat([latents, latents.new_zeros(*latents.shape[:-1], 17)], dim=-1)  # conditioning and mask
-    frames = pipe(
-        prompt=cases.PROMPTS[0], negative_prompt=cases.NEGATIVE, num_frames=cases.FRAMES["t2v"], latents=latents,
-        output_type="np", max_sequence_length=256, **cases.PIPELINE,
-    ).frames  # fmt: skip
-    return torch.as_tensor(frames)
+    videos = [
+        pipe(
+            prompt=prompt, negative_prompt=cases.NEGATIVE, num_frames=cases.FRAMES["t2v"], latents=noise[None],
+            output_type="np", max_sequence_length=256, **cases.PIPELINE,
+        ).frames
+        for prompt, noise in zip(cases.PROMPTS, latents, strict=False)
+    ]  # fmt: skip
+    return torch.cat([torch.as_tensor(video) for video in videos])
 
 
 def _i2v(parts: dict, image: Tensor) -> Tensor:
-    pipe = _pipeline(Kandinsky5I2VPipeline, parts)
+    pipe = build_pipeline(Kandinsky5I2VPipeline, parts)
     frames = pipe(
         image=Image.fromarray(image.cpu().numpy()), prompt=cases.PROMPTS[0], negative_prompt=cases.NEGATIVE,
         num_frames=cases.FRAMES["i2v"], generator=torch.Generator().manual_seed(cases.SEED), output_type="np",
@@ -178,6 +193,7 @@ def _i2v(parts: dict, image: Tensor) -> Tensor:
 
 THEIRS: dict[str, Callable[..., Tensor]] = {
     "dit": _dit,
+    "dit_mask": _dit_mask,
     "dit_nabla": _dit_nabla,
     "vae_encode": _encode(False),
     "vae_encode_time": _encode(False),

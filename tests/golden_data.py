@@ -1,0 +1,72 @@
+"""The golden checkpoint in our layout, the references' results on it, and how far ours are from them.
+
+Where they come from: data/golden/README.md.
+"""
+
+import functools
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import cases
+from kandinsky5 import Pipeline
+from random_weights import relative_error
+from tokenizer_data import tokenizer_folder
+from weights_convert import from_diffusers
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+TOKENIZERS = {"tokenizer": "qwen2.5", "tokenizer_2": "clip-vit-large-patch14"}
+
+
+def load_golden_pipeline(dtype: torch.dtype = torch.float32) -> Pipeline:
+    """The golden checkpoint through our converter and our loader; new models at each call."""
+    return Pipeline.load(Path(convert_golden().name) / "native", dtype=dtype)
+
+
+@functools.cache  # once per process, into a folder of its own
+def convert_golden() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="kandinsky5-golden-")  # removed when the process ends
+    source = Path(folder.name) / "diffusers"
+    source.mkdir()
+    for path in GOLDEN.iterdir():
+        (source / path.name).symlink_to(path)
+    for name, vocabulary in TOKENIZERS.items():
+        (source / name).symlink_to(tokenizer_folder(vocabulary))
+    from_diffusers(source, Path(folder.name) / "native", progress=False)
+    return folder
+
+
+@functools.cache
+def load_results() -> dict[str, Tensor]:
+    """case → what the references compute, float32."""
+    return load_file(GOLDEN / "results.safetensors")
+
+
+def load_about() -> dict[str, str]:
+    """Versions of the libraries that computed the results, and the fingerprint of what they computed them from."""
+    with safe_open(GOLDEN / "results.safetensors", framework="pt") as file:
+        return json.loads(file.metadata()["about"])
+
+
+def fingerprint(inputs: dict[str, dict[str, Tensor]]) -> str:
+    """SHA-256 of the bytes of all cases' inputs."""
+    found = hashlib.sha256()
+    for values in inputs.values():
+        for value in values.values():
+            found.update(value.numpy().tobytes())
+    return found.hexdigest()
+
+
+def measure_error(name: str, pipe: Pipeline) -> float:
+    """How far our result of a case is from the stored one: relative, or for frames the largest difference."""
+    ours, theirs = cases.compute(name, pipe, cases.build_inputs(pipe.config)[name]), load_results()[name]
+    if name not in cases.FRAME_CASES:
+        return relative_error(ours, theirs)
+    error = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
+    return error if error == error else float("inf")

@@ -1,0 +1,65 @@
+"""Every case of tests/cases.py against the references' stored results, with neither diffusers nor transformers.
+
+How the results came about: data/golden/README.md. To make them again: `python tests/parity/make_goldens.py`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cases
+from golden_data import GOLDEN, fingerprint, load_about, load_golden_pipeline, load_results, measure_error
+from kandinsky5 import Pipeline
+
+TESTS = Path(__file__).parent
+COMPONENTS = [name for name in cases.OURS if name not in cases.FRAME_CASES]
+
+
+@pytest.fixture(scope="module")
+def exact() -> Pipeline:
+    return load_golden_pipeline(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def half() -> Pipeline:
+    return load_golden_pipeline(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_float32_is_the_references_result(name, exact):
+    assert measure_error(name, exact) <= cases.TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_bfloat16_is_the_references_float32_result_up_to_rounding(name, half):
+    assert half.dtype == torch.bfloat16
+    assert measure_error(name, half) <= cases.TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", cases.FRAME_CASES)
+def test_frames_are_the_references_within_a_level(name, exact):
+    assert measure_error(name, exact) <= 1 / 255
+
+
+def test_the_goldens_are_those_of_todays_cases(exact):
+    assert load_results().keys() == cases.OURS.keys()
+    assert load_about()["inputs"] == fingerprint(cases.build_inputs(exact.config)), "make the goldens again"
+    assert load_about()["diffusers"] == "0.42.1" and load_about()["transformers"] == "5.23.0"
+
+
+def test_the_goldens_are_small():
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) <= 10e6
+
+
+def test_neither_diffusers_nor_transformers_is_imported():
+    """In a process of its own, as the parity suite may run in this one; converting, loading and running included."""
+    code = f"""import sys; sys.path[:0] = {[str(TESTS.parent), str(TESTS)]}
+from golden_data import *
+import test_golden, test_mutations, sample
+assert measure_error("pooled", load_golden_pipeline()) < 1e-5
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("diffusers", "transformers")))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
