@@ -4,6 +4,8 @@ For text alone the model's three-axis rotary embedding gives all three axes the 
 RoPE, in the half-split layout (rope.py). The model is causal: padding on the right changes nothing before it.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,6 +14,13 @@ from torch import Tensor, nn
 from kandinsky5.attention import attention
 from kandinsky5.config import QwenConfig
 from kandinsky5.rope import apply_rope_half_split, build_angles
+
+
+class Past(NamedTuple):
+    """Keys and values of P earlier tokens in one block, (1, key heads, P, D) each."""
+
+    k: Tensor
+    v: Tensor
 
 
 class Qwen(nn.Module):
@@ -24,26 +33,41 @@ class Qwen(nn.Module):
         self.blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, past: list[Past] | None = None) -> Tensor:
         """ids (B, S), mask (B, S) bool, True for real tokens → (B, S, dim).
 
         With padding on the right no mask is needed; with a mask the padding may be anywhere, and positions count
-        the real tokens.
+        the real tokens. past: `build_past` of the tokens that stand before each row of ids; not with a mask.
         """
-        S = ids.shape[1]
-        causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()  # (S, S), rows are queries
-        positions = torch.arange(S, device=ids.device)[None]  # (1, S)
+        S, P = ids.shape[1], past[0].k.shape[2] if past else 0
+        causal = torch.ones(S, P + S, dtype=torch.bool, device=ids.device).tril(P)  # (S, P + S), rows are queries
+        positions = torch.arange(P, P + S, device=ids.device)[None]  # (1, S)
         if mask is not None:
+            assert past is None, "a mask and a past together are not used"
             # A padding token sees itself, as a row without any key has no softmax.
             causal = causal & mask[:, None, None] | torch.eye(S, dtype=torch.bool, device=ids.device)  # (B, 1, S, S)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
-        angles = build_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
-        angles = rearrange(angles, "(B S) D -> B 1 S D", S=S)  # (B or 1, 1, S, D/2)
+        angles = self.build_angles(positions)
 
         x = self.embedding(ids)  # (B, S, dim)
-        for block in self.blocks:
-            x = block(x, angles, causal)
+        for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            x = block(x, angles, causal, before)
         return self.norm(x)
+
+    def build_past(self, ids: Tensor) -> list[Past]:
+        """ids (1, P) → what each block's attention keeps of them for the tokens that follow."""
+        P = ids.shape[1]
+        causal = torch.ones(P, P, dtype=torch.bool, device=ids.device).tril()
+        angles = self.build_angles(torch.arange(P, device=ids.device)[None])
+        x, past = self.embedding(ids), []
+        for block in self.blocks:
+            past.append(block.attention.keys_and_values(block.attention_norm(x), angles))
+            x = block(x, angles, causal)
+        return past
+
+    def build_angles(self, positions: Tensor) -> Tensor:  # (B, S) → (B, 1, S, D/2)
+        angles = build_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
+        return rearrange(angles, "(B S) D -> B 1 S D", S=positions.shape[1])
 
 
 class QwenBlock(nn.Module):
@@ -56,8 +80,8 @@ class QwenBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = SwiGLU(config.dim, config.ff_dim)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor) -> Tensor:  # (B, S, dim) → (B, S, dim)
-        x = x + self.attention(self.attention_norm(x), angles, mask)
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, mask, past)  # (B, S, dim)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -73,14 +97,20 @@ class GroupedAttention(nn.Module):
         self.to_v = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.to_out = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(projected, "B S (N D) -> B N S D", D=self.head_dim)
-            for projected in (self.to_q(x), self.to_k(x), self.to_v(x))
-        )
-        q, k = apply_rope_half_split(q, angles), apply_rope_half_split(k, angles)
-        k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)  # (B, N, S, D)
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
+        q = apply_rope_half_split(self.split_heads(self.to_q(x)), angles)  # (B, N, S, D)
+        k, v = self.keys_and_values(x, angles)
+        if past:
+            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), new], dim=2) for p, new in zip(past, (k, v), strict=True))
+        k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)  # (B, N, P + S, D)
         return self.to_out(rearrange(attention(q, k, v, mask), "B N S D -> B S (N D)"))
+
+    def keys_and_values(self, x: Tensor, angles: Tensor) -> Past:
+        k, v = self.split_heads(self.to_k(x)), self.split_heads(self.to_v(x))
+        return Past(apply_rope_half_split(k, angles), v)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "B S (N D) -> B N S D", D=self.head_dim)
 
 
 class SwiGLU(nn.Module):

@@ -5,6 +5,7 @@ the same for all prompts, and its features are cut off. CLIP reads the bare prom
 in the official code; diffusers unescapes HTML and collapses white space first.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ class TextFeatures(NamedTuple):
     def repeat(self, count: int) -> "TextFeatures":
         """Each prompt `count` times in a row: (B, …) → (B·count, …), all three in the same order."""
         return TextFeatures(*(x.repeat_interleave(count, dim=0) for x in self))
+
+    def select(self, start: int, stop: int) -> "TextFeatures":
+        """The prompts start … stop − 1, padded only to the longest of them."""
+        text, mask, pooled = (x[start:stop] for x in self)
+        longest = int(mask.sum(dim=1).max()) if not mask.is_meta else mask.shape[1]
+        return TextFeatures(text[:, :longest], mask[:, :longest], pooled)
 
 
 class TextEncoder(nn.Module):
@@ -52,13 +59,17 @@ class TextEncoder(nn.Module):
         """Features of B prompts; each is cut after `max_sequence_length` Qwen tokens (and 77 of CLIP).
 
         A prompt in a batch gets what it gets alone: Qwen is causal and padding stands on the right, where the mask
-        hides it from the DiT.
+        hides it from the DiT. The template's part before the prompt goes through Qwen once for all of them.
         """
-        device = self.qwen.embedding.weight.device
-        ids = [torch.tensor(self.qwen_ids(prompt, max_sequence_length)) for prompt in prompts]
-        lengths = torch.tensor([len(i) for i in ids]) - self.config.dropped_tokens
+        device, dropped = self.qwen.embedding.weight.device, self.config.dropped_tokens
+        ids = [self.qwen_ids(prompt, max_sequence_length) for prompt in prompts]
+        lengths = torch.tensor([len(i) for i in ids]) - dropped
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
-        text = self.qwen(pad_sequence(ids, batch_first=True).to(device))[:, self.config.dropped_tokens :]
+        # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
+        common = min(len(os.path.commonprefix(ids)), dropped)
+        past = self.qwen.build_past(torch.tensor([ids[0][:common]], device=device)) if common else None
+        rest = pad_sequence([torch.tensor(i[common:]) for i in ids], batch_first=True).to(device)
+        text = self.qwen(rest, past=past)[:, dropped - common :]  # (B, S, 3584)
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
         return TextFeatures(text, mask.to(device), pooled)
 

@@ -43,6 +43,22 @@ def test_batch_is_what_each_prompt_gets_alone(encoder):
         assert relative_error(together.pooled[i], alone.pooled[0]) < 1e-5
 
 
+@pytest.mark.parametrize("prompts", [["a fox"], ["\na fox", "a dog"], PROMPTS])
+def test_features_are_those_of_one_pass_over_template_and_prompt(encoder, prompts):
+    """A line break at the start of a prompt becomes one token with that at the end of the template."""
+    features = encoder.encode(prompts)
+    for i, prompt in enumerate(prompts):
+        whole = encoder.qwen(torch.tensor([encoder.qwen_ids(prompt, 256)]))[0, encoder.config.dropped_tokens :]
+        assert relative_error(features.text[i][features.mask[i]], whole) < 1e-5
+
+
+def test_selected_prompts_are_padded_to_the_longest_of_them(encoder):
+    features = encoder.encode(PROMPTS).select(2, 4)
+    expected = encoder.encode(PROMPTS[2:])
+    assert features.mask.equal(expected.mask) and relative_error(features.text, expected.text) < 1e-5
+    assert relative_error(features.pooled, expected.pooled) < 1e-5
+
+
 def test_long_prompts_are_cut_to_the_length_after_the_crop(encoder):
     features = encoder.encode(["fox " * 1000], max_sequence_length=40)
     assert features.text.shape[1] == 40
