@@ -1,0 +1,262 @@
+"""Us beside diffusers on the same machine, in one run: time or peak memory of each piece of work, and the error.
+
+    pip install '.[parity]' -c constraints.txt && python benchmarks/compare.py [--only NAME ...] [--threads 2]
+
+Absolute figures mean little, so every row is a ratio theirs / ours (above 1: we are ahead) with equal weights and
+inputs on both sides. Times are taken in turn, ours, theirs, ours, theirs, …, and the ratio is the median over such
+pairs. Memory is taken in a fresh process for every figure, which holds one side alone. rows.py says what each row
+does. The table goes to RESULTS/compare.md and compare.json, a plot of the ratios (with matplotlib) to compare.svg;
+rows that were not run now stay in it as they are. The machine should do nothing else meanwhile.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+
+import torch  # noqa: E402
+from rows import ROWS, Row  # noqa: E402
+
+from random_weights import relative_error  # noqa: E402
+
+SIDES = ("ours", "theirs")
+# What of a measurement each kind of row compares, and how it is printed.
+KINDS = {"time": ("seconds", 1, "s"), "load": ("seconds", 1, "s"), "memory": ("peak", 1e-6, "MB")}
+
+
+def main() -> None:
+    """Run the rows and print the table; exit code 1 where results disagree."""
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements of each row (default: 5)")
+    parser.add_argument("--seconds", type=float, default=300, help="start no further pair after that (default: 300)")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every row works")
+    parser.add_argument("--out", type=Path, metavar="RESULTS", help="default: benchmarks/results; with --tiny nowhere")
+    parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)  # what measure_alone calls
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes too
+    if options.alone:
+        run_alone(*options.alone, options.tiny)
+        return
+
+    rows = [row for row in ROWS if not options.only or row.name in options.only]
+    out = options.out or (None if options.tiny else Path(__file__).parent / "results")
+    results = read_results(out)
+    if (load := os.getloadavg()[0]) > 0.5 and not options.tiny:
+        print(f"this machine is busy (load {load:.1f}): these will be no figures to keep", flush=True)
+    with tempfile.TemporaryDirectory(prefix="kandinsky5-benchmark-") as folder:
+        for number, row in enumerate(rows, start=1):
+            print(f"[{number}/{len(rows)}] {row.name}: {row.work}", flush=True)
+            results[row.name] = compare(row, Path(folder), options)
+            write_results(results, out)
+    print("\n" + build_table(results))
+    wrong = [row.name for row in rows if not results[row.name]["agrees"]]
+    if wrong:
+        sys.exit(f"the two sides' results differ by more than they may in: {', '.join(wrong)}")
+
+
+def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
+    """Measure both sides of a row in turn; returns what JSON and table need, figures in seconds or bytes."""
+    if row.prepare:
+        row.prepare(options.tiny, folder)
+    measure = (measure_here if row.measure == "time" else measure_alone)(row, folder, options)
+    key, scale, unit = KINDS[row.measure]
+    pairs, start = [], time.perf_counter()
+    while len(pairs) < options.repeats and (not pairs or time.perf_counter() - start < options.seconds):
+        pair = {side: measure(side) for side in SIDES}
+        results = {side: pair[side].pop("result") for side in SIDES}
+        pairs.append(pair)
+        ours, theirs = (scale * pair[side][key] for side in SIDES)
+        print(f"    ours {ours:,.4g} {unit}, theirs {theirs:,.4g} {unit}: {theirs / ours:.2f}", flush=True)
+
+    error = None
+    if row.tolerance is not None:
+        with torch.inference_mode():
+            expected = row.run("exact", options.tiny, folder)() if row.exact else results["theirs"]
+        error = relative_error(results["ours"], expected)
+    return {
+        "work": row.work,
+        "measure": row.measure,
+        **{side: statistics.median(pair[side][key] for pair in pairs) for side in SIDES},
+        "ratio": statistics.median(pair["theirs"][key] / pair["ours"][key] for pair in pairs),
+        "wanted": row.wanted,
+        "error": error,
+        "tolerance": row.tolerance,
+        "agrees": error is None or error <= row.tolerance,
+        "pairs": pairs,
+        "tiny": options.tiny,
+        **describe_machine(options.threads),
+    }
+
+
+def measure_here(row: Row, folder: Path, options: argparse.Namespace) -> Callable[[str], dict]:
+    """Build both sides and run each once, to warm up; returns what measures the time of one more run of a side."""
+    work = {side: row.run(side, options.tiny, folder) for side in SIDES}
+
+    @torch.inference_mode()
+    def measure(side: str) -> dict:
+        gc.collect()
+        start = time.perf_counter()
+        result = work[side]()
+        return {"seconds": time.perf_counter() - start, "result": result}
+
+    for side in SIDES:
+        measure(side)
+    return measure
+
+
+def measure_alone(row: Row, folder: Path, options: argparse.Namespace) -> Callable[[str], dict]:
+    """Returns what measures time and memory of a side's very first run, in a fresh process."""
+
+    def measure(side: str) -> dict:
+        file = folder / "measured.pt"
+        command = [sys.executable, __file__, "--threads", str(options.threads)] + ["--tiny"] * options.tiny
+        subprocess.run([*command, "--alone", row.name, side, folder, file], check=True)
+        return torch.load(file)
+
+    return measure
+
+
+def run_alone(name: str, side: str, folder: str, file: str, tiny: bool) -> None:
+    """In the fresh process: build one side, let the process rest, run it once, write what that took into `file`.
+
+    "peak" is the growth of the largest resident set, which counts file pages that are mapped; "anonymous" the growth
+    of the part of it that is no file's.
+    """
+    row = next(row for row in ROWS if row.name == name)
+    work = row.run(side, tiny, Path(folder))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building left over is no longer resident
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    resting = memory("VmRSS"), memory("RssAnon")
+    anonymous, finished = [resting[1]], threading.Event()
+
+    def watch() -> None:  # the kernel keeps the peak of all memory, but not of its parts
+        while not finished.wait(0.002):
+            anonymous.append(memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        result = work()
+    seconds = time.perf_counter() - start
+    finished.set()
+    watcher.join()
+    measured = {"seconds": seconds, "peak": memory("VmHWM") - resting[0], "anonymous": max(anonymous) - resting[1]}
+    torch.save({**measured, "result": result}, file)
+
+
+def memory(key: str) -> int:
+    """Bytes that the kernel reports of this process: VmRSS, VmHWM (the largest VmRSS so far), RssAnon."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def describe_machine(threads: int) -> dict:
+    """Where and with what a row was measured."""
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
+    return {
+        "machine": f"{model} {platform.machine()}, {threads} threads on {os.cpu_count()} cores, {packages}",
+        "load": round(os.getloadavg()[0], 2),  # of the last minute, these threads included
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def read_results(out: Path | None) -> dict:
+    file = out / "compare.json" if out else None
+    return json.loads(file.read_text()) if file and file.exists() else {}
+
+
+def write_results(results: dict, out: Path | None) -> None:
+    """Table, figures and plot, each written beside its place and then renamed."""
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "compare.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    replace_file(out / "compare.md", lambda path: path.write_text(build_table(results)))
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    replace_file(out / "compare.svg", lambda path: plot_ratios(results, path))
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build_table(results: dict) -> str:
+    """Markdown: a line for each row in the order of `ROWS`, and below it where the figures come from."""
+    lines = ["| work (bf16 unless said) | ours | diffusers | ratio | wanted | error |", "|---|---|---|---|---|---|"]
+    rows = [results[row.name] for row in ROWS if row.name in results]
+    for row in rows:
+        figures = " | ".join(format_figure(row, side) for side in SIDES)
+        wanted = "" if row["wanted"] is None else f"{row['wanted']:g}"
+        error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
+        lines.append(f"| {row['work']} | {figures} | {row['ratio']:.2f} | {wanted} | {error} |")
+    machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
+    dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
+    return "\n".join(
+        [*lines, "", f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.", ""]
+    )
+
+
+def format_figure(row: dict, side: str) -> str:
+    """Seconds, or megabytes with how many of them are anonymous."""
+    _, scale, unit = KINDS[row["measure"]]
+    figure = f"{scale * row[side]:,.3g} {unit}" if unit == "s" else f"{scale * row[side]:,.0f} {unit}"
+    if row["measure"] == "memory":
+        anonymous = statistics.median(pair[side]["anonymous"] for pair in row["pairs"])
+        figure += f" (anonymous {scale * anonymous:,.0f})"
+    return figure
+
+
+def plot_ratios(results: dict, path: Path) -> None:
+    """A bar for each row: the ratio, on a logarithmic axis, with a mark where it is wanted to be."""
+    from matplotlib import pyplot
+
+    rows = [results[row.name] for row in reversed(ROWS) if row.name in results]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)), layout="constrained")
+    reached = [row["wanted"] is None or row["ratio"] >= row["wanted"] for row in rows]
+    axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=["C0" if r else "C1" for r in reached])
+    for place, row in enumerate(rows):
+        axes.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center")
+        if row["wanted"] is not None:
+            axes.plot([row["wanted"]] * 2, [place - 0.45, place + 0.45], color="black")
+    axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
+    axes.set_xscale("log")
+    axes.axvline(1, color="gray", linewidth=0.8)
+    axes.set_xlabel("diffusers / ours; black: wanted; orange: not reached")
+    figure.savefig(path, format="svg")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

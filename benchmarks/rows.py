@@ -1,0 +1,376 @@
+"""What is compared: one function for each piece of work, and the table of rows at the end.
+
+A function builds one side and returns what is to be measured, a callable without arguments that returns its result
+as a tensor. `side` is "ours" or "theirs" (or "exact", see `Row`); with `tiny` everything is small and finishes at
+once, to see that a row works; `folder` is for files. To add a row, write such a function and a line in `ROWS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from both_sides import build, build_text_encoder, build_their_pipeline
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kandinsky5 import Pipeline, checkpoint, nabla, vae_tiling
+from kandinsky5.config import (
+    NEGATIVE_PROMPT,
+    CLIPConfig,
+    DiTConfig,
+    NablaConfig,
+    PipelineConfig,
+    QwenConfig,
+    SamplingConfig,
+    Tiling,
+    VAEConfig,
+)
+from kandinsky5.dit import DiT
+from weights_convert import tables
+from weights_convert.read import write_json
+from weights_convert.sizes import to_their_config
+
+Work = Callable[[], Tensor | None]
+
+TEXT_TOKENS = 64  # of the prompt that the DiT's rows attend to
+TINY_DIT = DiTConfig(
+    dim=128, ff_dim=256, time_dim=32, num_text_blocks=1, num_visual_blocks=2, text_dim=64, pooled_dim=32
+)
+TINY_VAE = VAEConfig(channels=(16, 16, 32, 32), norm_groups=8)
+TINY_QWEN = QwenConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ff_dim=96)
+TINY_CLIP = CLIPConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64)
+SMALL = PipelineConfig(
+    name="small",
+    dit=DiTConfig(dim=512, ff_dim=2048, time_dim=256, num_visual_blocks=8, text_dim=512, pooled_dim=256),
+    vae=VAEConfig(channels=(32, 64, 128, 128), norm_groups=16),
+    qwen=QwenConfig(dim=512, num_layers=4, num_heads=8, num_kv_heads=2, ff_dim=2048),
+    clip=CLIPConfig(dim=256, num_layers=4, num_heads=4, ff_dim=1024),
+    sampling=SamplingConfig(rope_scale=None),
+)
+PROMPTS = [
+    f"A {animal} {verb} slowly through the deep white snow while the camera follows it from far behind and then rises"
+    for animal, verb in zip(
+        ("fox", "dog", "cat", "horse", "bear", "bird", "man", "child"),
+        ("walks", "runs", "moves", "turns", "looks", "comes", "goes", "jumps"),
+        strict=True,
+    )
+]
+
+
+# --- the DiT ---------------------------------------------------------------------------------------------------
+
+
+def dit_dense(side: str, tiny: bool, folder: Path) -> Work:
+    """One forward of Lite's width with 4 of its 32 visual blocks, full attention."""
+    config, grid = (TINY_DIT, (2, 8, 12)) if tiny else (DiTConfig(num_visual_blocks=4), (13, 32, 48))
+    return dit_forward(side, config, grid)
+
+
+def dit_nabla(side: str, tiny: bool, folder: Path, peaked: bool = False) -> Work:
+    """The same with NABLA, P 0.9. Here the window alone (11, 3, 3 of 13, 2, 3 tiles) keeps 52 % of the map, and as
+    random weights attend everywhere about equally, the mass brings that to 92 %.
+
+    theirs: diffusers' flex backend as it stands, which uncompiled computes full attention (SPEC §10).
+    exact: the same model with a masked softmax over its own block mask, which is what NABLA means.
+    """
+    config, grid, nabla_config = DiTConfig(num_visual_blocks=4), (13, 32, 48), NablaConfig(P=0.9)
+    if tiny:
+        config, grid, nabla_config = TINY_DIT, (2, 32, 32), NablaConfig(P=0.9, window=(1, 1, 1))
+    forward = dit_forward(side, replace(config, nabla=nabla_config), grid, peaked)
+    if side != "exact":
+        return forward
+
+    import diffusers.models.transformers.transformer_kandinsky as module
+
+    plain = module.dispatch_attention_fn
+
+    def masked(query, key, value, attn_mask=None, **rest):  # (B, L, N, D) each
+        if attn_mask is None:
+            return plain(query, key, value, **{**rest, "backend": None})
+        kept = attn_mask.to_dense().bool()  # (B, N, L/64, L/64)
+        print(f"    (the map keeps {kept.float().mean():.0%} of the tiles)", flush=True)
+        heads = []
+        for n in range(query.shape[2]):  # one at a time: a mask of all heads would be 0.7 GB
+            mask = kept[:, n].repeat_interleave(nabla.TILE, dim=1).repeat_interleave(nabla.TILE, dim=2)
+            heads.append(F.scaled_dot_product_attention(query[:, :, n], key[:, :, n], value[:, :, n], mask))
+        return torch.stack(heads, dim=2)
+
+    def run() -> Tensor:
+        with mock.patch.object(module, "dispatch_attention_fn", masked):
+            return forward()
+
+    return run
+
+
+def dit_nabla_peaked(side: str, tiny: bool, folder: Path) -> Work:
+    """The same with maps more like trained ones: the mass sits on few tiles, so that about 70 % are kept."""
+    return dit_nabla(side, tiny, folder, peaked=True)
+
+
+def dit_matmul_share(side: str, tiny: bool, folder: Path) -> Work:
+    """The dense forward beside bare bf16 matmuls of as many floating-point operations, on this machine."""
+    config, grid = (TINY_DIT, (2, 8, 12)) if tiny else (DiTConfig(num_visual_blocks=4), (13, 32, 48))
+    if side == "ours":
+        return dit_forward(side, config, grid)
+    with torch.device("meta"):
+        dit = DiT(config).to(torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        dit(**dit_inputs(config, grid, device="meta"))
+    size = 64 if tiny else 3072  # 2048 and 4096 reach the same rate within 6 %
+    a, b, out = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(3))
+    count = max(1, round(counter.get_total_flops() / (2 * size**3)))
+
+    def run() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    return run
+
+
+def dit_forward(side: str, config: DiTConfig, grid: tuple[int, int, int], peaked: bool = False) -> Work:
+    """The DiT on latents of `grid`, ours or diffusers', with the same weights and inputs.
+
+    peaked: latents that are much alike within 8 × 8 tokens, and queries four times as long.
+    """
+    inputs = dit_inputs(config, grid)
+    dit = build(side, "dit", config, torch.bfloat16)
+    if peaked:
+        coarse = inputs["x"][:, :, ::16, ::16].repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+        inputs["x"] = coarse + 0.3 * inputs["x"]
+        for name, parameter in dit.named_parameters():
+            if "visual" in name and name.endswith(("self_attention.q_norm.weight", "self_attention.query_norm.weight")):
+                parameter *= 4
+    return lambda: dit(**inputs) if side == "ours" else call_their_dit(dit, config, **inputs)
+
+
+def dit_inputs(config: DiTConfig, grid: tuple[int, int, int], device: str = "cpu") -> dict[str, Tensor]:
+    """Random arguments of `DiT.forward` in bf16; grid (T, H, W) of latents."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+
+    return {
+        "x": normal(1, *grid, config.input_channels),
+        "text": normal(1, TEXT_TOKENS, config.text_dim),
+        "pooled": normal(1, config.pooled_dim),
+        "t": torch.tensor([0.7], device=device),
+    }
+
+
+def call_their_dit(dit, config: DiTConfig, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
+    """Diffusers' transformer, as its pipeline calls it."""
+    from diffusers import Kandinsky5T2VPipeline
+
+    sparse = None
+    T, H, W = x.shape[1], x.shape[2] // 2, x.shape[3] // 2
+    if config.nabla:
+        dit.set_attention_backend("flex")
+        window = Kandinsky5T2VPipeline.fast_sta_nabla(T, H // 8, W // 8, *config.nabla.window, device="cpu")
+        sparse = {"sta_mask": window[None, None], "P": config.nabla.P, "to_fractal": True}
+    return dit(
+        hidden_states=x,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=1000 * t,
+        visual_rope_pos=[torch.arange(n) for n in (T, H, W)],
+        text_rope_pos=torch.arange(text.shape[1]),
+        sparse_params=sparse,
+    ).sample
+
+
+def load_dit(side: str, tiny: bool, folder: Path) -> Work:
+    """From the files of `write_dit` to the end of a first forward on a tiny input."""
+    config = load_config(tiny)
+    inputs = dit_inputs(config, (1, 4, 4))
+    if side == "theirs":
+        from diffusers import Kandinsky5Transformer3DModel as Theirs
+
+    for path in (folder / "ours", folder / "theirs"):
+        read_through(next(path.glob("*.safetensors")))
+
+    def run() -> Tensor:
+        if side == "theirs":
+            dit = Theirs.from_pretrained(folder / "theirs", torch_dtype=torch.bfloat16)
+            return call_their_dit(dit, config, **inputs)
+        with torch.device("meta"):
+            dit = DiT(config)
+        return checkpoint.load_weights(dit, folder / "ours", "dit", "cpu", torch.bfloat16)(**inputs)
+
+    return run
+
+
+def write_dit(tiny: bool, folder: Path) -> None:
+    """A DiT in bf16 (its float32 parts, SPEC §2, in float32) in both layouts."""
+    if (folder / "ours").exists():
+        return
+    config = load_config(tiny)
+    weights = build("ours", "dit", config, torch.bfloat16).state_dict()
+    for side in ("ours", "theirs"):
+        (folder / side).mkdir()
+    save_file(weights, folder / "ours" / "dit.safetensors")
+    theirs = {tables.theirs("dit", name): weight for name, weight in weights.items()}
+    save_file(theirs, folder / "theirs" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    write_json(to_their_config("dit", config), folder / "theirs" / "config.json")
+
+
+def load_config(tiny: bool) -> DiTConfig:
+    return TINY_DIT if tiny else DiTConfig(num_visual_blocks=28)  # 4.0 GB
+
+
+def read_through(path: Path) -> None:
+    """Read a file once, so that it is in the page cache."""
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(2**24)
+        while file.readinto(buffer):
+            pass
+
+
+# --- the VAE ---------------------------------------------------------------------------------------------------
+
+
+def vae_decode_float32(side: str, tiny: bool, folder: Path) -> Work:
+    return vae_decode(side, tiny, torch.float32, (5, 4, 6) if tiny else (5, 16, 24))
+
+
+def vae_decode_bfloat16(side: str, tiny: bool, folder: Path) -> Work:
+    return vae_decode(side, tiny, torch.bfloat16, (5, 4, 6) if tiny else (5, 16, 24))
+
+
+def vae_decode_tiled(side: str, tiny: bool, folder: Path) -> Work:
+    """A longer and larger clip, tiled in time and space."""
+    return vae_decode(side, tiny, torch.bfloat16, (6, 4, 34) if tiny else (17, 32, 48), space=True)
+
+
+def vae_decode(side: str, tiny: bool, dtype: torch.dtype, grid: tuple[int, int, int], space: bool = False) -> Work:
+    """Decode latents of `grid`, tiled in time as both sides do by default, and in space with `space`."""
+    config = TINY_VAE if tiny else VAEConfig()
+    z = torch.randn(1, config.latent_channels, *grid, generator=torch.Generator().manual_seed(1)).to(dtype)
+    vae = build(side, "vae", config, dtype)
+    if side == "ours":
+        return lambda: vae_tiling.decode(vae, z, Tiling(space=space))
+    if space:
+        vae.enable_tiling()
+    return lambda: vae.decode(z).sample
+
+
+def vae_encode(side: str, tiny: bool, folder: Path) -> Work:
+    """Mean and log-variance of a video."""
+    config, size = (TINY_VAE, (17, 16, 24)) if tiny else (VAEConfig(), (17, 128, 192))
+    video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16) * 2 - 1
+    vae = build(side, "vae", config, torch.bfloat16)
+    if side == "ours":
+        return lambda: torch.cat(vae_tiling.encode(vae, video, Tiling()), dim=1)
+    return lambda: vae.encode(video).latent_dist.parameters
+
+
+# --- text, and all together ------------------------------------------------------------------------------------
+
+
+def text_1(side: str, tiny: bool, folder: Path) -> Work:
+    """A prompt and the default negative prompt through both encoders, as each pipeline calls them."""
+    return text(side, tiny, PROMPTS[:1])
+
+
+def text_8(side: str, tiny: bool, folder: Path) -> Work:
+    """Eight prompts in one batch, and the default negative prompt for each."""
+    return text(side, tiny, PROMPTS)
+
+
+def text_1_without_head(side: str, tiny: bool, folder: Path) -> Work:
+    """As `text_1`, but theirs does not compute the scores of 152,064 words for each token, which nobody reads."""
+    return text(side, tiny, PROMPTS[:1], head=False)
+
+
+def text(side: str, tiny: bool, prompts: list[str], head: bool = True) -> Work:
+    """Full width, but 2 of Qwen's 28 layers and 1 of CLIP's 12. The result holds both encoders' features."""
+    qwen, clip = (TINY_QWEN, TINY_CLIP) if tiny else (QwenConfig(num_layers=2), CLIPConfig(num_layers=1))
+    config = replace(SMALL, qwen=qwen, clip=clip)
+    negatives = [NEGATIVE_PROMPT] * len(prompts)
+    if side == "ours":
+        encoder = build_text_encoder(config, torch.bfloat16)
+        lengths = {len(encoder.qwen_tokenizer.encode(prompt)) for prompt in prompts}
+        assert lengths == {20}, f"the prompts have {lengths} tokens"
+
+        def encode(batch: list[str]) -> tuple[Tensor, Tensor]:
+            features = encoder.encode(batch)
+            return features.text, features.pooled
+    else:
+        pipe = build_their_pipeline(config, torch.bfloat16, models=("qwen", "clip"))
+        if not head:
+            pipe.text_encoder.lm_head = torch.nn.Identity()
+
+        def encode(batch: list[str]) -> tuple[Tensor, Tensor]:
+            return pipe.encode_prompt(batch)[:2]
+
+    def run() -> Tensor:  # all texts of a batch are of one length, so that there is no padding
+        return torch.cat([features.flatten() for batch in (prompts, negatives) for features in encode(batch)])
+
+    return run
+
+
+def pipeline_bfloat16(side: str, tiny: bool, folder: Path) -> Work:
+    return pipeline(side, tiny, torch.bfloat16)
+
+
+def pipeline_float32(side: str, tiny: bool, folder: Path) -> Work:
+    return pipeline(side, tiny, torch.float32)
+
+
+def pipeline(side: str, tiny: bool, dtype: torch.dtype) -> Work:
+    """Prompt to frames with a small model: 25 frames of 128 × 192, 8 steps, guidance 5, from the same noise."""
+    config, grid, steps = (SMALL, (7, 16, 24), 8)
+    if tiny:
+        dit = replace(TINY_DIT, text_dim=TINY_QWEN.dim, pooled_dim=TINY_CLIP.dim)
+        config = replace(SMALL, dit=dit, vae=TINY_VAE, qwen=TINY_QWEN, clip=TINY_CLIP)
+        grid, steps = (2, 4, 6), 2
+    noise = torch.randn(1, *grid, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    options = {"height": 8 * grid[1], "width": 8 * grid[2], "num_frames": 4 * grid[0] - 3}
+    options |= {"num_inference_steps": steps, "guidance_scale": 5.0}
+    if side == "ours":
+        dit, vae = (build(side, name, getattr(config, name), dtype) for name in ("dit", "vae"))
+        ours = Pipeline(config, dit, vae, build_text_encoder(config, dtype))
+        options |= {"schedule": "diffusers", "output_type": "float", "progress": False}
+        return lambda: ours(PROMPTS[0], latents=noise, **options)
+    theirs = build_their_pipeline(config, dtype)
+    latents = torch.cat([noise, noise.new_zeros(*noise.shape[:-1], 17)], dim=-1)  # conditioning and mask
+    return lambda: torch.as_tensor(theirs(PROMPTS[0], latents=latents.clone(), output_type="np", **options).frames)
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    work: str  # what stands in the table
+    run: Callable[[str, bool, Path], Work]
+    wanted: float | None  # the least ratio theirs / ours (issue 4)
+    tolerance: float | None  # the largest relative error of the results; None: there is none to compare
+    measure: str = "time"  # or "memory", the peak over the resting process; or "load", time in a fresh process
+    exact: bool = False  # the error is taken from run("exact", …), as theirs does not compute what it should
+    prepare: Callable[[bool, Path], None] | None = None  # writes files
+
+
+ROWS = [
+    Row("dit", "DiT forward, dense, Lite width, 4 blocks, 13×32×48", dit_dense, 1.6, 2e-2),
+    Row("nabla", "DiT forward, NABLA P 0.9, 92 % of the tiles; flex, eager", dit_nabla, 12, 2e-2, exact=True),
+    Row("nabla-peaked", "DiT forward, NABLA, 70 % of the tiles; flex, eager", dit_nabla_peaked, 12, 2e-2, exact=True),
+    Row("share", "DiT forward, share of the bf16 matmul rate", dit_matmul_share, 0.6, None),
+    Row("decode32", "VAE decode 5×16×24, float32", vae_decode_float32, 1.35, 1e-5),
+    Row("decode16", "VAE decode 5×16×24, bf16", vae_decode_bfloat16, 1.35, 2e-2),
+    Row("decode32-memory", "VAE decode 5×16×24, float32, peak memory", vae_decode_float32, 1, 1e-5, "memory"),
+    Row("decode16-memory", "VAE decode 5×16×24, bf16, peak memory", vae_decode_bfloat16, 1, 2e-2, "memory"),
+    Row("tiled-memory", "VAE decode 17×32×48, spatial tiles, peak memory", vae_decode_tiled, 2, 2e-2, "memory"),
+    Row("encode", "VAE encode 17×128×192", vae_encode, 1.1, 2e-2),
+    Row("text", "text: a prompt and the negative prompt", text_1, 3, 2e-2),
+    Row("text-headless", "text: the same, theirs without its unused lm_head", text_1_without_head, None, 2e-2),
+    Row("text8", "text: 8 prompts and negative prompts", text_8, 4, 2e-2),
+    Row("load", "load a 4.03 GB DiT, to its first forward", load_dit, 2, 2e-2, "load", prepare=write_dit),
+    Row("load-memory", "load a 4.03 GB DiT, peak memory", load_dit, 1, 2e-2, "memory", prepare=write_dit),
+    Row("pipeline", "pipeline, small model, 8 steps, guidance 5", pipeline_bfloat16, 1.5, 1e-1),
+    Row("pipeline32", "pipeline, the same in float32", pipeline_float32, None, 1e-3),
+]
