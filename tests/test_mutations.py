@@ -136,8 +136,8 @@ MUTATIONS = [Mutation(*row) for row in (
      nabla.from_tiles, "B (T H W h w) C", "B (T H W w h) C"),
     ("RoPE not in tile order", "dit_nabla",
      dit.DiT.forward, "nabla.to_tiles(angles[None])[0]", "angles.flatten(0, 2)"),
-    ("padding tiles seen", "dit_nabla",
-     attention.block_sparse_attention, ", attn_mask=real", ""),
+    ("tiles of queries taken for tiles of keys", "dit_nabla",
+     attention.block_sparse_attention, "kept.nonzero()[:, 2]", "kept.nonzero()[:, 1]"),
 
     # the VAE
     ("conv padded on both sides in time", "vae_encode",
@@ -195,8 +195,12 @@ MUTATIONS = [Mutation(*row) for row in (
     # Qwen
     ("RoPE pairs interleaved", "qwen",
      rope.apply_rope_half_split, "x.chunk(2, dim=-1)", "rearrange(x, '... (D two) -> two ... D', two=2)"),
+    ("positions after the template begin at 0 again", "text",
+     qwen.Qwen.forward, "torch.arange(P, P + S", "torch.arange(S"),
+    ("template's keys of another prompt", "text",
+     qwen.Qwen.build_past, "self.embedding(ids)", "self.embedding(ids.flip(1))"),
     ("RoPE with theta 10,000", "qwen",
-     qwen.Qwen.forward, ", self.config.rope_theta", ""),
+     qwen.Qwen.build_angles, ", self.config.rope_theta", ""),
     ("key and value heads repeated in the wrong order", "qwen",
      qwen.GroupedAttention.forward,
      "k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)",
@@ -224,8 +228,8 @@ MUTATIONS = [Mutation(*row) for row in (
      "self.attention_norm = nn.LayerNorm(config.dim, eps=1e-6)"),
 
     # the text around them
-    ("template cut after 128 tokens", "text",
-     text_encoder.TextEncoder.encode, "self.config.dropped_tokens :]", "self.config.dropped_tokens - 1 : -1]"),
+    ("features a token late", "text",
+     text_encoder.TextEncoder.encode, "dropped - common :]", "dropped - common :].roll(1, dims=1)"),
     ("prompt for CLIP without its start token", "pooled",
      text_encoder.TextEncoder.clip_ids, "[start, *", "[*"),
     ("padding not masked", "t2v",
