@@ -1,13 +1,18 @@
 """Make a video from a prompt, or from an image and a prompt.
 
-    python sample.py "a red fox runs through snow" --checkpoint ~/kandinsky5-lite -o fox.mp4
-    python sample.py "the fox looks up" --checkpoint ~/kandinsky5-i2v --image fox.jpg
-    python sample.py --replay fox.mp4 -o again.mp4          # the same video, from the settings in the file
+    python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s -o fox.mp4
+    python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg --seed 3
+    python sample.py "a red fox in snow" --checkpoint weights/t2v-lite-sft-5s --num-frames 1 -o fox.png
+    python sample.py --replay fox.mp4 -o again.mp4           # the same file again, from the settings in it
+    python sample.py --replay fox.mp4 --seed 4 -o other.mp4  # all as it was, but for the seed
 
-The checkpoint is a folder that `python -m weights_convert` wrote. What is not given is the checkpoint's own.
+A checkpoint is a folder that `python -m weights_convert` wrote. What is not given is the checkpoint's own default.
 """
 
 import argparse
+import hashlib
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -15,102 +20,129 @@ import torch
 
 import kandinsky5
 from kandinsky5 import Pipeline, video_io
+from kandinsky5.rope import scale_for_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEFAULTS = {"checkpoint": None, "image": None, "seed": 0, "schedule": "official", "quality": 8.0, "dtype": "bfloat16"}
+FROM_CHECKPOINT = ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps")
+SAMPLING = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
+            "schedule", "rope_scale", "seed")  # fmt: skip
+# All that the file depends on, and so all that it carries.
+SETTINGS = ("prompt", *SAMPLING, "image", "image_sha256", "fps", "quality", "checkpoint", "model", "dtype", "device",
+            "version")  # fmt: skip
 
 
-def main(args: argparse.Namespace) -> None:
-    settings = dict(fps=None, quality=8, seed=0, schedule="official", dtype="bfloat16", image=None)
-    if args.replay:
-        settings |= video_io.read_metadata(args.replay)
-        if settings["version"] != kandinsky5.__version__:
-            print(f"note: {args.replay} was made by version {settings['version']}, this is {kandinsky5.__version__}")
-    settings |= {name: value for name, value in vars(args).items() if value is not None}
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns 0, 2 after one line about what is wrong with it, 130 after Ctrl-C."""
+    try:
+        print(sample(**vars(parse_arguments(arguments))))
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    except (MemoryError, RuntimeError, TypeError) as error:  # PyTorch says by any of these that a tensor is too large
+        words = re.search(r"tried to allocate [\d.]+ \w+|out of memory|overflow", str(error), re.IGNORECASE)
+        if not words and not isinstance(error, MemoryError):
+            raise
+        reason = f"not enough memory ({words[0] if words else error}): ask for less --height, --width or --num-frames"
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
+def sample(output: str, replay: str | None = None, **given) -> str:
+    """Make the video and write it to `output`; returns a line that says what was made."""
+    recorded = read_settings(replay, given) if replay else {}
+    settings = DEFAULTS | recorded | given
+    if given.keys() & {"height", "width", "checkpoint"}:
+        settings.pop("rope_scale", None)  # it went with those
     if "prompt" not in settings:
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
-    if "checkpoint" not in settings:
+    if settings["checkpoint"] is None:
         raise ValueError("no checkpoint: give the folder that weights_convert wrote, --checkpoint DIR")
-    video_io.check_writable(args.output, quality=settings["quality"])
+    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    video_io.check_writable(output, settings.get("num_frames", 1), settings.get("fps", 24), settings["quality"])
+    image = settings["image_sha256"] = None
+    if settings["image"] is not None:
+        image = video_io.read_image(settings["image"])  # (H, W, 3)
+        settings["image_sha256"] = hashlib.sha256(Path(settings["image"]).read_bytes()).hexdigest()
+        if "image" not in given and settings["image_sha256"] != recorded["image_sha256"]:
+            raise ValueError(
+                f"{settings['image']} has changed since {replay} was made from it: bring the old image back, "
+                "or take this one with --image"
+            )
 
-    pipe = Pipeline.load(settings["checkpoint"], settings.get("device", default_device()), DTYPES[settings["dtype"]])
-    # From here on settings holds every value that the result depends on: they go into the file, for --replay.
-    sampling = pipe.config.sampling
-    for name in ("negative_prompt", "num_inference_steps", "guidance_scale", "shift", "num_frames", "fps"):
-        settings[name] = getattr(sampling, name) if settings.get(name) is None else settings[name]
-    video_io.check_writable(args.output, settings["num_frames"], settings["fps"], settings["quality"])
-    frames = pipe(
-        settings["prompt"],
-        image=settings["image"],
-        **{
-            name: settings.get(name)
-            for name in (
-                "negative_prompt",
-                "height",
-                "width",
-                "num_frames",
-                "num_inference_steps",
-                "guidance_scale",
-                "shift",
-                "schedule",
-                "rope_scale",
-                "seed",
-            )  # fmt: skip
-        },
-    )[0]  # (F, H, W, 3)
+    pipe = Pipeline.load(settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]])
+    if recorded and recorded["model"] != pipe.config.name:
+        print(f"note: {replay} was made by {recorded['model']}, this is {pipe.config.name}", file=sys.stderr)
+    if pipe.device.type == "meta":
+        raise ValueError("device meta: it knows shapes and no pixels; choose cpu or cuda")
+    for name in FROM_CHECKPOINT:
+        settings.setdefault(name, getattr(pipe.config.sampling, name))
+    video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
+    frames = pipe(settings["prompt"], image, **{name: settings.get(name) for name in SAMPLING})[0]  # (F, H, W, 3)
 
-    settings |= {"height": frames.shape[1], "width": frames.shape[2]}
-    settings |= {"model": pipe.config.name, "version": kandinsky5.__version__}
-    for path in ("image", "checkpoint"):  # a replay may start in another folder
-        if settings[path] is not None and Path(settings[path]).exists():
-            settings[path] = str(Path(settings[path]).resolve())
-    metadata = {name: value for name, value in settings.items() if name not in ("output", "replay", "device")}
-    video_io.write_video(args.output, frames, settings["fps"], settings["quality"], metadata)
-    print(f"{args.output}: {len(frames)} frames of {frames.shape[1]}×{frames.shape[2]}, {settings['fps']} per second")
+    settings["height"], settings["width"] = frames.shape[1:3]
+    settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
+    settings |= {"model": pipe.config.name, "device": pipe.device.type, "version": kandinsky5.__version__}
+    for name in ("image", "checkpoint"):  # the replay may start in another folder
+        if settings[name] is not None and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    metadata = {name: settings[name] for name in SETTINGS}
+    video_io.write_video(output, frames, settings["fps"], settings["quality"], metadata)
+    plural = "s" if len(frames) > 1 else ""
+    return f"{output}: {len(frames)} frame{plural} of {frames.shape[1]}x{frames.shape[2]}, seed {settings['seed']}"
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def read_settings(path: str, given: dict) -> dict:
+    """What `sample` wrote into the file at `path`; ValueError if that, or a file that it needs, is not there."""
+    recorded = video_io.read_metadata(path)
+    if missing := [name for name in SETTINGS if name not in recorded]:
+        raise ValueError(f"{path} does not say its {', '.join(missing)}: give a file that sample.py wrote")
+    for name in ("image", "checkpoint"):
+        place = recorded[name]
+        if name not in given and place is not None and Path(place).is_absolute() and not Path(place).exists():
+            raise ValueError(f"{path} was made with the {name} {place}, which is gone: say where it is, --{name}")
+    if recorded["version"] != kandinsky5.__version__:
+        versions = f"version {recorded['version']}, this is {kandinsky5.__version__}: they may draw it differently"
+        print(f"note: {path} was made by {versions}", file=sys.stderr)
+    return {name: recorded[name] for name in SETTINGS}
 
 
-def parse_arguments() -> argparse.Namespace:
-    summary, _, examples = __doc__.partition("\n\n")
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The options that were given, and no others: what they default to is decided in `sample`."""
     parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,  # the examples say it better, and a mistake is answered in one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("prompt", nargs="?", help="what the video shows; the models were trained with long descriptions")
+    add("prompt", nargs="?", help="what the video shows; the models were trained with long descriptions, to 256 tokens")
     add("--checkpoint", metavar="DIR", help="converted checkpoint folder")
     add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP); needs an i2v checkpoint")
     add("--negative-prompt", metavar="TEXT", help="what to avoid; has no effect at --guidance 1")
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
     add("--width", type=int, metavar="PX", help="likewise; with --image both default to the image's shape")
-    add("--num-frames", type=int, metavar="N", help="4k + 1; 121 are 5 seconds")
+    add("--num-frames", type=int, metavar="N", help="4k + 1; at 24 per second, 121 last 5 seconds")
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="more are slower and finer")
-    add(
-        "--guidance",
-        type=float,
-        dest="guidance_scale",
-        metavar="W",
-        help="how strictly to follow the prompt; 1 halves the time",
-    )
-    add("--shift", type=float, metavar="S", help="more of the steps near the noise")
+    add("--guidance", type=float, dest="guidance_scale", metavar="W", help="pull to the prompt; 1: none, half the time")
+    add("--shift", type=float, metavar="S", help="above 1, more of the steps go to the noisy end")
     add("--schedule", choices=["official", "diffusers"], help="spacing of the steps (default: official)")
     add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
     add("--fps", type=int, metavar="N", help="frames per second of the file; changes the speed, not the frames")
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of the models (default: bfloat16)")
-    add(
-        "--replay",
-        metavar="FILE",
-        help="take the settings from a file that sample.py wrote; options given beside it win",
-    )
+    add("--replay", metavar="FILE", help="take the settings from a file of sample.py; options beside it win")
     add("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4)")
-    return parser.parse_args()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"cannot use {' '.join(unknown)}: a prompt goes in quotes, and --help lists the options")
+    return options
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C
+    sys.exit(main())

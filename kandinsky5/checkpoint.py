@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kandinsky5.config import PipelineConfig, save_config
 
@@ -40,7 +41,8 @@ def load_weights(
     check_shapes(f"{folder / name}.safetensors", {n: tuple(t.shape) for n, t in wanted.items()}, files.shapes())
     device = torch.device(device)
     if device.type != "meta":
-        state = {n: files[n].to(device=device, dtype=t.dtype) for n, t in wanted.items()}
+        bar = tqdm(wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False)
+        state = {n: files[n].to(device=device, dtype=t.dtype) for n, t in bar}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -101,10 +103,16 @@ def open_safetensors(path: Path):
 
 def check_layout(folder: Path) -> None:
     """ValueError, with the command to run, where `folder` is no native checkpoint folder."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    if folder.is_dir() and (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         return
+    official = folder if folder.suffix == ".safetensors" else next(folder.glob("model/*.safetensors"), None)
+    if official:
+        raise ValueError(
+            f"{folder} is in the official layout; convert it once: python -m weights_convert from-official "
+            f"--dit {official} --vae PATH --qwen PATH --clip PATH NEW_FOLDER --preset NAME"
+        )
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give one that python -m weights_convert wrote")
     if (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} is in the Diffusers layout; convert it once: "

@@ -261,7 +261,8 @@ def _from_dict(cls, values, where: str):
     unknown = sorted(set(values) - set(types))
     if unknown:
         raise ValueError(
-            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types)}"
+            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types)}: "
+            "correct it, or update this package if a newer one wrote the file"
         )
     restored = {}
     for name, value in values.items():
@@ -270,5 +271,8 @@ def _from_dict(cls, values, where: str):
             value = _from_dict(nested, value, f"{where}: {name}")
         elif isinstance(value, list):
             value = tuple(value)
+        allowed = {int: int, float: (int, float), str: str}.get(types[name], object)
+        if not isinstance(value, allowed):
+            raise ValueError(f"{where}: {name} is {value!r}, which is no {types[name].__name__}: correct it")
         restored[name] = value
     return cls(**restored)

@@ -7,6 +7,8 @@ This is the one place that checks what a user asks for; everything below it may 
 """
 
 import math
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,12 +43,15 @@ class Pipeline:
         """Load a native checkpoint folder (README: how to convert one), or a small model of this package: "nano".
 
         On the CPU the weight files are mapped, not copied. device "meta" checks names and shapes and loads nothing.
-        ValueError where the folder is in another layout, or weights and config.json do not fit.
+        ValueError where there is no such device, the folder is in another layout, or weights and config.json do
+        not fit.
         """
-        folder = Path(folder_or_preset)
+        device, folder = _check_device(device), Path(folder_or_preset)
         if not folder.exists() and (SHIPPED / folder).is_dir():
             folder = SHIPPED / folder
         if not folder.exists():
+            if os.sep in str(folder_or_preset):
+                raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")
             preset = find_preset(str(folder_or_preset))
             raise ValueError(
                 f"the weights of preset {preset.name!r} are not part of this package: download them, convert them, "
@@ -137,9 +142,11 @@ class Pipeline:
         batch = len(prompts) * num_videos_per_prompt
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
 
-        features = self.text_encoder.encode(prompts, max_sequence_length).repeat(num_videos_per_prompt)
-        if guided:
-            negative = self.text_encoder.encode(negatives, max_sequence_length).repeat(num_videos_per_prompt)
+        texts = [prompts, negatives] if guided else [prompts]
+        features, *negative = [
+            self.text_encoder.encode(text, max_sequence_length).repeat(num_videos_per_prompt)
+            for text in tqdm(texts, desc="encoding", unit="text", disable=not progress)
+        ]
         first_frame = None if image is None else self._encode_image(image, height, width, generators)
         condition = self._build_condition(latents, first_frame)
 
@@ -149,7 +156,7 @@ class Pipeline:
             predicted = self._predict(x, features, t, rope_scale)
             if guided:
                 predicted = sampler.guided_velocity(
-                    predicted, self._predict(x, negative, t, rope_scale), guidance_scale
+                    predicted, self._predict(x, negative[0], t, rope_scale), guidance_scale
                 )
             return predicted
 
@@ -163,16 +170,23 @@ class Pipeline:
             latents = sampler.euler_sample(velocity, latents, times, first_frame, after_step)
         if first_frame is not None and sampling.normalise_first_frames:
             latents = sampler.normalise_first_frames(latents)
-        return latents.cpu() if output_type == "latents" and not latents.is_meta else self.decode(latents, output_type)
+        if output_type == "latents":
+            return _to_cpu(latents)
+        return self.decode(latents, output_type, progress)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, output_type: str = "uint8") -> Tensor:
+    def decode(self, latents: Tensor, output_type: str = "uint8", progress: bool = False) -> Tensor:
         """Scaled latents (B, T, H/8, W/8, 16) → frames (B, F, H, W, 3), uint8 or float32 in [0, 1], on the CPU."""
         if output_type == "latents":
             return latents
         z = (latents / self.config.vae.scaling_factor).to(self.dtype).permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
-        pieces = [to_output(piece) for piece in vae_tiling.decode_pieces(self.vae, z, self.config.tiling)]
+        num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
+        with tqdm(total=num_frames, desc="decoding", unit="frame", disable=not progress) as bar:
+            for piece in vae_tiling.decode_pieces(self.vae, z, self.config.tiling):  # (B, 3, f, H, W)
+                _check_finite(piece, "the decoded frames")
+                pieces.append(_to_cpu(to_output(piece)))
+                bar.update(piece.shape[2])
         return torch.cat(pieces, dim=1)  # (B, F, H, W, 3)
 
     def _predict(self, x: Tensor, features: TextFeatures, t: Tensor, rope_scale: tuple) -> Tensor:
@@ -248,6 +262,15 @@ class Pipeline:
             raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
 
 
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch has no one way to say no
+        usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise ValueError(f"device {device}: cannot be used here ({reason}); choose {' or '.join(usable)}") from error
+
+
 def _check_prompts(prompt: str | list[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
@@ -289,6 +312,10 @@ def _as_image(image: str | Path | Tensor) -> Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {tuple(image.shape)}: give a path, or uint8 (height, width, 3)")
     return image
+
+
+def _to_cpu(x: Tensor) -> Tensor:
+    return x if x.is_meta else x.cpu()
 
 
 def _check_finite(x: Tensor, what: str) -> None:

@@ -4,6 +4,7 @@ The network predicts the velocity of a straight path from data to noise, x_t = (
 velocity = dx/dt = noise − x_0. Sampling walks from t = 1 (noise) to t = 0 (data).
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -22,8 +23,8 @@ def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: sampling takes at least 1 step")
-    if shift <= 0:
-        raise ValueError(f"shift {shift}: it must be positive; the released models use 5 or 10, 1 changes nothing")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift {shift}: it must be positive and finite; the models use 5 or 10, 1 changes nothing")
     if rule not in RULES:
         raise ValueError(f"schedule {rule!r}: choose one of {', '.join(RULES)}")
 

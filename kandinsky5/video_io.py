@@ -110,7 +110,7 @@ def write_video(
     frames: torch.Tensor | np.ndarray,
     fps: float = 24,
     quality: float = 8,
-    metadata: dict[str, str | int | float] | None = None,
+    metadata: dict[str, object] | None = None,
 ) -> None:
     """Write uint8 RGB frames (F, H, W, 3) as an H.264 mp4, or one frame as a PNG if the path ends in .png.
 
@@ -140,7 +140,7 @@ def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quali
     if path.suffix.lower() not in (".mp4", ".png"):
         raise ValueError(f"cannot write {path}: the name must end in .mp4, or in .png for one frame")
     if path.suffix.lower() == ".png" and num_frames > 1:
-        raise ValueError(f"cannot write {num_frames} frames to {path}: a .png holds one, name an .mp4")
+        raise ValueError(f"cannot write {num_frames} frames to {path}: a .png holds one (--num-frames 1), an .mp4 all")
     if not 1 <= fps <= 1000:
         raise ValueError(f"fps {fps} is not between 1 and 1000: choose one such as 24")
     if not 1 <= quality <= 10:
@@ -154,7 +154,7 @@ def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quali
         raise OSError(f"cannot write {path} ({_reason(error)}): choose a folder you can write to") from error
 
 
-def read_metadata(path: str | Path) -> dict[str, str | int | float]:
+def read_metadata(path: str | Path) -> dict[str, object]:
     """The `metadata` that `write_video` stored in the mp4 or PNG at `path`; ValueError if there is none."""
     with _reading(path, "give an .mp4 or .png that sample.py wrote"):
         if Path(path).suffix.lower() == ".png":

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kandinsky5 import Pipeline
 from kandinsky5.config import PRESETS
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
@@ -132,6 +133,7 @@ def test_nabla_pipeline():
         ({"num_frames": 0}, "0 frames: .* try 1 or 5"),
         ({"num_inference_steps": 0}, "0 steps: sampling takes at least 1 step"),
         ({"shift": 0.0}, "shift 0.0: it must be positive"),
+        ({"shift": float("nan")}, "shift nan: it must be positive"),
         ({"schedule": "linear"}, "schedule 'linear': choose one of official, diffusers"),
         ({"guidance_scale": float("nan")}, "guidance_scale nan: it must be a finite number"),
         ({"prompt": []}, "give a string, or a list of at least one string"),
@@ -168,6 +170,28 @@ def test_nan_is_named_with_its_step(pipe):
 
     with pytest.raises(ValueError, match="after step 3 of 4 the latents contain NaN"):
         run(pipe, num_inference_steps=4, callback=damage)
+
+
+def test_nan_from_the_decoder_is_named_and_not_drawn_black():
+    pipe = build_small_pipeline()
+    pipe.vae.decoder.conv_in.weight.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="the decoded frames contain NaN"):
+        run(pipe)
+
+
+def test_progress_of_encoding_sampling_and_decoding_is_shown_and_can_be_left_out(pipe, capsys):
+    pipe("a fox", num_frames=29)
+    shown = capsys.readouterr().err
+    assert all(bar in shown for bar in ("encoding: 100%", "sampling: 100%", "decoding: 100%", "29/29", "2/2"))
+    run(pipe)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", ""])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device {device}: cannot be used here .*; choose cpu") as caught:
+        Pipeline.load("anything", device=device)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)
