@@ -83,7 +83,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     heads = max(1, SCORES // (rows * S))
     if mask is not None:
         mask = mask.expand(B, N, L, S).flatten(0, 1)  # (B·N, L, S)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B·N, L or S, D)
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # (B·N, L or S, D); else copied for each chunk
     out = torch.empty_like(q)
     for n in range(0, B * N, heads):
         for i in range(0, L, rows):

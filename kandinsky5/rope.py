@@ -11,7 +11,6 @@ are made where they are used: kept as buffers, `.to(torch.bfloat16)` would round
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 
@@ -53,10 +52,9 @@ def build_angles_3d(
 
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate interleaved pairs: x (B, N, L, D), angles (L, D/2) → (B, N, L, D), computed in float32."""
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = rearrange(x.float(), "B N L (D two) -> two B N L D", two=2)
-    rotated = torch.stack([cos * even - sin * odd, sin * even + cos * odd])
-    return rearrange(rotated, "two B N L D -> B N L (D two)").type_as(x)
+    rotations = torch.polar(torch.ones_like(angles), angles)  # a turn of the plane is a product of complex numbers
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, N, L, D/2)
+    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 
 
 def apply_rope_half_split(x: Tensor, angles: Tensor) -> Tensor:
