@@ -1,12 +1,14 @@
 """Make a video from a prompt, or from an image and a prompt.
 
+    python sample.py "a red circle moves left"               # nano, the small model of this package
     python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s -o fox.mp4
     python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg --seed 3
     python sample.py "a red fox in snow" --checkpoint weights/t2v-lite-sft-5s --num-frames 1 -o fox.png
     python sample.py --replay fox.mp4 -o again.mp4           # the same file again, from the settings in it
     python sample.py --replay fox.mp4 --seed 4 -o other.mp4  # all as it was, but for the seed
 
-A checkpoint is a folder that `python -m weights_convert` wrote. What is not given is the checkpoint's own default.
+A checkpoint is a folder that `python -m weights_convert` wrote, or the name of a small model. What is not given is
+the checkpoint's own default.
 """
 
 import argparse
@@ -20,16 +22,18 @@ import torch
 
 import kandinsky5
 from kandinsky5 import Pipeline, video_io
+from kandinsky5.attention import KERNELS
 from kandinsky5.rope import scale_for_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DEFAULTS = {"checkpoint": None, "image": None, "seed": 0, "schedule": "official", "quality": 8.0, "dtype": "bfloat16"}
+DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
+            "dtype": "bfloat16", "attention": "auto"}  # fmt: skip
 FROM_CHECKPOINT = ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps")
 SAMPLING = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
             "schedule", "rope_scale", "seed")  # fmt: skip
 # All that the file depends on, and so all that it carries.
 SETTINGS = ("prompt", *SAMPLING, "image", "image_sha256", "fps", "quality", "checkpoint", "model", "dtype", "device",
-            "version")  # fmt: skip
+            "attention", "version")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,8 +63,6 @@ def sample(output: str, replay: str | None = None, **given) -> str:
         settings.pop("rope_scale", None)  # it went with those
     if "prompt" not in settings:
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
-    if settings["checkpoint"] is None:
-        raise ValueError("no checkpoint: give the folder that weights_convert wrote, --checkpoint DIR")
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     video_io.check_writable(output, settings.get("num_frames", 1), settings.get("fps", 24), settings["quality"])
     image = settings["image_sha256"] = None
@@ -73,7 +75,9 @@ def sample(output: str, replay: str | None = None, **given) -> str:
                 "or take this one with --image"
             )
 
-    pipe = Pipeline.load(settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]])
+    pipe = Pipeline.load(
+        settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]], attention=settings["attention"]
+    )
     if recorded and recorded["model"] != pipe.config.name:
         print(f"note: {replay} was made by {recorded['model']}, this is {pipe.config.name}", file=sys.stderr)
     if pipe.device.type == "meta":
@@ -120,7 +124,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("prompt", nargs="?", help="what the video shows; the models were trained with long descriptions, to 256 tokens")
-    add("--checkpoint", metavar="DIR", help="converted checkpoint folder")
+    add("--checkpoint", metavar="DIR", help="converted checkpoint folder, or one of nano's names (default: nano)")
     add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP); needs an i2v checkpoint")
     add("--negative-prompt", metavar="TEXT", help="what to avoid; has no effect at --guidance 1")
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
@@ -135,6 +139,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of the models (default: bfloat16)")
+    add("--attention", choices=KERNELS, help="how the DiT computes it; sdpa is the closest in bf16 (default: auto)")
     add("--replay", metavar="FILE", help="take the settings from a file of sample.py; options beside it win")
     add("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4)")
     options, unknown = parser.parse_known_args(arguments)

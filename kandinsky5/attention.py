@@ -34,13 +34,18 @@ _kernel = "auto"
 def use(kernel: str) -> Iterator[None]:
     """Inside, `attention` computes with this one of KERNELS. ValueError for another name."""
     global _kernel
-    if kernel not in KERNELS:
-        raise ValueError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
+    check_kernel(kernel)
     before, _kernel = _kernel, kernel
     try:
         yield
     finally:
         _kernel = before
+
+
+def check_kernel(kernel: str) -> None:
+    """ValueError unless it is one of KERNELS."""
+    if kernel not in KERNELS:
+        raise ValueError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block_map: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kandinsky5 import attention as attentions
 from kandinsky5 import checkpoint, sampler, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PipelineConfig, find_preset, load_config
@@ -26,27 +27,36 @@ from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
+ONE_PASS = 8192  # latent positions of a batch below which both passes of guidance go as one; see benchmarks/
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
 
 
 class Pipeline:
     """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
 
-    def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder):
-        self.config = config
+    def __init__(
+        self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder, attention_kernel: str = "auto"
+    ):
+        self.config, self.attention_kernel = config, attention_kernel
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
 
     @classmethod
     def load(
-        cls, folder_or_preset: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+        cls,
+        folder_or_preset: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        attention: str = "auto",
     ) -> "Pipeline":
         """Load a native checkpoint folder (README: how to convert one), or a small model of this package: "nano".
 
         On the CPU the weight files are mapped, not copied. device "meta" checks names and shapes and loads nothing.
-        ValueError where there is no such device, the folder is in another layout, or weights and config.json do
-        not fit.
+        attention: how the DiT computes it, one of `kandinsky5.attention.KERNELS`.
+        ValueError where there is no such device or kernel, the folder is in another layout, or weights and
+        config.json do not fit.
         """
         device, folder = _check_device(device), Path(folder_or_preset)
+        attentions.check_kernel(attention)
         if not folder.exists() and (SHIPPED / folder).is_dir():
             folder = SHIPPED / folder
         if not folder.exists():
@@ -71,7 +81,7 @@ class Pipeline:
         names = ("qwen_tokenizer", "clip_tokenizer")
         tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
-        return cls(config, models["dit"], models["vae"], text_encoder)
+        return cls(config, models["dit"], models["vae"], text_encoder, attention)
 
     @property
     def device(self) -> torch.device:
@@ -142,23 +152,24 @@ class Pipeline:
         batch = len(prompts) * num_videos_per_prompt
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
 
-        texts = [prompts, negatives] if guided else [prompts]
-        features, *negative = [
-            self.text_encoder.encode(text, max_sequence_length).repeat(num_videos_per_prompt)
-            for text in tqdm(texts, desc="encoding", unit="text", disable=not progress)
-        ]
+        features = self.text_encoder.encode([*prompts, *negatives] if guided else prompts, max_sequence_length)
+        features = features.repeat(num_videos_per_prompt)  # those of the prompts, then those of the negative ones
         first_frame = None if image is None else self._encode_image(image, height, width, generators)
         condition = self._build_condition(latents, first_frame)
 
+        # With guidance a step asks for 2B velocities. Short passes go as one, which saves the time of starting each
+        # operation but masks the padding of the shorter prompts; long ones go as two of B. The numbers are the same.
+        together = guided and latents[..., 0].numel() < ONE_PASS
+        passes = [features]
+        if guided and not together:
+            passes = [features.select(0, batch), features.select(batch, 2 * batch)]
+
         def velocity(x: Tensor, t: Tensor) -> Tensor:  # (B, T, H, W, 16) → the same, float32
             x = torch.cat([x, condition], dim=-1).to(self.dtype)  # (B, T, H, W, 33)
-            t = t.to(x.device).expand(batch)
-            predicted = self._predict(x, features, t, rope_scale)
-            if guided:
-                predicted = sampler.guided_velocity(
-                    predicted, self._predict(x, negative[0], t, rope_scale), guidance_scale
-                )
-            return predicted
+            x = torch.cat([x, x]) if together else x
+            t = t.to(x.device).expand(len(x))
+            predicted = torch.cat([self._predict(x, words, t, rope_scale) for words in passes])  # (B or 2B, …)
+            return sampler.guided_velocity(*predicted.chunk(2), guidance_scale) if guided else predicted
 
         with tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress) as bar:
 
@@ -193,7 +204,8 @@ class Pipeline:
         """One pass through the DiT; the result in float32, the precision of the sampler."""
         mask = features.mask if len(features.mask) > 1 else None  # a prompt alone has no padding to hide
         text, pooled = features.text.to(self.dtype), features.pooled.to(self.dtype)
-        return self.dit(x, text, pooled, t, mask, rope_scale).float()
+        with attentions.use(self.attention_kernel):
+            return self.dit(x, text, pooled, t, mask, rope_scale).float()
 
     def _initial_noise(
         self, latents: Tensor | None, seed: int, batch: int, height: int, width: int, num_frames: int

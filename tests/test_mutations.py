@@ -194,7 +194,7 @@ MUTATIONS = [Mutation(*row) for row in (
 
     # Qwen
     ("RoPE pairs interleaved", "qwen",
-     rope.apply_rope_half_split, "x.chunk(2, dim=-1)", "rearrange(x, '... (D two) -> two ... D', two=2)"),
+     rope.apply_rope_half_split, "x.chunk(2, dim=-1)", "x.unflatten(-1, (-1, 2)).unbind(-1)"),
     ("positions after the template begin at 0 again", "text",
      qwen.Qwen.forward, "torch.arange(P, P + S", "torch.arange(S"),
     ("template's keys of another prompt", "text",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kandinsky5 import Pipeline
+from kandinsky5 import Pipeline, attention, pipeline
 from kandinsky5.config import PRESETS
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
@@ -63,7 +63,27 @@ def test_guidance_of_one_is_one_pass_without_the_negative_prompt(pipe, monkeypat
     assert len(passes) == 2
     assert one.equal(run(pipe, guidance_scale=1.0 + 5e-7)) and len(passes) == 4
     run(pipe, guidance_scale=1.1)
-    assert len(passes) == 8
+    assert len(passes) == 6, "a short pass is not doubled"
+
+
+def test_guidance_in_one_pass_and_in_two_is_the_same(pipe, monkeypatch):
+    options = dict(prompt=["a fox in deep snow", "a dog"], guidance_scale=3.0, output_type="latents")
+    one = run(pipe, **options)
+    monkeypatch.setattr(pipeline, "ONE_PASS", 0)
+    passes = []
+    monkeypatch.setattr(pipe.dit, "forward", lambda x, *rest, f=pipe.dit.forward: passes.append(1) or f(x, *rest))
+    assert relative_error(run(pipe, **options), one) < 1e-5
+    assert len(passes) == 4
+
+
+def test_the_dit_computes_attention_as_the_pipeline_was_told(pipe, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(
+        pipe.dit, "forward", lambda x, *rest, f=pipe.dit.forward: seen.add(attention._kernel) or f(x, *rest)
+    )
+    monkeypatch.setattr(pipe, "attention_kernel", "dense")
+    run(pipe)
+    assert seen == {"dense"} and attention._kernel == "auto"
 
 
 def test_negative_prompt_steers(pipe):
