@@ -152,7 +152,10 @@ class Pipeline:
         batch = len(prompts) * num_videos_per_prompt
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
 
-        features = self.text_encoder.encode([*prompts, *negatives] if guided else prompts, max_sequence_length)
+        texts = [*prompts, *negatives] if guided else prompts
+        with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
+            features = self.text_encoder.encode(texts, max_sequence_length)
+            bar.update(len(texts))
         features = features.repeat(num_videos_per_prompt)  # those of the prompts, then those of the negative ones
         first_frame = None if image is None else self._encode_image(image, height, width, generators)
         condition = self._build_condition(latents, first_frame)
