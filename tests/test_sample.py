@@ -135,6 +135,7 @@ def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(c
         "model": "small",
         "dtype": "bfloat16",
         "device": "cpu" if not torch.cuda.is_available() else "cuda",
+        "attention": "auto",
         "version": kandinsky5.__version__,
     }
 
@@ -487,7 +488,7 @@ def test_help_teaches(cli):
     for word in ("python sample.py", "--checkpoint", "--image", "--replay", "-o FILE", "default: 0", "default: 8"):
         assert word in out, word
     options = [line for line in out.splitlines() if line.startswith("  -")]
-    assert len(options) == 18
+    assert len(options) == 19
 
 
 def test_importing_the_package_touches_no_gpu_no_network_and_no_reference():
