@@ -43,7 +43,7 @@ from kandinsky5.train import (
 from kandinsky5.vae import VAE
 
 RECIPE = Recipe(
-    steps=14_000, learning_rate=1.5e-3, warmup=300, constant=0.5, ema=0.999, weight_decay=0.01, muon=presets.MUON
+    steps=12_000, learning_rate=1.5e-3, warmup=300, constant=0.5, ema=0.999, weight_decay=0.01, muon=presets.MUON
 )
 BATCH = 48
 TIMES = FlowTimes("logit-normal", mean=0.5, std=1.2)  # more often near the noise, where motion is decided
