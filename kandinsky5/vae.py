@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from kandinsky5.config import VAEConfig
 
+PIECE = 2**23  # numbers that a convolution takes at a time: 16 MB in bf16, a frame of 256 × 256 at 128 channels
+
 
 class Posterior(NamedTuple):
     """The diagonal Gaussian that the encoder predicts; both (B, 16, T, h, w)."""
@@ -83,7 +85,7 @@ class Encoder(nn.Module):
         for stage in self.stages:
             x = stage(x)  # (B, 256, F, H/2, W/2), (B, 512, F/2, H/4, W/4), (B, 512, T, h, w), the same
         x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 32, T, h, w)
+        return self.conv_out(silu(self.norm_out(x)))  # (B, 32, T, h, w)
 
 
 class Decoder(nn.Module):
@@ -112,7 +114,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))  # (B, 512, T, h, w)
         for stage in self.stages:
             x = stage(x)  # (B, 512, T, 2h, 2w), (B, 512, 2T, 4h, 4w), (B, 256, F, H, W), (B, 128, F, H, W)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, F, H, W)
+        return self.conv_out(silu(self.norm_out(x)))  # (B, 3, F, H, W)
 
 
 class Mid(nn.Module):
@@ -141,9 +143,11 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_1(F.silu(self.norm_1(x)))
-        y = self.conv_2(F.silu(self.norm_2(y)))
-        return self.shortcut(x) + y
+        y = self.conv_1(silu(self.norm_1(x)))
+        y = silu(self.norm_2(y))  # one name: each tensor goes as soon as the next is there
+        y = self.conv_2(y)
+        y += self.shortcut(x)
+        return y
 
 
 class CausalAttention(nn.Module):
@@ -223,7 +227,7 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
     Replicated borders carry over: the neighbour of the outermost pixel is that pixel, repeated or not.
     """
     T, H, W = x.shape[2:]
-    padded = F.pad(x, (1, 1, 1, 1, 1 if double_time else 2, 0), mode="replicate")
+    padded = _pad(x, past=1 if double_time else 2)
     weight = conv.weight.float()  # sums of bf16 weights are rounded once, not twice
     out = x.new_empty(x.shape[0], conv.out_channels, 2 * T - 1 if double_time else T, 2 * H, 2 * W)
     for odd_frame in (False, True) if double_time else (None,):
@@ -248,13 +252,34 @@ def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3×3×3 conv whose output frame sees itself and the two frames before; borders are replicated."""
+    """A 3×3×3 conv whose output frame sees itself and the two frames before; borders are replicated.
+
+    Without gradients a few frames are computed at a time: the copies that padding and the kernel make of a whole
+    clip would be most of the memory that decoding takes.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int, int] = 1):
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate"))  # W, H, T: before and after
+        T, step = x.shape[2], max(1, PIECE // x[0, :, 0].numel())
+        if torch.is_grad_enabled() or step >= T or self.stride != (1, 1, 1):
+            return super().forward(_pad(x, past=2))
+        out = x.new_empty(x.shape[0], self.out_channels, *x.shape[2:])
+        for i in range(0, T, step):
+            there = min(i, 2)  # of the two frames of the past
+            out[:, :, i : i + step] = super().forward(_pad(x[:, :, i - there : i + step], past=2 - there))
+        return out
+
+
+def _pad(x: Tensor, past: int) -> Tensor:
+    """One pixel on each side and `past` frames in front, copies of the outermost ones."""
+    return F.pad(x, (1, 1, 1, 1, past, 0), mode="replicate")  # W, H, T: before and after
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x), in the memory of x where no gradient needs it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class GroupNorm(nn.GroupNorm):

@@ -141,9 +141,9 @@ MUTATIONS = [Mutation(*row) for row in (
 
     # the VAE
     ("conv padded on both sides in time", "vae_encode",
-     vae.CausalConv3d.forward, "(1, 1, 1, 1, 2, 0)", "(1, 1, 1, 1, 1, 1)"),
+     vae._pad, "(1, 1, 1, 1, past, 0)", "(1, 1, 1, 1, past - past // 2, past // 2)"),
     ("conv padded with zeros", "vae_decode",
-     vae.CausalConv3d.forward, 'mode="replicate"', 'mode="constant"'),
+     vae._pad, 'mode="replicate"', 'mode="constant"'),
     ("attention not causal in time", "vae_encode",
      vae.CausalAttention.forward, "k[:, :, : (i + 1) * frame], v[:, :, : (i + 1) * frame]", "k, v"),
     ("attention without its residual", "vae_decode",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from kandinsky5 import vae as module
 from kandinsky5 import vae_tiling
 from kandinsky5.config import Tiling, VAEConfig
 from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, Posterior, Upsample, repeat
@@ -39,6 +40,16 @@ def test_conv_sees_the_past_only():
     changed[:, :, 3] += 1
     difference = (conv(changed) - conv(x)).abs().amax(dim=(0, 1, 3, 4))
     assert (difference[:3] == 0).all() and (difference[3:] > 0).all()
+
+
+@pytest.mark.parametrize("piece", [1, 3 * 8 * 5 * 4, 10**9])
+def test_conv_a_few_frames_at_a_time_is_the_conv(piece, monkeypatch):
+    conv, x = randomise(CausalConv3d(8, 6)), torch.randn(2, 8, 7, 5, 4)
+    with torch.enable_grad():
+        expected = conv(x)
+    monkeypatch.setattr(module, "PIECE", piece)  # one frame at a time, three, all
+    with torch.no_grad():
+        assert relative_error(conv(x), expected) < 1e-6
 
 
 def test_conv_of_one_frame_is_a_2d_conv_with_the_kernel_summed_over_time():
