@@ -9,9 +9,12 @@ stay where they are: the files are mapped into memory, not copied through it.
 """
 
 import json
+import math
+import mmap
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,15 +39,25 @@ def load_weights(
     tensors' names and both shapes, where file and model differ in anything.
     """
     model = model.to(dtype)
-    wanted = model.state_dict()
-    files = TensorFiles(folder, name)
-    check_shapes(f"{folder / name}.safetensors", {n: tuple(t.shape) for n, t in wanted.items()}, files.shapes())
-    device = torch.device(device)
+    wanted, files, device = model.state_dict(), TensorFiles(folder, name), torch.device(device)
+    files.check_fit(wanted)
     if device.type != "meta":
         bar = tqdm(wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False)
         state = {n: files[n].to(device=device, dtype=t.dtype) for n, t in bar}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def map_weights(model: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Prepare `model` for these weights as `load_weights` does, but return them: views of the mapped files as they are.
+
+    The views can only be read, so that the system counts none of it as memory of this process, and files may be larger
+    than the memory of the machine. Writing into one ends the process.
+    """
+    model.to(dtype).eval().requires_grad_(False)
+    files = TensorFiles(folder, name, read_only=True)
+    files.check_fit(model.state_dict())
+    return {n: files[n] for n in model.state_dict()}
 
 
 def find_part(folder: Path, part: str, base: str | None) -> Path:
@@ -69,36 +82,73 @@ def check_shapes(file: str, wanted: Mapping[str, tuple], found: Mapping[str, tup
 
 
 class TensorFiles:
-    """The tensors of `folder/name.safetensors`, or of its shards, mapped: `files["a.weight"]` reads just that one."""
+    """The tensors of `folder/name.safetensors`, or of its shards, mapped: `files["a.weight"]` reads just that one.
 
-    def __init__(self, folder: Path, name: str):
-        single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+    read_only: what is mapped to be written to (which copies pages, and leaves the file alone) the system counts as this
+    process's own memory, and refuses where it is more than there is. What can only be read it does not count.
+    """
+
+    def __init__(self, folder: Path, name: str, read_only: bool = False):
+        self.path = single = folder / f"{name}.safetensors"
+        index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
             names = sorted(set(_read_json(index)["weight_map"].values()))
             paths = [folder / shard for shard in names if Path(shard).name == shard]  # a shard lies beside its index
         else:
             paths = [single]
-        self.files = {}
+        self.files, self.views = {}, {}
         for path in paths:
-            file = open_safetensors(path)
+            file = open_safetensors(path, "numpy" if read_only else "pt")
             self.files.update(dict.fromkeys(file.keys(), file))
+            if read_only:
+                self.views.update(map_read_only(path))
 
-    def shapes(self) -> dict[str, tuple]:
-        """Shape of every tensor, from the headers alone."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
+    def check_fit(self, wanted: Mapping[str, Tensor]) -> None:
+        """ValueError where names or shapes differ from those of `wanted`; only the files' headers are read."""
+        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
+        check_shapes(str(self.path), {name: tuple(x.shape) for name, x in wanted.items()}, found)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
+        return self.views[name] if self.views else self.files[name].get_tensor(name)
 
 
-def open_safetensors(path: Path):
+def open_safetensors(path: Path, framework: str = "pt"):
     """`safe_open`, with a ValueError that says what is wrong with the file and what to do."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: convert the checkpoint again, or copy the file there")
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no complete safetensors file ({error}): copy or convert it again") from error
+    except RuntimeError as error:  # PyTorch's "unable to mmap … Cannot allocate memory"
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} cannot be mapped ({reason}): if it is larger than the memory of this machine, use "
+            "--offload model or blocks, which map it to be read only"
+        ) from error
+
+
+def map_read_only(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file that `open_safetensors` has found whole, as views that can only be read.
+
+    The format: eight bytes that say how long the header is, a JSON header, the tensors' bytes.
+    """
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    views = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # that is the point
+        for name, entry in header.items():
+            if entry["dtype"] not in dtypes:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, which no model here can use: convert it again")
+            count, offset = math.prod(entry["shape"]), start + entry["data_offsets"][0]
+            flat = torch.frombuffer(mapped, dtype=dtypes[entry["dtype"]], count=count, offset=offset)
+            views[name] = flat.view(entry["shape"])
+    return views
 
 
 def check_layout(folder: Path) -> None:

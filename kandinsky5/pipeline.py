@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kandinsky5 import attention as attentions
-from kandinsky5 import checkpoint, sampler, vae_tiling, video_io
+from kandinsky5 import checkpoint, magcache, offload, sampler, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PipelineConfig, find_preset, load_config
 from kandinsky5.dit import DiT
@@ -104,6 +104,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         shift: float | None = None,
         schedule: str = "official",
+        step_skipping: bool | str | Path | dict | magcache.StepSkipping = False,
         rope_scale: tuple[float, float, float] | None = None,
         seed: int = 0,
         latents: Tensor | None = None,
@@ -119,6 +120,8 @@ class Pipeline:
         height, width: pixels, multiples of 16 (with NABLA 128); num_frames: 4k + 1.
         guidance_scale: 1 means one pass a step and no negative prompt.
         schedule: "official", or "diffusers" (sampler.flow_schedule); rope_scale: (T, H, W), SPEC §3.
+        step_skipping: True leaves the DiT's blocks out of about half the steps, where this package knows the
+            checkpoint's ratios; or a file of ratios (magcache).
         seed: video i of the result is drawn from seed + i, on the CPU in float32, so that neither the device nor
             the precision nor its neighbours change it.
         latents: initial noise (B, T, H/8, W/8, 16) in place of the seed's.
@@ -149,6 +152,9 @@ class Pipeline:
         self._check_size(height, width, num_frames)
         _check_counts(num_videos_per_prompt, max_sequence_length, output_type, guidance_scale, rope_scale)
         times = sampler.flow_schedule(num_inference_steps, shift, schedule)
+        skips = [False] * num_inference_steps
+        if step_skipping:
+            skips = magcache.plan_skips(step_skipping, self.config.name, num_inference_steps, guided)
         batch = len(prompts) * num_videos_per_prompt
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
 
@@ -174,7 +180,8 @@ class Pipeline:
             predicted = torch.cat([self._predict(x, words, t, rope_scale) for words in passes])  # (B or 2B, …)
             return sampler.guided_velocity(*predicted.chunk(2), guidance_scale) if guided else predicted
 
-        with tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress) as bar:
+        bar = tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress)
+        with bar, magcache.skip_steps(self.dit, skips, len(passes)):
 
             def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
                 bar.update()
