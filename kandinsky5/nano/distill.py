@@ -32,9 +32,9 @@ from kandinsky5.train import (
 from kandinsky5.vae import VAE
 
 RECIPES = {
-    "nocfg": Recipe(steps=3000, learning_rate=3e-4, warmup=100, ema=0.998, weight_decay=0.0),
-    "distilled": Recipe(steps=3000, learning_rate=3e-4, warmup=100, ema=0.998, weight_decay=0.0),
-    "long": Recipe(steps=4000, learning_rate=5e-4, warmup=100, ema=0.998, accumulate=2),
+    "nocfg": Recipe(steps=1500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "distilled": Recipe(steps=1500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "long": Recipe(steps=2000, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen

@@ -1,8 +1,9 @@
-"""The trained family as checkpoint folders that `Pipeline.load` reads, all in bf16.
+"""The trained family as checkpoint folders that `Pipeline.load` reads, all in bf16, each with its model card.
 
 python -m kandinsky5.nano.export --runs runs --vae runs/vae --text runs/text --to kandinsky5/nano/weights
 
 `nano` is complete. The others hold a DiT, and name `nano` as the base that VAE, encoders and tokenizers come from.
+The judge's tables go into the cards if they are there: `judge_NAME.md` in the folder that --judged names.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from torch import nn
 from kandinsky5.checkpoint import save_checkpoint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
+from kandinsky5.nano.distill import RECIPES
+from kandinsky5.nano.train_dit import RECIPE
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
-from kandinsky5.train import load_average
+from kandinsky5.train import load_average, read_rows
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "long"}
 
@@ -28,17 +31,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and long")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    parser.add_argument("--judged", type=Path, default=Path("docs/judge"), help="folder of the judge's tables")
     parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
     arguments = parser.parse_args()
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
             folder = arguments.to / name
             export(name, arguments.runs / run, arguments.vae, arguments.text, folder)
+            write_card(name, arguments.runs, folder, arguments.judged / f"judge_{name}.md")
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
 def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) -> None:
-    """Write what `run` has trained so far; a model card that is there already stays."""
+    """Write what `run` has trained so far in place of what `folder` held."""
     config = presets.PRESETS[name]
     models: dict[str, nn.Module] = {"dit": load_average(DiT(config.dit), run)}
     tokenizers = {}
@@ -51,11 +56,68 @@ def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) ->
     for model in models.values():
         for parameter in model.parameters():  # the float32 islands too: they are computed in float32 from bf16 weights
             parameter.data = parameter.data.to(torch.bfloat16)
-    card = (folder / "README.md").read_text() if (folder / "README.md").is_file() else None
     shutil.rmtree(folder, ignore_errors=True)
     save_checkpoint(folder, config, models, tokenizers)
-    if card:
-        (folder / "README.md").write_text(card)
+
+
+CARD = """\
+# {name}
+
+A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} million parameters in the DiT.
+{what}
+
+- **Data**: clips drawn by `kandinsky5/nano/world.py`, {frames} frames of {height} × {width} at {fps} a second;
+  6 colours, 5 shapes, 7 motions, 3 backgrounds, one object or two, captions in English and Russian. 30 of the 210 triples of
+  colour, shape and motion are never trained on (`kandinsky5/nano/held_out.json`).
+- **Recipe**: {recipe}; seed {seed}.
+- **Trained**: {steps:,} steps in {hours:.1f} hours on one core of a CPU that did other work too, {before}.
+- **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}.
+- **Limits**: it knows this world and nothing else.
+- **Licence**: MIT.
+
+## Judged
+
+By `python -m kandinsky5.nano.judge {name}`, in per cent, on scenes and phrasings that were not used in training:
+
+{judged}"""
+WHAT = {
+    "nano": "Text and image to video, with guidance: every step asks the network twice.",
+    "nano-nocfg": "`nano` with its guidance distilled into one pass a step.",
+    "nano-distilled16steps": "`nano-nocfg` distilled into 16 steps of one pass.",
+    "nano-10s": "`nano` fine-tuned on clips twice as long and twice as wide, with NABLA.",
+}
+STAGES = {
+    "nano": "after the VAE and the text encoders",
+    "nano-nocfg": "from nano",
+    "nano-distilled16steps": "from nano-nocfg",
+    "nano-10s": "from nano",
+}
+
+
+def write_card(name: str, runs: Path, folder: Path, judged: Path) -> None:
+    """The model card: data, recipe, steps and hours from the run's log, the judge's table."""
+    config, last = presets.PRESETS[name], read_rows(runs / RUNS[name] / "loss.csv")[-1]
+    recipe = RECIPES.get(RUNS[name], RECIPE)
+    optimizer = "Muon for the blocks' matrices and AdamW for the rest" if recipe.muon else "AdamW"
+    card = CARD.format(
+        name=name,
+        what=WHAT[name],
+        parameters=sum(p.numel() for p in DiT(config.dit).parameters()) / 1e6,
+        frames=config.sampling.num_frames,
+        height=config.sampling.height,
+        width=config.sampling.width,
+        fps=config.sampling.fps,
+        recipe=f"{optimizer}, learning rate {recipe.learning_rate:g} with warm-up and cosine, averaged weights",
+        seed=recipe.seed,
+        steps=int(last["step"]),
+        hours=float(last["seconds"]) / 3600,
+        before=STAGES[name],
+        sampling_steps=config.sampling.num_inference_steps,
+        guidance=config.sampling.guidance_scale,
+        shift=config.sampling.shift,
+        judged=judged.read_text() if judged.is_file() else "not yet\n",
+    )
+    (folder / "README.md").write_text(card)
 
 
 if __name__ == "__main__":
