@@ -12,6 +12,7 @@ the checkpoint's own default.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import re
 import signal
@@ -21,19 +22,21 @@ from pathlib import Path
 import torch
 
 import kandinsky5
-from kandinsky5 import Pipeline, video_io
+from kandinsky5 import Pipeline, magcache, preview, video_io
 from kandinsky5.attention import KERNELS
+from kandinsky5.offload import MODES as OFFLOAD
 from kandinsky5.rope import scale_for_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
-            "dtype": "bfloat16", "attention": "auto"}  # fmt: skip
+            "step_skipping": False, "dtype": "bfloat16", "attention": "auto",
+            "compile": False, "offload": None}  # fmt: skip
 FROM_CHECKPOINT = ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps")
 SAMPLING = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
-            "schedule", "rope_scale", "seed")  # fmt: skip
+            "schedule", "step_skipping", "rope_scale", "seed")  # fmt: skip
 # All that the file depends on, and so all that it carries.
 SETTINGS = ("prompt", *SAMPLING, "image", "image_sha256", "fps", "quality", "checkpoint", "model", "dtype", "device",
-            "attention", "version")  # fmt: skip
+            "attention", "compile", "version")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,6 +68,9 @@ def sample(output: str, replay: str | None = None, **given) -> str:
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     video_io.check_writable(output, settings.get("num_frames", 1), settings.get("fps", 24), settings["quality"])
+    if isinstance(settings["step_skipping"], str):  # the file may change: what is in it is what a replay needs
+        settings["step_skipping"] = dataclasses.asdict(magcache.load(settings["step_skipping"]))
+    show = preview.open_place(settings["preview"]) if "preview" in settings else None
     image = settings["image_sha256"] = None
     if settings["image"] is not None:
         image = video_io.read_image(settings["image"])  # (H, W, 3)
@@ -75,9 +81,8 @@ def sample(output: str, replay: str | None = None, **given) -> str:
                 "or take this one with --image"
             )
 
-    pipe = Pipeline.load(
-        settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]], attention=settings["attention"]
-    )
+    how = {name: settings[name] for name in ("attention", "offload", "compile")}
+    pipe = Pipeline.load(settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]], **how)
     if recorded and recorded["model"] != pipe.config.name:
         print(f"note: {replay} was made by {recorded['model']}, this is {pipe.config.name}", file=sys.stderr)
     if pipe.device.type == "meta":
@@ -85,7 +90,10 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     for name in FROM_CHECKPOINT:
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
-    frames = pipe(settings["prompt"], image, **{name: settings.get(name) for name in SAMPLING})[0]  # (F, H, W, 3)
+    every = max(1, settings["num_inference_steps"] // 10)
+    callback = preview.build_callback(pipe.vae, show, every) if show else None
+    options = {name: settings.get(name) for name in SAMPLING}
+    frames = pipe(settings["prompt"], image, callback=callback, **options)[0]  # (F, H, W, 3)
 
     settings["height"], settings["width"] = frames.shape[1:3]
     settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
@@ -134,18 +142,35 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="pull to the prompt; 1: none, half the time")
     add("--shift", type=float, metavar="S", help="above 1, more of the steps go to the noisy end")
     add("--schedule", choices=["official", "diffusers"], help="spacing of the steps (default: official)")
+    skipping = "about half the time, not quite the same video; ratios: known, or of python -m kandinsky5.magcache"
+    add("--step-skipping", nargs="?", const=True, type=file(".json"), metavar="RATIOS.json", help=skipping)
     add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
     add("--fps", type=int, metavar="N", help="frames per second of the file; changes the speed, not the frames")
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of the models (default: bfloat16)")
     add("--attention", choices=KERNELS, help="how the DiT computes it; sdpa is the closest in bf16 (default: auto)")
+    shown = "the middle frame, ten times while it takes shape, in the terminal or in a file"
+    add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)
+    add("--offload", choices=OFFLOAD, help="keep on the device only the model that works, or of it only the block")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")
     add("--replay", metavar="FILE", help="take the settings from a file of sample.py; options beside it win")
     add("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4)")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"cannot use {' '.join(unknown)}: a prompt goes in quotes, and --help lists the options")
     return options
+
+
+def file(suffix: str):
+    """For options whose value may be left out, so that a prompt after them is not taken for it."""
+
+    def check(path: str) -> str:
+        if not path.lower().endswith(suffix):
+            raise argparse.ArgumentTypeError(f"{path!r} does not end in {suffix}; a prompt goes before the options")
+        return path
+
+    return check
 
 
 if __name__ == "__main__":

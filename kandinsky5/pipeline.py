@@ -17,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kandinsky5 import attention as attentions
-from kandinsky5 import checkpoint, magcache, offload, sampler, vae_tiling, video_io
+from kandinsky5 import checkpoint, magcache, sampler, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
+from kandinsky5.compile import compile_models
 from kandinsky5.config import PipelineConfig, find_preset, load_config
 from kandinsky5.dit import DiT
+from kandinsky5.offload import awake, check_mode, rest
 from kandinsky5.qwen import Qwen
 from kandinsky5.rope import scale_for_size
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -47,16 +49,21 @@ class Pipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         attention: str = "auto",
+        offload: str | None = None,
+        compile: bool = False,
     ) -> "Pipeline":
         """Load a native checkpoint folder (README: how to convert one), or a small model of this package: "nano".
 
         On the CPU the weight files are mapped, not copied. device "meta" checks names and shapes and loads nothing.
         attention: how the DiT computes it, one of `kandinsky5.attention.KERNELS`.
-        ValueError where there is no such device or kernel, the folder is in another layout, or weights and
+        offload: "model" keeps on the device only the model that works, "blocks" only its block (`offload.py`).
+        compile: use torch.compile (`compile.py`); the first video takes minutes longer, and all differ by rounding.
+        ValueError where there is no such device, kernel or mode, the folder is in another layout, or weights and
         config.json do not fit.
         """
         device, folder = _check_device(device), Path(folder_or_preset)
         attentions.check_kernel(attention)
+        check_mode(offload)
         if not folder.exists() and (SHIPPED / folder).is_dir():
             folder = SHIPPED / folder
         if not folder.exists():
@@ -77,15 +84,21 @@ class Pipeline:
                 "clip": CLIPText(config.clip),
             }
         for name, model in models.items():
-            checkpoint.load_weights(model, checkpoint.find_part(folder, name, config.base), name, device, dtype)
+            place = checkpoint.find_part(folder, name, config.base)
+            if offload:
+                rest(model, checkpoint.map_weights(model, place, name, dtype), device, offload)
+            else:
+                checkpoint.load_weights(model, place, name, device, dtype)
         names = ("qwen_tokenizer", "clip_tokenizer")
         tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
+        if compile:
+            compile_models(models["dit"], models["vae"])
         return cls(config, models["dit"], models["vae"], text_encoder, attention)
 
     @property
     def device(self) -> torch.device:
-        return self.dit.patch_embedder.weight.device
+        return getattr(self.dit, "works_on", self.dit.patch_embedder.weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +172,8 @@ class Pipeline:
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
 
         texts = [*prompts, *negatives] if guided else prompts
-        with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
+        bar = tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress)
+        with bar, awake(self.text_encoder.qwen, self.text_encoder.clip):
             features = self.text_encoder.encode(texts, max_sequence_length)
             bar.update(len(texts))
         features = features.repeat(num_videos_per_prompt)  # those of the prompts, then those of the negative ones
@@ -181,7 +195,7 @@ class Pipeline:
             return sampler.guided_velocity(*predicted.chunk(2), guidance_scale) if guided else predicted
 
         bar = tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress)
-        with bar, magcache.skip_steps(self.dit, skips, len(passes)):
+        with bar, awake(self.dit), magcache.skip_steps(self.dit, skips, len(passes)):
 
             def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
                 bar.update()
@@ -203,7 +217,7 @@ class Pipeline:
         z = (latents / self.config.vae.scaling_factor).to(self.dtype).permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
-        with tqdm(total=num_frames, desc="decoding", unit="frame", disable=not progress) as bar:
+        with tqdm(total=num_frames, desc="decoding", unit="frame", disable=not progress) as bar, awake(self.vae):
             for piece in vae_tiling.decode_pieces(self.vae, z, self.config.tiling):  # (B, 3, f, H, W)
                 _check_finite(piece, "the decoded frames")
                 pieces.append(_to_cpu(to_output(piece)))
@@ -241,7 +255,8 @@ class Pipeline:
         """uint8 (H, W, 3) → the clean first latent frame of each video, (B, 1, H/8, W/8, 16) float32."""
         image = video_io.resize_image(image, height, width)[None]  # (F = 1, H, W, 3)
         video = video_io.from_uint8(image[None]).to(self.device, self.dtype)  # (1, 3, 1, H, W)
-        posterior = vae_tiling.encode(self.vae, video, self.config.tiling)
+        with awake(self.vae):
+            posterior = vae_tiling.encode(self.vae, video, self.config.tiling)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()  # (1, 16, 1, h, w)
         noise = torch.cat([torch.randn(mean.shape, generator=generator) for generator in generators])
         z = type(posterior)(mean, logvar).sample(noise.to(self.device))  # (B, 16, 1, h, w)

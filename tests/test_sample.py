@@ -1,5 +1,6 @@
 """sample.py as its users meet it: the file says how it was made, a replay makes it again, a mistake costs one line."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,8 @@ import sample
 from kandinsky5 import video_io
 from kandinsky5.config import TextConfig, load_config, save_config
 from kandinsky5.dit import DiT
+from kandinsky5.magcache import StepSkipping
+from kandinsky5.magcache.__main__ import save
 from random_weights import SMALL, SMALL_DIT, SMALL_NABLA, save_small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +128,7 @@ def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(c
         "guidance_scale": 5.0,
         "shift": 5.0,
         "schedule": "official",
+        "step_skipping": False,
         "rope_scale": [1.0, 3.16, 3.16],  # by size
         "seed": 0,
         "image": None,
@@ -136,6 +140,7 @@ def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(c
         "dtype": "bfloat16",
         "device": "cpu" if not torch.cuda.is_available() else "cuda",
         "attention": "auto",
+        "compile": False,
         "version": kandinsky5.__version__,
     }
 
@@ -154,10 +159,32 @@ def test_every_option_reaches_the_pipeline_and_the_file(cli):
     assert video_io.read_image("out.png").equal(frames[0, 0])
 
 
+def test_offloading_changes_nothing_in_the_file(cli):
+    for mode in ("model", "blocks"):
+        assert cli(*FOX, "--offload", mode, "-o", f"{mode}.mp4")[0] == 0
+    assert cli(*FOX, "-o", "plain.mp4")[0] == 0
+    assert Path("model.mp4").read_bytes() == Path("blocks.mp4").read_bytes() == Path("plain.mp4").read_bytes()
+
+
+def test_compile_is_in_the_file_and_a_replay_can_do_without(cli, monkeypatch):
+    asked = []
+    monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: asked.append(1))
+    assert cli(*FOX, "--compile")[0] == 0 and video_io.read_metadata("out.mp4")["compile"] is True
+    assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0 and len(asked) == 2
+    assert cli("--replay", "out.mp4", "--no-compile", "-o", "again.mp4")[0] == 0 and len(asked) == 2
+
+
 @pytest.mark.parametrize("prompt", ["", "fox " * 3000, "кот\n\t😀 'x' \"y\" {} %s \\"])
 def test_any_prompt_is_allowed(cli, prompt):
     assert cli(prompt, *FOX[1:])[0] == 0
     assert video_io.read_metadata("out.mp4")["prompt"] == prompt
+
+
+def test_a_preview_is_no_part_of_the_video(cli):
+    assert cli(*FOX, "-o", "plain.mp4")[0] == 0
+    assert cli(*FOX, "--preview", "preview.png") == (0, "out.mp4: 5 frames of 32x48, seed 0\n", [])
+    assert Path("out.mp4").read_bytes() == Path("plain.mp4").read_bytes()
+    assert video_io.read_image("preview.png").shape == (32, 48, 3)
 
 
 # --- replay
@@ -198,6 +225,20 @@ def test_replay_does_not_follow_the_checkpoints_new_defaults(cli):
     save_config(replace(config, sampling=sampling), "small/config.json")
     assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0
     assert Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+
+
+def test_replay_of_skipped_steps_needs_no_file_of_ratios(cli):
+    """What the file said is in the video's metadata, so that the plan is the same whatever became of the file."""
+    skipping = StepSkipping((1.0,) * 3, (1.0,) * 3, threshold=0.5, source="made up")
+    save(skipping, Path("ratios.json"))
+    assert cli(*FOX, "--steps", "4", "-o", "plain.mp4")[0] == 0
+    assert cli(*FOX, "--steps", "4", "--step-skipping", "ratios.json")[0] == 0
+    expected = dataclasses.asdict(skipping) | {"conditional": [1, 1, 1], "unconditional": [1, 1, 1]}
+    assert video_io.read_metadata("out.mp4")["step_skipping"] == expected
+    save(dataclasses.replace(skipping, threshold=0), Path("ratios.json"))
+    assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0
+    assert Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+    assert not video_io.read_video("out.mp4")[0].equal(video_io.read_video("plain.mp4")[0])
 
 
 @pytest.mark.parametrize(
@@ -296,6 +337,14 @@ def test_replay_of_a_strangers_file_is_refused(refused):
         ("--device banana", "device banana: cannot be used here (Expected one of cpu, cuda"),
         ("--device cuda:99", "device cuda:99: cannot be used here"),
         ("--device meta", "device meta: it knows shapes and no pixels; choose cpu or cuda"),
+        ("--step-skipping", "there are ratios for i2v-lite-5s, "),
+        ("--step-skipping", "none for small: measure them with `python -m kandinsky5.magcache CHECKPOINT"),
+        ("--step-skipping missing.json", "cannot read missing.json (No such file or directory): give a file that"),
+        ("--step-skipping fox", "'fox' does not end in .json; a prompt goes before the options"),
+        ("--preview", "preview: the output is no terminal: give a file, --preview FILE.png"),
+        ("--preview fox", "'fox' does not end in .png; a prompt goes before the options"),
+        ("--preview missing/a.png", "cannot write missing/a.png (No such file or directory)"),
+        ("--offload disk", "--offload: invalid choice: 'disk'"),
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
         ("--height 1600000000 --width 1600000000", "not enough memory (tried to allocate"),
         ("--height 16000000000000000 --width 16000000000000000", "not enough memory (overflow"),
@@ -323,6 +372,11 @@ def test_a_bad_option_is_answered_in_one_line(refused, options, words):
 @pytest.mark.parametrize("option", ["--num-frames", "--steps"])
 def test_absurd_counts_end_in_one_line(refused, option):
     refused([*FOX, option, str(4 * 10**15 + 1)])
+
+
+def test_compiling_without_a_compiler(refused, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused([*FOX, "--compile"], "there is no no-such-compiler here: install one", "--no-compile")
 
 
 def test_nothing_to_do_is_said(refused):
@@ -488,7 +542,7 @@ def test_help_teaches(cli):
     for word in ("python sample.py", "--checkpoint", "--image", "--replay", "-o FILE", "default: 0", "default: 8"):
         assert word in out, word
     options = [line for line in out.splitlines() if line.startswith("  -")]
-    assert len(options) == 19
+    assert len(options) == 23
 
 
 def test_importing_the_package_touches_no_gpu_no_network_and_no_reference():

@@ -67,8 +67,8 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
 {what}
 
 - **Data**: clips drawn by `kandinsky5/nano/world.py`, {frames} frames of {height} × {width} at {fps} a second;
-  6 colours, 5 shapes, 7 motions, 3 backgrounds, one object or two, captions in English and Russian. 30 of the 210 triples of
-  colour, shape and motion are never trained on (`kandinsky5/nano/held_out.json`).
+  6 colours, 5 shapes, 7 motions, 3 backgrounds, one object or two, captions in English and Russian. Of the 210
+  triples of colour, shape and motion 30 are never trained on (`kandinsky5/nano/held_out.json`).
 - **Recipe**: {recipe}; seed {seed}.
 - **Trained**: {steps:,} steps in {hours:.1f} hours on one core of a CPU that did other work too, {before}.
 - **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}.

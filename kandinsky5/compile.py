@@ -1,0 +1,44 @@
+"""torch.compile where it pays: the blocks of the DiT, and of the VAE decoder what stands between convolutions.
+
+A block is compiled once for all blocks of its kind and for all sizes. Only what is 1 is never taken for the same as
+what is more: a batch of one, and with NABLA a single frame, row or column of tiles. It is one graph: attention is a
+single operation in it (`attention.py`), which takes the same kernel as without.
+"""
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from kandinsky5.dit import DiT
+from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, ResidualBlock, Upsample
+
+
+def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
+    """Compile in place; the work is done when a block first runs. ValueError where there is no C++ compiler."""
+    _check_compiler()
+    how = {"dynamic": True, "backend": backend, "recompile_limit": 32}
+    for block in [*_plainly(dit.text_blocks), *_plainly(dit.visual_blocks)]:
+        block.compile(fullgraph=True, **how)
+    for module in vae.decoder.modules():
+        if isinstance(module, (CausalConv3d, CausalAttention, Upsample)):  # loops over frames, for each size others
+            module.forward = torch.compiler.disable(module.forward)
+        if isinstance(module, ResidualBlock):
+            # Not one graph: between its convolutions. For the real VAE 20 graphs in all: widths, memory layouts, and
+            # single frames, which PyTorch never takes for the same as several.
+            module.compile(**how)
+
+
+def _plainly(blocks: nn.ModuleList) -> list[nn.Module]:
+    """The blocks as they are: going through a list of streamed ones would fetch them."""
+    return list(nn.ModuleList.__iter__(blocks))
+
+
+def _check_compiler() -> None:
+    name = os.environ.get("CXX", "g++")  # PyTorch's choice
+    if shutil.which(name) is None:
+        raise ValueError(
+            f"compile: PyTorch needs a C++ compiler, and there is no {name} here: install one (apt install g++), name "
+            "yours in the environment variable CXX, or do without (--no-compile)"
+        )

@@ -1,0 +1,117 @@
+"""Measure how the residual of a model's visual blocks grows from step to step, for `step_skipping`.
+
+    python -m kandinsky5.magcache weights/t2v-lite-sft-5s --prompts prompts.txt -o ratios.json
+    python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s --step-skipping ratios.json
+
+The prompts stand one on a line. Each costs a whole generation; the ratios hardly depend on them, a few are enough.
+Steps, guidance, shift and size are the checkpoint's own: measure again for others that you use much.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kandinsky5.magcache import StepSkipping
+from kandinsky5.pipeline import Pipeline
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns 0, or 2 after one line about what is wrong with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="converted checkpoint folder, or a small model of this package such as nano")
+    add("--prompts", required=True, type=Path, metavar="FILE", help="one on each line")
+    add("--image", metavar="FILE", help="first frame of all of them, for an i2v checkpoint")
+    add("--steps", type=int, metavar="N", help="default: the checkpoint's")
+    add("--guidance", type=float, metavar="W", help="likewise")
+    add("--height", type=int, metavar="PX", help="likewise")
+    add("--width", type=int, metavar="PX", help="likewise")
+    add("--num-frames", type=int, metavar="N", help="likewise")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    add("-o", "--output", required=True, type=Path, metavar="RATIOS.json")
+    options = parser.parse_args(arguments)
+    try:
+        prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
+        if not options.output.parent.is_dir():
+            raise ValueError(f"cannot write {options.output}: there is no folder {options.output.parent}: make it")
+        measured = measure_ratios(
+            Pipeline.load(options.checkpoint, options.device),
+            prompts,
+            image=options.image,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            height=options.height,
+            width=options.width,
+            num_frames=options.num_frames,
+        )
+        save(measured, options.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: {measured.source}")
+    return 0
+
+
+@torch.inference_mode()
+def measure_ratios(pipe: Pipeline, prompts: list[str], **settings) -> StepSkipping:
+    """Generate a video from each prompt, with `settings` of the pipeline's call; returns the mean ratios."""
+    if not prompts:
+        raise ValueError("there are no prompts to measure with: give a file with one on each line")
+    guidance = settings.get("guidance_scale")
+    guidance = pipe.config.sampling.guidance_scale if guidance is None else guidance
+    steps = settings.get("num_inference_steps") or pipe.config.sampling.num_inference_steps
+    if steps < 2:
+        raise ValueError(f"{steps} step: a ratio is that of one step to the one before; measure with at least 2")
+    passes = 2 if abs(guidance - 1) > 1e-6 else 1
+    ratios = []
+    for seed, prompt in enumerate(prompts):
+        ratios.append(_measure_one(pipe, passes, prompt=prompt, seed=seed, **settings))
+    means = torch.tensor(ratios).mean(dim=0)  # (passes × (steps − 1)); the passes alternate
+    columns = [[round(float(ratio), 5) for ratio in means[i::passes]] for i in range(passes)]
+    source = f"measured with {pipe.config.name}, {steps} steps, guidance {guidance:g}, prompts: {len(prompts)}"
+    return StepSkipping(*(tuple(column) for column in columns), source=source)
+
+
+def _measure_one(pipe: Pipeline, passes: int, **settings) -> list[float]:
+    """The ratios of one generation in the order of the passes: step 1 conditional, unconditional, step 2 …"""
+    ratios, before, entered = [], deque(maxlen=passes), []
+
+    def enter(block, arguments) -> None:
+        entered[:] = arguments[:1]
+
+    def leave(block, arguments, out: Tensor) -> None:
+        for residual in (out - entered.pop()).float():  # (L, dim); short passes come as one batch
+            if len(before) == passes:
+                ratios.append(float((residual.norm(dim=-1) / before[0].norm(dim=-1)).mean()))
+            before.append(residual)
+
+    blocks = list(pipe.dit.visual_blocks)
+    hooks = [blocks[0].register_forward_pre_hook(enter), blocks[-1].register_forward_hook(leave)]
+    try:
+        pipe(**settings, output_type="latents")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ratios
+
+
+def save(skipping: StepSkipping, path: Path) -> None:
+    """Write what `magcache.load` reads, one field on a line."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in dataclasses.asdict(skipping).items()]
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

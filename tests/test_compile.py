@@ -1,0 +1,133 @@
+"""torch.compile: the same output, one graph for a block, and none anew for another size.
+
+But for one, the tests trace and do not generate code (aot_eager), which takes seconds where inductor takes minutes:
+graphs, their breaks and recompilations are the same.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import kandinsky5.compile
+from kandinsky5 import Pipeline, attention, offload
+from kandinsky5.compile import compile_models
+from kandinsky5.dit import DiT
+from kandinsky5.vae import VAE
+from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error, save_small_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_yet():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def run(dit, grid, words=7, batch=1, dtype=torch.float32):
+    """grid: (T, H, W) of latents, twice as high and wide as that of tokens."""
+    generator = torch.Generator().manual_seed(1)
+    x, text, pooled = (
+        torch.randn(batch, *shape, generator=generator).to(dtype) for shape in ((*grid, 33), (words, 16), (24,))
+    )
+    mask = torch.ones(batch, words, dtype=torch.bool) if batch > 1 else None
+    if batch > 1:
+        mask[0, -2:] = False
+    with torch.inference_mode():
+        return dit(x, text, pooled, torch.full((batch,), 0.3), mask)
+
+
+def build(nabla=None, dtype=torch.float32):
+    return randomise(DiT(replace(SMALL_DIT, nabla=nabla))).to(dtype), randomise(VAE(SMALL_VAE))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_two_kinds_of_blocks_are_two_graphs_for_all_sizes(dtype, tolerance):
+    """Grids below and above the 512 tokens where bf16 goes in chunks. A batch of several counts as another kind."""
+    sizes = [((3, 10, 6), 7), ((2, 12, 8), 9), ((4, 10, 6), 5), ((2, 32, 32), 11), ((2, 36, 32), 12)]
+    dit, vae = build(dtype=dtype)
+    expected = {batch: [run(dit, *size, batch, dtype) for size in sizes] for batch in (1, 2, 3)}
+    compile_models(dit, vae, "aot_eager")
+    for batch, count in ((1, 2), (2, 4), (3, 4)):
+        for size, velocity in zip(sizes, expected[batch], strict=True):
+            assert relative_error(run(dit, *size, batch, dtype), velocity) < tolerance
+            assert graphs() == count
+    assert not counters["graph_break"]
+
+
+def test_nabla_is_two_graphs_too():
+    sizes = [((3, 32, 32), 7), ((2, 48, 32), 9), ((5, 32, 64), 5)]
+    dit, vae = build(SMALL_NABLA)
+    expected = [run(dit, *size) for size in sizes]
+    compile_models(dit, vae, "aot_eager")
+    assert all(relative_error(run(dit, *size), v) < 1e-6 for size, v in zip(sizes, expected, strict=True))
+    assert graphs() == 2 and not counters["graph_break"]
+
+
+def test_the_kernel_is_chosen_when_it_runs(monkeypatch):
+    dit, vae = build()
+    compile_models(dit, vae, "aot_eager")
+    run(dit, (2, 12, 8))
+    count, calls, dense = graphs(), [], attention.dense_attention
+    monkeypatch.setattr(attention, "dense_attention", lambda *tensors: calls.append(1) or dense(*tensors))
+    with attention.use("dense"):
+        run(dit, (2, 12, 8))
+    assert len(calls) == 2 + 2 * 2 and graphs() == count
+
+
+def test_the_decoder_is_compiled_once_for_all_sizes():
+    dit, vae = build()
+    shapes = [(1, 4, 6), (5, 4, 6), (5, 6, 4), (2, 3, 5), (1, 6, 4), (4, 8, 8), (3, 5, 5)]  # T, h, w
+    zs = [torch.randn(1, 16, *shape) for shape in shapes]
+    with torch.inference_mode():
+        expected = [vae.decode(z) for z in zs]
+        compile_models(dit, vae, "aot_eager")
+        for i, (z, video) in enumerate(zip(zs, expected, strict=True)):
+            assert relative_error(vae.decode(z), video) < 1e-5
+            if i == 1:
+                count = graphs()
+    assert graphs() == count > 0
+
+
+def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(kandinsky5.compile.compile_models, "__defaults__", ("aot_eager",))
+    save_small_checkpoint(tmp_path / "small")
+    plain = Pipeline.load(tmp_path / "small", dtype=torch.float32)
+    with monkeypatch.context() as while_it_loads:
+        while_it_loads.setattr(offload, "_fetch", lambda *_: pytest.fail("nothing is fetched yet"))
+        both = Pipeline.load(tmp_path / "small", dtype=torch.float32, offload="blocks", compile=True)
+    frames = [pipe("a fox", progress=False, output_type="float", guidance_scale=1) for pipe in (plain, both)]
+    assert (frames[0] - frames[1]).abs().max() < 1e-4
+    count = graphs()
+    both("a cat", progress=False, guidance_scale=1, height=48, num_inference_steps=3)
+    assert graphs() == count > 2
+
+
+def test_generated_code_computes_the_same():
+    """Inductor itself, on the smallest of DiTs. Without a compiler on the machine there is nothing to test."""
+    try:
+        kandinsky5.compile._check_compiler()
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    dit = randomise(DiT(replace(SMALL_DIT, num_text_blocks=0, num_visual_blocks=1)))
+    expected = [run(dit, grid) for grid in ((3, 10, 6), (2, 12, 8))]
+    compile_models(dit, VAE(SMALL_VAE))
+    assert relative_error(run(dit, (3, 10, 6)), expected[0]) < 1e-5
+    assert relative_error(run(dit, (2, 12, 8)), expected[1]) < 1e-5
+    assert graphs() == 1
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    for name, variable in (("g++", None), ("mycxx", "mycxx")):
+        monkeypatch.setenv("PATH", "/nonexistent")
+        monkeypatch.delenv("CXX", raising=False)
+        if variable:
+            monkeypatch.setenv("CXX", variable)
+        with pytest.raises(ValueError, match=rf"there is no {name.replace('+', '.')} here: install one"):
+            compile_models(*build())

@@ -1,0 +1,236 @@
+"""Step skipping: the authors' plan, the residuals of the right pass, and measured ratios."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from kandinsky5 import Pipeline, magcache
+from kandinsky5.config import PRESETS
+from kandinsky5.dit import DiT
+from kandinsky5.magcache import StepSkipping, plan_skips
+from kandinsky5.magcache import __main__ as calibration
+from kandinsky5.offload import rest
+from random_weights import build_small_pipeline
+
+# What the authors' own code (kandinsky/magcache_utils.py, commit 3a6e9cd) skips, one letter a step; its two passes
+# always agree. It was run with a DiT that counts, on the published ratios as they stand in the configurations.
+OFFICIAL = {
+    ("t2v-lite-sft-10s", 50): "..........xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx..",
+    ("i2v-lite-5s", 50): "..........xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx..",
+    ("t2v-lite-nocfg-10s", 50): "..........xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.x.x.",
+    ("t2v-pro-sft-5s-sd", 50): "..........xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.x.x.",
+    ("t2v-pro-sft-5s-hd", 50): "..........xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.x.x.",
+    ("i2v-pro-sft-5s-hd", 50): "..........xx.xx.x.x.xx.xx.xx.xx.xx.xx.xx.xx.xx.x..",
+    # with other numbers of steps than the ratios were measured with
+    ("t2v-lite-sft-10s", 16): "...xx.xx.xx.xx..",
+    ("t2v-lite-sft-10s", 37): ".......xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.",
+    (
+        "i2v-lite-5s",
+        100,
+    ): "....................xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.xx.x.x..",
+    ("t2v-lite-nocfg-10s", 8): "..xx.xx.",
+    ("t2v-pro-sft-5s-hd", 30): "......xx.xx.xx.xx.xx.xx.xx.x..",
+}
+PROMPTS = ["a fox in the snow", "a very long description of a dog that runs"]
+
+
+def draw(skips: list[bool]) -> str:
+    return "".join(".x"[skip] for skip in skips)
+
+
+@pytest.mark.parametrize("model, steps", OFFICIAL)
+def test_the_plan_is_the_authors(model, steps):
+    assert draw(plan_skips(True, model, steps, guided="nocfg" not in model)) == OFFICIAL[model, steps]
+
+
+def test_the_package_knows_the_published_ratios_of_six_presets_and_nanos():
+    names = {path.stem for path in magcache.FOLDER.glob("*.json")}
+    assert names - set(PRESETS) == {"nano"} and len(names) == 7
+    for name in names:
+        skipping = magcache.load(magcache.FOLDER / f"{name}.json")
+        assert len(skipping.conditional) == 49 and len(skipping.unconditional) == (0 if "nocfg" in name else 49)
+        assert (skipping.threshold, skipping.max_skips, skipping.kept) == (0.12, 2, 0.2) and skipping.source
+
+
+def test_estimated_errors_add_up_over_skips_and_start_again_after_a_computed_step():
+    """By hand: with ratios of 1.05 the skips are off by 0.05, 0.1025, 0.157625: 0.05, 0.1525, 0.310125 in all."""
+    ratios = StepSkipping((1.05,) * 9, max_skips=9)
+    assert draw(plan_skips(replace(ratios, threshold=0.05), "", 10, guided=False)) == ".........."
+    assert draw(plan_skips(replace(ratios, threshold=0.15), "", 10, guided=False)) == "..x.x.x.x."
+    assert draw(plan_skips(replace(ratios, threshold=0.16), "", 10, guided=False)) == "..xx.xx.xx"
+    assert draw(plan_skips(replace(ratios, threshold=0.32), "", 10, guided=False)) == "..xxx.xxx."
+    assert draw(plan_skips(replace(ratios, threshold=0.32, max_skips=1), "", 10, guided=False)) == "..x.x.x.x."
+    assert draw(plan_skips(replace(ratios, threshold=0.32, kept=0.5), "", 10, guided=False)) == ".....xxx.x"
+    assert draw(plan_skips(replace(ratios, threshold=9, kept=0), "", 10, guided=False)) == ".xxxxxxxxx"
+    # 1.05 and 0.9 undo each other in part: off by 0.05 and 0.055
+    assert draw(plan_skips(StepSkipping((1.0, 1.05, 0.9, 1.0), threshold=0.11), "", 5, guided=False)) == ".xx.x"
+
+
+def test_a_step_is_skipped_only_if_both_passes_may_be():
+    ratios = StepSkipping((1.0,) * 9, (1.0,) * 4 + (1.5,) * 5)
+    assert draw(plan_skips(ratios, "", 10, guided=False)) == "..xx.xx.xx"
+    assert draw(plan_skips(ratios, "", 10, guided=True)) == "..xx......"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return build_small_pipeline()
+
+
+OPTIONS = {"num_inference_steps": 6, "output_type": "latents", "progress": False}
+RATIOS = StepSkipping((1.0,) * 5, (1.0,) * 5)  # . x x . x x
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("guidance_scale", [1, 5])
+def test_a_skipped_step_adds_the_residual_that_its_own_pass_had_last(pipe, monkeypatch, one_pass, guidance_scale):
+    """The same by other means: all blocks run, and a hook replaces what comes out of the last."""
+    monkeypatch.setattr("kandinsky5.pipeline.ONE_PASS", 10**9 if one_pass else 0)
+    options = OPTIONS | {"guidance_scale": guidance_scale}
+    assert draw(plan_skips(RATIOS, "", 6, guided=guidance_scale > 1)) == ".xx.xx"
+    skipped = pipe(PROMPTS, step_skipping=RATIOS, **options)
+
+    passes = 2 if guidance_scale > 1 and not one_pass else 1
+    inputs, residuals = [], {}
+
+    def leave(block, arguments, out):
+        step, number = divmod(len(inputs) - 1, passes)
+        if ".xx.xx"[step] == "x":
+            return inputs[-1] + residuals[number]
+        residuals[number] = out - inputs[-1]
+
+    blocks = pipe.dit.visual_blocks
+    hooks = [
+        blocks[0].register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0])),
+        blocks[-1].register_forward_hook(leave),
+    ]
+    expected = pipe(PROMPTS, **options)
+    for hook in hooks:
+        hook.remove()
+    assert len(inputs) == 6 * passes
+    assert skipped.equal(expected) and not skipped.equal(pipe(PROMPTS, **options))
+
+
+def test_a_skipped_step_runs_no_block(pipe):
+    calls = []
+    hooks = [block.register_forward_hook(lambda block, *_: calls.append(block)) for block in pipe.dit.visual_blocks]
+    pipe(PROMPTS, step_skipping=RATIOS, **OPTIONS)
+    for hook in hooks:
+        hook.remove()
+    assert calls == 2 * [*pipe.dit.visual_blocks]
+
+
+def test_a_threshold_of_0_changes_no_bit_and_the_model_is_left_as_it_was(pipe):
+    blocks = pipe.dit.visual_blocks
+    plain = pipe(PROMPTS, **OPTIONS)
+    assert pipe(PROMPTS, step_skipping=replace(RATIOS, threshold=0), **OPTIONS).equal(plain)
+
+    def fail(step, t, latents):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pipe(PROMPTS, step_skipping=RATIOS, callback=fail, **OPTIONS)
+    assert pipe.dit.visual_blocks is blocks and pipe(PROMPTS, **OPTIONS).equal(plain)
+
+
+@pytest.mark.parametrize("offload", ["model", "blocks"])
+def test_weights_that_rest_skip_steps_too(pipe, offload):
+    with torch.device("meta"):
+        dit = DiT(pipe.config.dit)
+    rest(dit, pipe.dit.state_dict(), torch.device("cpu"), offload)
+    resting = Pipeline(pipe.config, dit, pipe.vae, pipe.text_encoder)
+    skipped = resting("a fox", step_skipping=RATIOS, **OPTIONS)
+    assert skipped.equal(pipe("a fox", step_skipping=RATIOS, **OPTIONS)) and next(dit.parameters()).is_meta
+
+
+def test_missing_ratios_are_answered_with_the_command_that_measures_them(pipe, tmp_path):
+    for options, words in [
+        ({"step_skipping": True}, "none for small: measure them with `python -m kandinsky5.magcache CHECKPOINT"),
+        ({"step_skipping": tmp_path / "none.json"}, "none.json (No such file or directory): give a file that"),
+        ({"step_skipping": StepSkipping((1.0,))}, "hold without guidance: set guidance_scale to 1, or measure"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            pipe("a fox", **options)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"conditional": ["a"]}', '{"conditional": [NaN]}', '{"flavour": 1}', '{"conditional": 1}'],
+)
+def test_what_is_no_file_of_ratios(tmp_path, text):
+    path = tmp_path / "ratios.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^cannot read .*ratios.json \(.*\): give a file that `python -m"):
+        magcache.load(path)
+
+
+# --- measuring
+
+
+class Grows(nn.Module):
+    """Adds to its input, at its n-th call, a residual of length `lengths[n]` for every token."""
+
+    def __init__(self, lengths):
+        super().__init__()
+        self.lengths = iter(lengths)
+
+    def forward(self, x, *arguments):
+        direction = torch.randn_like(x)
+        return x + next(self.lengths) * direction / direction.norm(dim=-1, keepdim=True)
+
+
+class Still(nn.Module):
+    def forward(self, x, *arguments):
+        return x
+
+
+def test_ratios_are_those_of_the_lengths_step_by_step_and_pass_by_pass(monkeypatch):
+    """Two prompts; lengths of step 0, 1, 2, conditional and unconditional by turns."""
+    monkeypatch.setattr("kandinsky5.pipeline.ONE_PASS", 0)
+    pipe = build_small_pipeline()
+    lengths = [2, 10, 4, 15, 6, 30] + [1, 1, 4, 1.7, 4, 3.4]
+    pipe.dit.visual_blocks = nn.ModuleList([Grows(lengths), Still()])
+    measured = calibration.measure_ratios(pipe, PROMPTS, num_inference_steps=3, progress=False)
+    assert measured.conditional == pytest.approx([(2 + 4) / 2, (1.5 + 1) / 2], rel=1e-4)
+    assert measured.unconditional == pytest.approx([(1.5 + 1.7) / 2, (2 + 2) / 2], rel=1e-4)
+    pipe.dit.visual_blocks = nn.ModuleList([Grows([2, 4, 6])])
+    measured = calibration.measure_ratios(pipe, PROMPTS[:1], num_inference_steps=3, guidance_scale=1, progress=False)
+    assert measured.conditional == pytest.approx([2, 1.5], rel=1e-4) and measured.unconditional == ()
+
+
+def test_ratios_do_not_depend_on_whether_both_passes_go_as_one(pipe, monkeypatch):
+    measured = []
+    for limit in (0, 10**9):
+        monkeypatch.setattr("kandinsky5.pipeline.ONE_PASS", limit)
+        measured.append(calibration.measure_ratios(pipe, PROMPTS, num_inference_steps=4, progress=False))
+    for name in ("conditional", "unconditional"):
+        assert getattr(measured[0], name) == pytest.approx(getattr(measured[1], name), abs=2e-5)
+
+
+def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatch, pipe):
+    monkeypatch.setattr(calibration.Pipeline, "load", lambda checkpoint, device: pipe)
+    (tmp_path / "prompts.txt").write_text("a fox\n\na dog\n")
+    arguments = ["small", "--prompts", tmp_path / "prompts.txt", "--steps", "3", "--device", "cpu"]
+    run = lambda *more: calibration.main([str(argument) for argument in (*arguments, *more)])  # noqa: E731
+    assert run("-o", tmp_path / "ratios.json") == 0
+    assert "measured with small, 3 steps, guidance 5, prompts: 2" in capsys.readouterr().out
+    skipping = magcache.load(tmp_path / "ratios.json")
+    assert len(skipping.conditional) == len(skipping.unconditional) == 2
+    assert json.loads((tmp_path / "ratios.json").read_text())["threshold"] == 0.12
+    pipe("a fox", step_skipping=tmp_path / "ratios.json", **OPTIONS)
+
+    before = sorted(tmp_path.iterdir())
+    for more, words in [
+        (["-o", tmp_path / "missing" / "ratios.json"], "there is no folder"),
+        (["-o", tmp_path / "b.json", "--steps", "1"], "1 step: a ratio is that of one step to the one before"),
+        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "none.txt"], "No such file"),
+        (["-o", tmp_path / "b.json", "--height", "40"], "height 40: a side is a multiple of 16"),
+    ]:
+        assert run(*more) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert words in line
+    assert sorted(tmp_path.iterdir()) == before
