@@ -23,7 +23,7 @@ def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
         block.compile(fullgraph=True, **how)
     for module in vae.decoder.modules():
         if isinstance(module, (CausalConv3d, CausalAttention, Upsample)):  # loops over frames, for each size others
-            module.forward = torch.compiler.disable(module.forward)
+            vars(module)["forward"] = torch.compiler.disable(module.forward)
         if isinstance(module, ResidualBlock):
             # Not one graph: between its convolutions. For the real VAE 20 graphs in all: widths, memory layouts, and
             # single frames, which PyTorch never takes for the same as several.
