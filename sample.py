@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         reason = str(error)
     except (MemoryError, RuntimeError, TypeError) as error:  # PyTorch says by any of these that a tensor is too large
-        words = re.search(r"tried to allocate [\d.]+ \w+|out of memory|overflow", str(error), re.IGNORECASE)
+        words = re.search(
+            r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed", str(error), re.IGNORECASE
+        )
         if not words and not isinstance(error, MemoryError):
             raise
         reason = f"not enough memory ({words[0] if words else error}): ask for less --height, --width or --num-frames"

@@ -1,4 +1,4 @@
-"""The only door to attention kernels, beside the definition that each of them must match.
+"""The DiT's and the text encoders' only door to attention kernels, beside the definition that each of them must match.
 
     attention                 what the models call; it picks among the following
       dense_attention         the definition, written out: softmax(q kᵀ / √D) v with an optional bool mask
@@ -42,8 +42,10 @@ def use(kernel: str) -> Iterator[None]:
         _kernel = before
 
 
-def check_kernel(kernel: str) -> None:
-    """ValueError unless it is one of KERNELS."""
+def check_kernel(kernel: str, device: torch.device | None = None) -> None:
+    """ValueError unless it is one of KERNELS, and can be used on `device`."""
+    if kernel == "flex" and device is not None and device.type not in ("cuda", "meta"):
+        raise ValueError(f"attention flex is compiled for CUDA, not for {device.type}: choose auto")
     if kernel not in KERNELS:
         raise ValueError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
 

@@ -92,7 +92,10 @@ class TensorFiles:
         self.path = single = folder / f"{name}.safetensors"
         index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            weight_map = document.get("weight_map") if isinstance(document := _read_json(index), dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index} has no weight_map of tensor names to files: copy it or convert it again")
+            names = sorted(set(weight_map.values()))
             paths = [folder / shard for shard in names if Path(shard).name == shard]  # a shard lies beside its index
         else:
             paths = [single]

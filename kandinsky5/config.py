@@ -84,7 +84,7 @@ class VAEConfig:
     image_channels: int = 3
     latent_channels: int = 16
     scaling_factor: float = 0.476986  # latents = z · scaling_factor
-    # After which stages the grid halves (encoder; the decoder mirrors it): True where time halves too.
+    # After which stages the encoder's grid halves, and the decoder's doubles: True where time does so too.
     halves_time: tuple[bool, ...] = (False, True, True)
 
     @property
@@ -229,11 +229,15 @@ PRESETS: dict[str, PipelineConfig] = {
 }
 
 
+SHIPPED = ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s")  # small models that come with the package
+
+
 def find_preset(name: str) -> PipelineConfig:
     """`PRESETS[name]`, or a ValueError that offers the closest names."""
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(PRESETS)}"
+        names = (*PRESETS, *SHIPPED)
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(names)}"
         raise ValueError(f"{name!r} is neither a folder nor a preset: {hint}")
     return PRESETS[name]
 

@@ -119,7 +119,7 @@ def weights(heads: Sequence[int] | None = None, queries: Sequence[int] | None = 
 
     None means all. What is kept is float32 (B, heads, queries, S); rows sum to 1, and keys under the mask or outside
     NABLA's map have weight 0. Scores exist for a few queries at a time. ValueError where the result would hold more
-    than MOST numbers: full self-attention of a released model is 24 heads of 47,616² numbers in every block.
+    than MOST numbers: full self-attention of a released model is 28 heads of 47,616² numbers in every block.
     """
 
     def keep(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block_map: Tensor | None) -> Tensor:

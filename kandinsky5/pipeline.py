@@ -62,7 +62,7 @@ class Pipeline:
         config.json do not fit.
         """
         device, folder = _check_device(device), Path(folder_or_preset)
-        attentions.check_kernel(attention)
+        attentions.check_kernel(attention, device)
         check_mode(offload)
         if not folder.exists() and (SHIPPED / folder).is_dir():
             folder = SHIPPED / folder
@@ -142,7 +142,7 @@ class Pipeline:
 
         Returns B = prompts × num_videos_per_prompt videos, those of one prompt side by side, on the CPU:
         output_type "uint8" (B, F, H, W, 3), "float" the same in [0, 1], "latents" (B, T, H/8, W/8, 16) float32.
-        ValueError, in one line, for anything that cannot be done.
+        ValueError, in one line, for a value of the right type that cannot be used.
         """
         sampling = self.config.sampling
         prompts = _check_prompts(prompt)
@@ -212,9 +212,12 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor, output_type: str = "uint8", progress: bool = False) -> Tensor:
         """Scaled latents (B, T, H/8, W/8, 16) → frames (B, F, H, W, 3), uint8 or float32 in [0, 1], on the CPU."""
-        if output_type == "latents":
-            return latents
-        z = (latents / self.config.vae.scaling_factor).to(self.dtype).permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
+        if output_type not in ("uint8", "float"):
+            raise ValueError(f"output_type {output_type!r}: latents decode to uint8 or float")
+        if latents.ndim != 5 or latents.shape[-1] != self.config.vae.latent_channels:
+            raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
+        z = (latents.to(self.device) / self.config.vae.scaling_factor).to(self.dtype)
+        z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
         with tqdm(total=num_frames, desc="decoding", unit="frame", disable=not progress) as bar, awake(self.vae):

@@ -46,6 +46,12 @@ class TextEncoder(nn.Module):
         self.config = config
         self.qwen, self.clip = qwen, clip
         self.qwen_tokenizer, self.clip_tokenizer = qwen_tokenizer, clip_tokenizer
+        for name, tokenizer, model in (("qwen", qwen_tokenizer, qwen), ("clip", clip_tokenizer, clip)):
+            if tokenizer.vocab_size > model.config.vocab_size:
+                raise ValueError(
+                    f"{name}_tokenizer/ knows {tokenizer.vocab_size} tokens, {name}.safetensors only "
+                    f"{model.config.vocab_size}: these two do not belong together"
+                )
         prefix = len(qwen_tokenizer.encode(config.template.split("{}")[0]))
         if prefix != config.dropped_tokens:
             # A wrong crop would eat the prompt's first words or leak the template's last, without any other sign.

@@ -7,7 +7,8 @@ import torch
 from einops import rearrange
 
 from kandinsky5.config import LITE, PRO
-from kandinsky5.dit import DiT, Float32Linear, patchify, unpatchify
+from kandinsky5.dit import DiT, Float32Linear, RMSNorm, add_gated, modulate, patchify, unpatchify
+from kandinsky5.rope import apply_rope
 from random_weights import SMALL_DIT, SMALL_NABLA, randomise, relative_error
 
 
@@ -96,3 +97,19 @@ def test_float32_linear_can_be_moved_and_widened():
     assert linear.double().weight.dtype == torch.float64
     assert Float32Linear(3, 4).to("meta", torch.bfloat16).weight.device.type == "meta"
     assert Float32Linear(3, 4, device="meta").to_empty(device="cpu").weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("island", [modulate, add_gated, RMSNorm, apply_rope], ids=lambda island: island.__name__)
+def test_float32_islands_round_once_at_their_end(island):
+    """In a bf16 model each computes exactly what it computes in float32, rounded."""
+    x, out = (torch.randn(2, 3, 5, 16).bfloat16() for _ in range(2))
+    shift, scale = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 1, 16)
+    norm = randomise(RMSNorm(16)).bfloat16()
+    compute = {
+        modulate: lambda x, out: modulate(x, shift, scale),
+        add_gated: lambda x, out: add_gated(x, scale, out),
+        RMSNorm: lambda x, out: norm(x),
+        apply_rope: lambda x, out: apply_rope(x, 100 * torch.rand(5, 8, generator=torch.Generator().manual_seed(1))),
+    }[island]
+    assert compute(x, out).dtype == torch.bfloat16
+    assert compute(x, out).equal(compute(x.float(), out.float()).bfloat16())

@@ -249,7 +249,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("mask kept from the network", "t2v",
      pipeline.Pipeline._predict, "features.mask if len(features.mask) > 1 else None", "None"),
     ("latents multiplied by the VAE's factor", "t2v",
-     pipeline.Pipeline.decode, "latents / self", "latents * self"),
+     pipeline.Pipeline.decode, "latents.to(self.device) / self", "latents.to(self.device) * self"),
     ("RoPE scale of 480 to 854 pixels for all sizes", "t2v",
      rope.scale_for_size, "2.0 if 480 <= height <= 854 and 480 <= width <= 854 else 3.16", "2.0"),
     ("first frame not written back", "i2v",

@@ -181,13 +181,29 @@ def test_to_diffusers_swaps_one_model_of_another_folder(native, diffusers, tmp_p
 
 def test_a_preset_gives_the_sampling_defaults_and_must_fit():
     lite = replace(PRESETS["i2v-lite-5s"], name="x", sampling=SamplingConfig(rope_scale=None))
-    found = convert.use_preset(lite, "i2v-lite-5s", shift=3.0)
-    assert found.name == "i2v-lite-5s" and found.sampling.rope_scale == (1, 2, 2) and found.sampling.shift == 3
+    found = convert.use_preset(lite, "i2v-lite-5s")
+    assert found.name == "i2v-lite-5s" and found.sampling == PRESETS["i2v-lite-5s"].sampling
     assert convert.presets_like(lite) == ["i2v-lite-5s"]
     with pytest.raises(ValueError, match="another DiT"):
-        convert.use_preset(lite, "i2v-pro-sft-5s-sd", 5.0)
+        convert.use_preset(lite, "i2v-pro-sft-5s-sd")
     with pytest.raises(ValueError, match="is for t2v, the checkpoint for i2v"):
-        convert.use_preset(lite, "t2v-lite-sft-5s", 5.0)
+        convert.use_preset(lite, "t2v-lite-sft-5s")
+
+
+@pytest.mark.parametrize("name", ["i2v-pro-sft-5s-sd", "i2v-pro-sft-5s-hd"])
+def test_one_download_serves_two_presets_that_differ_in_attention_and_shift(name):
+    released = replace(PRESETS["i2v-pro-sft-5s-hd"], name="x", sampling=SamplingConfig(shift=10.0))
+    found = convert.use_preset(released, name)
+    assert found.dit == PRESETS[name].dit and found.sampling == PRESETS[name].sampling
+
+
+def test_nano_goes_to_diffusers_and_back_unchanged(tmp_path):
+    nano = Path(convert.__file__).parents[1] / "kandinsky5" / "nano" / "weights" / "nano"
+    to_diffusers(nano, tmp_path / "d", progress=False)
+    from_diffusers(tmp_path / "d", tmp_path / "n", progress=False)
+    assert load_config(tmp_path / "n" / "config.json") == load_config(nano / "config.json")
+    with pytest.raises(ValueError, match="in the Diffusers layout already"):
+        to_diffusers(tmp_path / "d", tmp_path / "e", progress=False)
 
 
 def test_inspect_knows_every_layout(native, diffusers, tmp_path, capsys):

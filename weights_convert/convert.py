@@ -7,7 +7,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -74,9 +74,12 @@ def from_diffusers(
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
         shift = read_shift(src / "scheduler" / "scheduler_config.json")
-        config = replace(config, tasks=read_tasks(src), sampling=replace(config.sampling, shift=shift))
+        tasks = read_tasks(src)
+        if (src / NATIVE_CONFIG).is_file() and set(tasks) <= set(config.tasks):
+            tasks = config.tasks  # a model of ours may know both; model_index.json names one
+        config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
     config = replace(config, **{model: source.sizes for model, source in sources.items()})
-    config = use_preset(config, preset, config.sampling.shift) if preset else config
+    config = use_preset(config, preset) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
@@ -113,10 +116,7 @@ def from_official(
     config = replace(config, **{model: source.sizes for model, source in sources.items()})
     if preset:
         chosen = find_preset(preset)
-        beside = find_config(Path(dit)) if dit else None
-        if dit and not (beside and "attention_type" in read_json(beside)):
-            config = replace(config, dit=replace(config.dit, nabla=chosen.dit.nabla))
-        config = use_preset(replace(config, tasks=chosen.tasks), preset, chosen.sampling.shift)
+        config = use_preset(replace(config, tasks=chosen.tasks), preset)
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
@@ -131,6 +131,10 @@ def to_diffusers(
     vision tower of no layers and its embedding for a head: enough for these pipelines, which give it text alone.
     """
     src, dst, options = Path(src), Path(dst), Options(**options)
+    if not (src / "config.json").is_file():
+        there = (src / "model_index.json").is_file()
+        what = "in the Diffusers layout already" if there else "no native checkpoint folder"
+        raise ValueError(f"{src} is {what}: give a folder that from-diffusers or from-official wrote")
     config = load_config(src / "config.json")
     folders = {part: find_part(src, part, config.base) for part in (*MODELS, *(f"{m}_tokenizer" for m in TOKENIZERS))}
     config = replace(config, base=None)  # what is written is complete
@@ -285,15 +289,19 @@ def check_models_fit(config: PipelineConfig, present: set[str]) -> None:
             raise ValueError(f"the DiT's {key} is {value}, {what} {theirs}: these models do not belong together")
 
 
-def use_preset(config: PipelineConfig, preset: str, shift: float) -> PipelineConfig:
-    """`config` with the name and the sampling defaults of a preset, which must be of the same sizes and task."""
+def use_preset(config: PipelineConfig, preset: str) -> PipelineConfig:
+    """`config` with all that a preset says: name, attention and sampling. Sizes and task must be the same.
+
+    The preset wins over the checkpoint's own NABLA and shift: one download serves an -sd and an -hd preset.
+    """
     chosen = find_preset(preset)
-    theirs, ours = replace(chosen.dit, nabla=None), replace(config.dit, nabla=None)
+    theirs, ours = asdict(replace(chosen.dit, nabla=None)), asdict(replace(config.dit, nabla=None))
     if theirs != ours:
-        raise ValueError(f"preset {preset} has another DiT than the checkpoint: {theirs}, not {ours}")
+        differences = [f"{field} {value}, not {ours[field]}" for field, value in theirs.items() if value != ours[field]]
+        raise ValueError(f"preset {preset} has another DiT than the checkpoint: {'; '.join(differences)}")
     if chosen.tasks != config.tasks:
         raise ValueError(f"preset {preset} is for {chosen.tasks[0]}, the checkpoint for {' and '.join(config.tasks)}")
-    return replace(config, name=preset, sampling=replace(chosen.sampling, shift=shift))
+    return replace(config, name=preset, dit=chosen.dit, sampling=chosen.sampling)
 
 
 def presets_like(config: PipelineConfig) -> list[str]:
@@ -329,12 +337,13 @@ PROCESSOR_FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / files[0]).is_file() for files in TOKENIZER_FILES)
+    return any((folder / files[0]).is_file() for files in TOKENIZER_FILES) or any(folder.glob("*.model"))
 
 
 def copy_tokenizer(src: Path, dst: Path) -> None:
     """Copy a tokenizer's files, and see that it can be read."""
     found = next((files for files in TOKENIZER_FILES if (src / files[0]).is_file()), ())
+    found = found or tuple(path.name for path in src.glob("*.model"))  # SentencePiece
     dst.mkdir(exist_ok=True)
     for file in (*found, *PROCESSOR_FILES):
         if (src / file).is_file():

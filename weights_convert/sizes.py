@@ -117,10 +117,10 @@ def read_config(model: str, config: dict, where: str) -> dict:
         said["halves_time"] = tuple(stage >= first for stage in range(halvings))
     if model == "clip" and config:
         # Old configs have 0 and 2, which were never CLIP's: transformers reads them as the last two of the vocabulary.
-        vocabulary = said.get("vocab_size", defaults.vocab_size)
-        if said.get("end_token", 2) == 2:
+        vocabulary, old = said.get("vocab_size", defaults.vocab_size), said.get("end_token", 2) == 2
+        if old:
             said["end_token"] = vocabulary - 1
-        if said.get("start_token", 0) == 0:
+        if "start_token" not in said or old and said["start_token"] == 0:
             said["start_token"] = vocabulary - 2
     return said
 
