@@ -1,29 +1,66 @@
-# The nano family from nothing: `make nano`. Every stage goes on where it was cut off; RUNS is where they live.
+# One command each for what one does with this repository; `make` lists them.
+# PYTHON is the interpreter of an environment with the extra that the line names: pip install -c constraints.txt '.[test]'
+
+PYTHON ?= python
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format types goldens benchmarks notebooks
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+test: ## the tests, without the large one; with the extra `parity` also those beside diffusers and transformers
+	$(PYTHON) -m pytest
+
+lint: ## what ruff finds wrong, formatting included; changes nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: ## correct what ruff can correct, and format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: ## mypy over kandinsky5 and weights_convert
+	$(PYTHON) -m mypy
+
+goldens: ## the references' results in tests/data, computed again: the same bytes (extra `parity`)
+	$(PYTHON) tests/parity/make_goldens.py
+	PYTHONPATH=tests $(PYTHON) tests/parity/make_tokenizer_goldens.py
+
+benchmarks: ## beside diffusers, into benchmarks/results; takes long, alone on the machine (extra `parity`)
+	$(PYTHON) benchmarks/compare.py
+	$(PYTHON) benchmarks/convert.py
+	$(PYTHON) benchmarks/magcache.py
+
+notebooks: ## execute notebooks/*.py and write them with their outputs as .ipynb (extra `notebooks`)
+	$(PYTHON) notebooks/build.py
+
+# ---------------------------------------------------------------------------------------------- nano
+# Every stage goes on where it was cut off; RUNS is where they live.
 
 RUNS ?= runs
-PYTHON ?= python
-export OMP_NUM_THREADS ?= 1
-
 FROM = --vae $(RUNS)/vae --text $(RUNS)/text
 
 .PHONY: nano vae text dit nocfg distilled long
-nano: vae text dit nocfg distilled long
+nano vae text dit nocfg distilled long: export OMP_NUM_THREADS ?= 1
+
+nano: vae text dit nocfg distilled long ## the nano family from nothing: all stages below, then RUNS/checkpoints (extra `train`)
 	$(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
 
-vae:
+vae: ## nano's VAE
 	$(PYTHON) -m kandinsky5.nano.train_vae --folder $(RUNS)/vae
 
-text:
+text: ## nano's tokenizers and text encoders
 	$(PYTHON) -m kandinsky5.nano.train_text --folder $(RUNS)/text
 
-dit: vae text
+dit: vae text ## nano's DiT, after these two
 	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/dit $(FROM)
 
-nocfg: dit
+nocfg: dit ## nano without guidance, from nano
 	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(RUNS)/nocfg --teacher $(RUNS)/dit $(FROM)
 
-distilled: nocfg
+distilled: nocfg ## nano in 16 steps, from that
 	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(RUNS)/distilled --teacher $(RUNS)/nocfg $(FROM)
 
-long: dit
+long: dit ## nano of twice the length and size with NABLA, from nano
 	$(PYTHON) -m kandinsky5.nano.distill long --folder $(RUNS)/long --teacher $(RUNS)/dit $(FROM)

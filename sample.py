@@ -30,13 +30,13 @@ from kandinsky5.rope import scale_for_size
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
             "step_skipping": False, "dtype": "bfloat16", "attention": "auto",
-            "compile": False, "offload": None}  # fmt: skip
+            "compile": False, "offload": None, "tile_space": False}  # fmt: skip
 FROM_CHECKPOINT = ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps")
 SAMPLING = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
             "schedule", "step_skipping", "rope_scale", "seed")  # fmt: skip
 # All that the file depends on, and so all that it carries.
 SETTINGS = ("prompt", *SAMPLING, "image", "image_sha256", "fps", "quality", "checkpoint", "model", "dtype", "device",
-            "attention", "compile", "version")  # fmt: skip
+            "attention", "compile", "tile_space", "version")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sample(output: str, replay: str | None = None, **given) -> str:
-    """Make the video and write it to `output`; returns a line that says what was made."""
+    """Make the video and write it to `output`; returns a line that says what was made.
+
+    replay: a file of before, whose settings hold where nothing else is `given`. ValueError or OSError, in one line,
+    for settings that cannot be.
+    """
     recorded = read_settings(replay, given) if replay else {}
     settings = DEFAULTS | recorded | given
     if given.keys() & {"height", "width", "checkpoint"}:
@@ -83,7 +87,7 @@ def sample(output: str, replay: str | None = None, **given) -> str:
                 "or take this one with --image"
             )
 
-    how = {name: settings[name] for name in ("attention", "offload", "compile")}
+    how = {name: settings[name] for name in ("attention", "offload", "compile", "tile_space")}
     pipe = Pipeline.load(settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]], **how)
     if recorded and recorded["model"] != pipe.config.name:
         print(f"note: {replay} was made by {recorded['model']}, this is {pipe.config.name}", file=sys.stderr)
@@ -156,6 +160,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)
     add("--offload", choices=OFFLOAD, help="keep on the device only the model that works, or of it only the block")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")
+    tiles = "let the VAE work in tiles of 256 pixels: less memory, not quite the same video"
+    add("--tile-space", action=argparse.BooleanOptionalAction, help=tiles)
     add("--replay", metavar="FILE", help="take the settings from a file of sample.py; options beside it win")
     add("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4)")
     options, unknown = parser.parse_known_args(arguments)
@@ -165,7 +171,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def file(suffix: str):
-    """For options whose value may be left out, so that a prompt after them is not taken for it."""
+    """For options whose value may be left out: a prompt after them is not taken for it but an ArgumentTypeError."""
 
     def check(path: str) -> str:
         if not path.lower().endswith(suffix):

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "kandinsky5" / "__init__.py").read_text())[1]
-TEST = ["pytest>=8", "ruff>=0.15", "pillow>=10"]
+TEST = ["pytest>=8", "ruff>=0.15", "mypy>=2.4", "pillow>=10"]
 
 setup(
     name="kandinsky5",
@@ -31,9 +31,10 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "dev": [*TEST, "pre-commit>=4"],
         # Only tests import these: they are the references that the parity suite compares with.
         "parity": [*TEST, "diffusers==0.42.1", "transformers==5.23.0", "accelerate>=1.0"],
         "train": ["matplotlib>=3.9"],  # only the curves of a run need it
-        "notebooks": ["matplotlib>=3.9", "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6"],
+        "notebooks": ["matplotlib>=3.9", "jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6"],
     },
 )

@@ -75,7 +75,7 @@ def dit_nabla(side: str, tiny: bool, folder: Path, peaked: bool = False) -> Work
     """The same with NABLA, P 0.9. Here the window alone (11, 3, 3 of 13, 2, 3 tiles) keeps 52 % of the map, and as
     random weights attend everywhere about equally, the mass brings that to 92 %.
 
-    theirs: diffusers' flex backend as it stands, which uncompiled computes full attention (SPEC §10).
+    theirs: diffusers' flex backend as it stands, which uncompiled computes full attention (README, What is proven).
     exact: the same model with a masked softmax over its own block mask, which is what NABLA means.
     """
     config, grid, nabla_config = DiTConfig(num_visual_blocks=4), (13, 32, 48), NablaConfig(P=0.9)
@@ -206,7 +206,7 @@ def load_dit(side: str, tiny: bool, folder: Path) -> Work:
 
 
 def write_dit(tiny: bool, folder: Path) -> None:
-    """A DiT in bf16 (its float32 parts, SPEC §2, in float32) in both layouts."""
+    """A DiT in bf16 (its `Float32Linear`s in float32) in both layouts."""
     if (folder / "ours").exists():
         return
     config = load_config(tiny)

@@ -86,7 +86,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`dense_attention` for chunks of the queries, so that no more than about SCORES scores exist at a time."""
+    """`dense_attention` for chunks of the queries, so that no more than about SCORES scores exist at a time.
+
+    q (B, N, L, D), k, v (B, N, S, D), mask that expands to (B, N, L, S) → (B, N, L, D).
+    """
     B, N, L, _ = q.shape
     S, rows = k.shape[2], min(L, 256)
     heads = max(1, SCORES // (rows * S))

@@ -134,7 +134,8 @@ def open_safetensors(path: Path, framework: str = "pt"):
 def map_read_only(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file that `open_safetensors` has found whole, as views that can only be read.
 
-    The format: eight bytes that say how long the header is, a JSON header, the tensors' bytes.
+    The format: eight bytes that say how long the header is, a JSON header, the tensors' bytes. ValueError for tensors
+    that are no floating-point numbers.
     """
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:

@@ -30,7 +30,7 @@ class CLIPText(nn.Module):
 
 
 class CLIPBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)): x (B, S, dim), mask (S, S) bool → (B, S, dim)."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -44,7 +44,7 @@ class CLIPBlock(nn.Module):
         self.linear_in = nn.Linear(config.dim, config.ff_dim)
         self.linear_out = nn.Linear(config.ff_dim, config.dim)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, S, dim), (S, S) → (B, S, dim)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.attention_norm(x)
         q, k, v = (
             rearrange(projected, "B S (N D) -> B N S D", N=self.num_heads)

@@ -8,7 +8,7 @@
 Each block's sub-layers are modulated by `vec` (adaLN): x + gate · f(norm(x) · (1 + scale) + shift).
 
 Precision is written out: under bf16 weights the time embedder and all modulations, norms with their modulation,
-the gated residual sums, the q/k norms and the rotations stay in float32, as in the official code (SPEC §2).
+the gated residual sums, the q/k norms and the rotations stay in float32, as in the official code.
 """
 
 import math
@@ -64,7 +64,7 @@ class DiT(nn.Module):
             text = block(text, vec, text_angles, text_mask)  # (B, S, dim)
 
         x = self.patch_embedder(patchify(x, config.patch_size))  # (B, T, H, W, dim)
-        grid = tuple(x.shape[1:4])
+        grid = (x.shape[1], x.shape[2], x.shape[3])
         angles = build_angles_3d(grid, config.rope_axes, rope_scale, x.device)  # (T, H, W, D/2)
         if config.nabla:
             x, angles = nabla.to_tiles(x), nabla.to_tiles(angles[None])[0]  # (B, L, dim), (L, D/2)
@@ -78,7 +78,7 @@ class DiT(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Text tokens attend to each other, then feed-forward."""
+    """Text tokens (B, S, dim) attend to each other, then feed-forward."""
 
     def __init__(self, dim: int, vec_dim: int, ff_dim: int, head_dim: int):
         super().__init__()
@@ -101,7 +101,7 @@ class TextBlock(nn.Module):
 
 
 class VisualBlock(nn.Module):
-    """Video tokens attend to each other (fully or by NABLA), then to the text, then feed-forward."""
+    """Video tokens (B, L, dim) attend to each other (fully or by NABLA), then to the text, then feed-forward."""
 
     def __init__(self, dim: int, vec_dim: int, ff_dim: int, head_dim: int):
         super().__init__()
@@ -134,17 +134,17 @@ class VisualBlock(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift; in float32, back in x's precision."""
+    """LayerNorm of x (B, …, dim) without weights, then scale and shift; in float32, back in x's precision."""
     return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (1 + scale) + shift).type_as(x)
 
 
 def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    """The residual sum x + gate · out; in float32, back in x's precision."""
+    """The residual sum x + gate · out, any shapes that broadcast; in float32, back in x's precision."""
     return (x.float() + gate * out.float()).type_as(x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm on queries and keys, and RoPE where angles are given."""
+    """Multi-head attention with RMSNorm on queries and keys, and RoPE where angles are given: → (B, L, dim)."""
 
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
@@ -172,26 +172,29 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = apply_rope(q, angles), apply_rope(k, angles)
-        block_map = nabla.block_map(q, k, grid, nabla_config) if nabla_config else None
+        block_map = None
+        if nabla_config:
+            assert grid is not None, "tiles need the grid of the tokens"
+            block_map = nabla.block_map(q, k, grid, nabla_config)  # (B, N, L/64, L/64)
         mask = mask[:, None, None] if mask is not None else None  # (B, 1, 1, S)
         out = attention(q, k, v, mask=mask, block_map=block_map)  # (B, N, L, D)
         return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, Linear, without biases."""
+    """Linear, GELU, Linear, without biases: (B, L, dim) → the same."""
 
     def __init__(self, dim: int, ff_dim: int):
         super().__init__()
         self.linear_in = nn.Linear(dim, ff_dim, bias=False)
         self.linear_out = nn.Linear(ff_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, dim) → (B, L, dim)
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear_out(F.gelu(self.linear_in(x)))
 
 
 class RMSNorm(nn.Module):
-    """x / √mean(x²) · weight over the last axis, in float32; epsilon is float32's machine epsilon."""
+    """x / √mean(x²) · weight for x (…, dim), in float32; epsilon is float32's machine epsilon."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -202,7 +205,10 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """vec → `count` shifts, scales and gates; zero at first, so that a new block is the identity."""
+    """vec (B, vec_dim) → `count` shifts, scales and gates, (B, 1, dim) float32 each.
+
+    Zero at first, so that a new block is the identity.
+    """
 
     def __init__(self, vec_dim: int, dim: int, count: int):
         super().__init__()
@@ -211,12 +217,12 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:  # (B, vec_dim) → count × (B, 1, dim) float32
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(vec))[:, None].chunk(self.count, dim=-1)
 
 
 class TimeEmbedder(nn.Module):
-    """Flow time → sines and cosines of 1000·t → two Linears; all in float32."""
+    """Flow time (B,) → cosines and sines of 1000·t → two Linears → (B, vec_dim); all in float32."""
 
     def __init__(self, dim: int, vec_dim: int):
         super().__init__()
@@ -224,38 +230,42 @@ class TimeEmbedder(nn.Module):
         self.linear_in = Float32Linear(dim, vec_dim)
         self.linear_out = Float32Linear(vec_dim, vec_dim)
 
-    def forward(self, t: Tensor) -> Tensor:  # (B,) → (B, vec_dim) float32
+    def forward(self, t: Tensor) -> Tensor:
         angles = build_angles(1000 * t.float(), self.dim)  # (B, dim/2); the same frequencies as RoPE's
         return self.linear_out(F.silu(self.linear_in(torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
 class TextEmbedder(nn.Module):
-    """Linear, then LayerNorm with weights."""
+    """Linear, then LayerNorm with weights: (B, …, text_dim) → (B, …, dim)."""
 
     def __init__(self, text_dim: int, dim: int):
         super().__init__()
         self.linear = nn.Linear(text_dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, text: Tensor) -> Tensor:  # (B, ..., text_dim) → (B, ..., dim)
+    def forward(self, text: Tensor) -> Tensor:
         return self.norm(self.linear(text))
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, then one Linear to the pixels of a patch."""
+    """Modulated norm, then one Linear to the latents of a patch: (B, T, H, W, dim) → (B, T, H, W, out_dim)."""
 
     def __init__(self, dim: int, vec_dim: int, out_dim: int):
         super().__init__()
         self.modulation = Modulation(vec_dim, dim, 2)
         self.linear = nn.Linear(dim, out_dim)
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:  # (B, T, H, W, dim) → (B, T, H, W, out_dim)
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = (m[:, None, None] for m in self.modulation(vec))  # (B, 1, 1, 1, dim)
         return self.linear(modulate(x, shift, scale))
 
 
 class Float32Linear(nn.Linear):
-    """A Linear that stays in float32 when the model around it is cast to half precision (SPEC §2)."""
+    """A Linear that stays in float32 when the model around it is cast to half precision: (…, in) → (…, out).
+
+    The official code computes the time embedder and the modulations so; diffusers lists them in
+    `_keep_in_fp32_modules` (transformer_kandinsky.py).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))

@@ -82,7 +82,7 @@ def record_attention(
     """Inside, something is kept of every attention that the modules `names` compute: {name: [of call 0, …]}.
 
     names: of `dit.Attention` modules, such as "visual_blocks.*.self_attention".
-    keep: (q, k, v, mask, block_map), as they go through the door of attention.py → what to keep of them: `weights()`,
+    keep: (q, k, v, mask, block_map), in the shapes that attention.py tells → what to keep of them: `weights()`,
         `block_map`, `queries_and_keys`, or a function of your own.
     calls, max_bytes: as in `record`. ValueError if a name fits no module, or one that is no attention.
     """
@@ -150,7 +150,7 @@ def weights(heads: Sequence[int] | None = None, queries: Sequence[int] | None = 
 
 
 def block_map(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block_map: Tensor | None) -> Tensor:
-    """For `record_attention`: NABLA's map of the kept tiles, bool (B, N, L/64, L/64)."""
+    """For `record_attention`: NABLA's map of the kept tiles, bool (B, N, L/64, L/64); ValueError if it has none."""
     if block_map is None:
         raise ValueError("this attention has no block map: record the self-attention of a DiT whose config has nabla")
     return block_map
@@ -168,7 +168,8 @@ def find_modules(model: nn.Module, *names: str) -> dict[str, nn.Module]:
 
     ValueError, with the closest names, if a name fits none.
     """
-    modules, found = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
     for name in names:
         parts = [{"*": r"[^.]+", "**": r".+"}.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", name)]
         fitting = {n: m for n, m in modules.items() if re.fullmatch("".join(parts), n)}

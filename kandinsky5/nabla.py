@@ -57,7 +57,7 @@ def pooled_attention(q: Tensor, k: Tensor) -> Tensor:
 def select_mass(probability: Tensor, P: float) -> Tensor:
     """Keep the largest entries of each row that together hold the mass P.
 
-    An entry stays if it and all smaller ones sum to at least 1 − P. probability (..., L) → bool (..., L).
+    An entry stays if it and all smaller ones sum to at least 1 − P. probability (…, L) → bool (…, L).
     """
     ascending, order = probability.sort(dim=-1)
     kept = ascending.cumsum(dim=-1) >= 1 - P

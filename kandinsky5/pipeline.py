@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ class Pipeline:
         attention: str = "auto",
         offload: str | None = None,
         compile: bool = False,
+        tile_space: bool = False,
     ) -> "Pipeline":
         """Load a native checkpoint folder (README: how to convert one), or a small model of this package: "nano".
 
@@ -58,6 +60,7 @@ class Pipeline:
         attention: how the DiT computes it, one of `kandinsky5.attention.KERNELS`.
         offload: "model" keeps on the device only the model that works, "blocks" only its block (`offload.py`).
         compile: use torch.compile (`compile.py`); the first video takes minutes longer, and all differ by rounding.
+        tile_space: let the VAE work in tiles of 256 pixels: less memory, not quite the same pixels (`vae_tiling.py`).
         ValueError where there is no such device, kernel or mode, the folder is in another layout, or weights and
         config.json do not fit.
         """
@@ -76,14 +79,11 @@ class Pipeline:
             )
         checkpoint.check_layout(folder)
         config = load_config(folder / "config.json")
+        if tile_space:
+            config = replace(config, tiling=replace(config.tiling, space=True))
         with torch.device("meta"):
-            models = {
-                "dit": DiT(config.dit),
-                "vae": VAE(config.vae),
-                "qwen": Qwen(config.qwen),
-                "clip": CLIPText(config.clip),
-            }
-        for name, model in models.items():
+            dit, vae, qwen, clip = DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)
+        for name, model in {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}.items():
             place = checkpoint.find_part(folder, name, config.base)
             if offload:
                 rest(model, checkpoint.map_weights(model, place, name, dtype), device, offload)
@@ -91,17 +91,19 @@ class Pipeline:
                 checkpoint.load_weights(model, place, name, device, dtype)
         names = ("qwen_tokenizer", "clip_tokenizer")
         tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
-        text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
+        text_encoder = TextEncoder(config.text, qwen, clip, *tokenizers)
         if compile:
-            compile_models(models["dit"], models["vae"])
-        return cls(config, models["dit"], models["vae"], text_encoder, attention)
+            compile_models(dit, vae)
+        return cls(config, dit, vae, text_encoder, attention)
 
     @property
     def device(self) -> torch.device:
+        """Where the models work, with offloading too; what comes out of the pipeline is on the CPU."""
         return getattr(self.dit, "works_on", self.dit.patch_embedder.weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision of the models; the latents of the sampler are float32 always."""
         return self.dit.patch_embedder.weight.dtype
 
     @torch.inference_mode()
@@ -132,12 +134,14 @@ class Pipeline:
         image: path, or uint8 (H, W, 3): the video starts with it. Without height and width it keeps its shape.
         height, width: pixels, multiples of 16 (with NABLA 128); num_frames: 4k + 1.
         guidance_scale: 1 means one pass a step and no negative prompt.
-        schedule: "official", or "diffusers" (sampler.flow_schedule); rope_scale: (T, H, W), SPEC §3.
+        schedule: "official", or "diffusers" (sampler.flow_schedule); rope_scale: positions (T, H, W) are divided by it.
         step_skipping: True leaves the DiT's blocks out of about half the steps, where this package knows the
             checkpoint's ratios; or a file of ratios (magcache).
         seed: video i of the result is drawn from seed + i, on the CPU in float32, so that neither the device nor
             the precision nor its neighbours change it.
-        latents: initial noise (B, T, H/8, W/8, 16) in place of the seed's.
+        latents: initial noise (B, T, H/8, W/8, 16) in place of the seed's. With an image the seed also draws the
+            sample of its latent frame: behind the noise, or, where latents are given, at once. So the seed's own
+            noise given as latents makes the same video without an image, and another sample of frame 0 with one.
         callback: (step, t, latents) after each step; may return new latents, or False to stop and decode.
 
         Returns B = prompts × num_videos_per_prompt videos, those of one prompt side by side, on the CPU:
@@ -149,9 +153,8 @@ class Pipeline:
         if image is not None:
             image = _as_image(image)
             if height is None and width is None:
-                height, width = video_io.keep_aspect_size(
-                    *image.shape[:2], sampling.image_area, self.config.side_divisor
-                )
+                height, width = image.shape[:2]
+                height, width = video_io.keep_aspect_size(height, width, sampling.image_area, self.config.side_divisor)
         height = sampling.height if height is None else height
         width = sampling.width if width is None else width
         num_frames = sampling.num_frames if num_frames is None else num_frames
@@ -170,6 +173,8 @@ class Pipeline:
             skips = magcache.plan_skips(step_skipping, self.config.name, num_inference_steps, guided)
         batch = len(prompts) * num_videos_per_prompt
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
+        if output_type != "latents":
+            self._check_memory(latents)  # now and not when the steps are done
 
         texts = [*prompts, *negatives] if guided else prompts
         bar = tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress)
@@ -192,7 +197,10 @@ class Pipeline:
             x = torch.cat([x, x]) if together else x
             t = t.to(x.device).expand(len(x))
             predicted = torch.cat([self._predict(x, words, t, rope_scale) for words in passes])  # (B or 2B, …)
-            return sampler.guided_velocity(*predicted.chunk(2), guidance_scale) if guided else predicted
+            if not guided:
+                return predicted
+            conditional, unconditional = predicted.chunk(2)
+            return sampler.guided_velocity(conditional, unconditional, guidance_scale)
 
         bar = tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress)
         with bar, awake(self.dit), magcache.skip_steps(self.dit, skips, len(passes)):
@@ -211,21 +219,42 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, output_type: str = "uint8", progress: bool = False) -> Tensor:
-        """Scaled latents (B, T, H/8, W/8, 16) → frames (B, F, H, W, 3), uint8 or float32 in [0, 1], on the CPU."""
+        """Scaled latents (B, T, H/8, W/8, 16) → frames (B, F, H, W, 3), uint8 or float32 in [0, 1], on the CPU.
+
+        ValueError for another shape or output_type, and where NaN or infinity comes out.
+        """
         if output_type not in ("uint8", "float"):
             raise ValueError(f"output_type {output_type!r}: latents decode to uint8 or float")
         if latents.ndim != 5 or latents.shape[-1] != self.config.vae.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
         z = (latents.to(self.device) / self.config.vae.scaling_factor).to(self.dtype)
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
+        takes = f"takes {self._check_memory(latents) / 1e9:.1f} GB"
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
-        with tqdm(total=num_frames, desc="decoding", unit="frame", disable=not progress) as bar, awake(self.vae):
+        bar = tqdm(total=num_frames, desc="decoding", unit="frame", postfix=takes, disable=not progress)
+        with bar, awake(self.vae):
             for piece in vae_tiling.decode_pieces(self.vae, z, self.config.tiling):  # (B, 3, f, H, W)
                 _check_finite(piece, "the decoded frames")
                 pieces.append(_to_cpu(to_output(piece)))
                 bar.update(piece.shape[2])
         return torch.cat(pieces, dim=1)  # (B, F, H, W, 3)
+
+    def _check_memory(self, latents: Tensor) -> int:
+        """Bytes that decoding (B, T, h, w, 16) takes; ValueError where the device has less."""
+        batch, T, h, w, _ = latents.shape
+        vae, tiling = self.config.vae, self.config.tiling
+        in_tiles = replace(tiling, space=True)
+        needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind, batch) for kind in (tiling, in_tiles))
+        free = _free_memory(self.device)
+        if free is not None and needed > free:
+            video = f"{vae.time_factor * (T - 1) + 1} frames of {vae.space_factor * h}x{vae.space_factor * w}"
+            tiles = f"decode in tiles (--tile-space: {tiled / 1e9:.1f} GB), or " if tiled < needed else ""
+            raise ValueError(
+                f"decoding {f'{batch} × ' * (batch > 1)}{video} takes about {needed / 1e9:.1f} GB of memory and "
+                f"{free / 1e9:.1f} GB are free: {tiles}ask for less --height, --width or --num-frames"
+            )
+        return needed
 
     def _predict(self, x: Tensor, features: TextFeatures, t: Tensor, rope_scale: tuple) -> Tensor:
         """One pass through the DiT; the result in float32, the precision of the sampler."""
@@ -309,6 +338,18 @@ def _check_device(device: str | torch.device) -> torch.device:
         usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         reason = re.split(r"\n|\. ", str(error))[0]
         raise ValueError(f"device {device}: cannot be used here ({reason}); choose {' or '.join(usable)}") from error
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on the device without swapping, where the system says so."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, unused
+        return torch.cuda.mem_get_info(device)[0] + cached
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = meminfo.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _check_prompts(prompt: str | list[str]) -> list[str]:

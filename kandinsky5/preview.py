@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,13 +68,16 @@ def fit_colours(vae: VAE, count: int = 32) -> Tensor:
     return torch.linalg.lstsq(F.pad(latents, (0, 1), value=1.0), rgb).solution  # (17, 3)
 
 
-def open_place(place: str | Path | bool) -> Show:
-    """What shows pictures in the PNG `place`, or for True in the terminal."""
+def open_place(place: str | Path | Literal[True]) -> Show:
+    """What shows pictures, uint8 (B, H/8, W/8, 3), in the PNG `place`, or for True in the terminal."""
     return in_terminal() if place is True else in_file(place)
 
 
 def in_file(path: str | Path) -> Show:
-    """Shows each picture, at the size of the video, in the PNG `path`, which is replaced in one go."""
+    """Shows the first of each (B, H/8, W/8, 3), at the size of the video, in the PNG `path`, replaced in one go.
+
+    ValueError or OSError, before sampling begins, for a path that cannot be written.
+    """
     video_io.check_writable(path)
 
     def show(step: int, picture: Tensor) -> None:
@@ -85,7 +89,7 @@ def in_file(path: str | Path) -> Show:
 
 
 def in_terminal() -> Show:
-    """Shows each picture on stdout in place of the one before, in 24-bit colour, above the progress bar.
+    """Shows the first of each (B, H/8, W/8, 3) on stdout, in 24-bit colour, in place of the one before.
 
     ValueError if stdout is no terminal.
     """

@@ -50,8 +50,8 @@ class Qwen(nn.Module):
         angles = self.build_angles(positions)
 
         x = self.embedding(ids)  # (B, S, dim)
-        for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            x = block(x, angles, causal, before)
+        for i, block in enumerate(self.blocks):
+            x = block(x, angles, causal, past[i] if past else None)
         return self.norm(x)
 
     def build_past(self, ids: Tensor) -> list[Past]:
@@ -61,17 +61,19 @@ class Qwen(nn.Module):
         angles = self.build_angles(torch.arange(P, device=ids.device)[None])
         x, past = self.embedding(ids), []
         for block in self.blocks:
+            assert isinstance(block, QwenBlock)
             past.append(block.attention.keys_and_values(block.attention_norm(x), angles))
             x = block(x, angles, causal)
         return past
 
-    def build_angles(self, positions: Tensor) -> Tensor:  # (B, S) → (B, 1, S, D/2)
+    def build_angles(self, positions: Tensor) -> Tensor:
+        """Rotary angles in radians, float32, for all heads: positions (B, S) → (B, 1, S, D/2)."""
         angles = build_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
         return rearrange(angles, "(B S) D -> B 1 S D", S=positions.shape[1])
 
 
 class QwenBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): x (B, S, dim) → the same."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -86,7 +88,7 @@ class QwenBlock(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Attention in which several query heads share one key and value head."""
+    """Attention in which several query heads share one key and value head: x (B, S, dim) → the same."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -106,15 +108,17 @@ class GroupedAttention(nn.Module):
         return self.to_out(rearrange(attention(q, k, v, mask), "B N S D -> B S (N D)"))
 
     def keys_and_values(self, x: Tensor, angles: Tensor) -> Past:
+        """x (B, S, dim), angles (B or 1, 1, S, D/2) → rotated keys, and values, (B, key heads, S, D) each."""
         k, v = self.split_heads(self.to_k(x)), self.split_heads(self.to_v(x))
         return Past(apply_rope_half_split(k, angles), v)
 
     def split_heads(self, x: Tensor) -> Tensor:
+        """(B, S, N·D) → (B, N, S, D)."""
         return rearrange(x, "B S (N D) -> B N S D", D=self.head_dim)
 
 
 class SwiGLU(nn.Module):
-    """linear_out(SiLU(gate(x)) · linear_in(x)), without biases."""
+    """linear_out(SiLU(gate(x)) · linear_in(x)), without biases: (B, S, dim) → the same."""
 
     def __init__(self, dim: int, ff_dim: int):
         super().__init__()
@@ -122,12 +126,12 @@ class SwiGLU(nn.Module):
         self.linear_in = nn.Linear(dim, ff_dim, bias=False)
         self.linear_out = nn.Linear(ff_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, S, dim) → (B, S, dim)
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear_out(F.silu(self.gate(x)) * self.linear_in(x))
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) in float32, rounded to x's precision, then times weight."""
+    """x / √(mean(x²) + eps) for x (…, dim) in float32, rounded to x's precision, then times weight."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()

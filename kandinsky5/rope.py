@@ -7,7 +7,7 @@ product of two rotated vectors depends only on how far apart they stand. Two lay
     half-split  (Qwen)      channels  0 1 2 3 | 4 5 6 7          pair i = (x[i], x[i + D/2])
 
 The same weights read with the wrong layout give noise, without an error. Angles are float32, and tables of them
-are made where they are used: kept as buffers, `.to(torch.bfloat16)` would round them (SPEC §10).
+are made where they are used: kept as buffers, `.to(torch.bfloat16)` would round them.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 def build_angles(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
     """Angles of one axis: position · theta^(−i / (dim/2)).
 
-    positions (L,) → (L, dim/2) float32, radians. SPEC §3.
+    positions (L,) → (L, dim/2) float32, radians. `get_freqs` in diffusers' transformer_kandinsky.py.
     """
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=positions.device) / (dim // 2)
     return torch.outer(positions.float(), theta**-exponents)  # (L, dim/2)
@@ -33,7 +33,7 @@ def build_angles_3d(
 
     axes: rotary channels per axis, their sum D is the head dim; scale: positions are divided by it (a model
     trained on small pictures sees larger ones as if they were small).
-    Returns (T, H, W, D/2) float32. SPEC §3.
+    Returns (T, H, W, D/2) float32, radians. `Kandinsky5RoPE3D` in diffusers' transformer_kandinsky.py.
     """
     T, H, W = grid
     t, h, w = (
@@ -68,6 +68,9 @@ def apply_rope_half_split(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def scale_for_size(height: int, width: int) -> tuple[float, float, float]:
-    """The rope scale that diffusers picks for a size in pixels, for checkpoints that name none. SPEC §3."""
+    """The rope scale (T, H, W) for a size in pixels, where a checkpoint names none.
+
+    The rule of `_get_scale_factor` in diffusers' pipeline_kandinsky.py; the official code has it in each config.
+    """
     factor = 2.0 if 480 <= height <= 854 and 480 <= width <= 854 else 3.16
     return (1.0, factor, factor)

@@ -19,7 +19,8 @@ def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
 
     A shift s > 1 spends more of the steps near the noise: t ← s·t / (1 + (s − 1)·t).
     "official" shifts an even spacing. "diffusers" ends its even spacing at a time that is shifted already and
-    shifts again, so that its last steps are much smaller; use it to compare with Kandinsky5T2VPipeline. SPEC §7.
+    shifts again, so that its last steps are much smaller; use it to compare with Kandinsky5T2VPipeline, whose rule is
+    FlowMatchEulerDiscreteScheduler.set_timesteps. ValueError for steps, shift or rule that cannot be.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: sampling takes at least 1 step")
@@ -78,7 +79,7 @@ def normalise_first_frames(latents: Tensor, count: int = 4, reference: int = 5) 
     The given frame 0 is a little off from what the network draws, which shows as a mesh. Each of the first
     `count` frames of latents (B, T, H, W, C) gets the mean and std of the next `reference` frames, but moves
     from its own mean by at most −0.05 / +0.1 and from its own std by at most −0.1 / +0.25. As in the official
-    code, statistics are one number for a frame of a sample; diffusers pools the four frames. SPEC §7.
+    code, statistics are one number for a frame of a sample; diffusers' pipeline_kandinsky_i2v.py pools the frames.
     """
     after = latents[:, count : count + reference]
     if after.shape[1] == 0:

@@ -1,7 +1,8 @@
 """Text ↔ token ids for both text encoders, from whichever files a checkpoint ships.
 
 Byte-level BPE itself is the `tokenizers` library, SentencePiece the `sentencepiece` library. What stands here
-is how the files are found, and the two recipes that `vocab.json` + `merges.txt` leave unsaid (SPEC §5).
+is how the files are found, and the two recipes that `vocab.json` + `merges.txt` leave unsaid: those of
+transformers 5.23.0, tokenization_qwen2.py and tokenization_clip.py.
 """
 
 import json
@@ -43,7 +44,10 @@ class Tokenizer:
         raise ValueError(f"no tokenizer in {folder}: looked for {looked_for}; found {found}; {REMEDY}")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, none added around it. A special token written in `text` becomes its one id."""
+        """Token ids of `text`, none added around it. A special token written in `text` becomes its one id.
+
+        ValueError for half of a surrogate pair, which no encoding can write.
+        """
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{text[:80]!r} holds half of a surrogate pair, which is no text: remove it")
         return self._encode(text)
@@ -61,7 +65,7 @@ class Tokenizer:
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """A whole tokenizer in one file of the `tokenizers` library."""
+    """A whole tokenizer in one file of the `tokenizers` library; ValueError if it is none."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -89,7 +93,10 @@ CLIP_SPECIAL_TOKENS = ["<|startoftext|>", "<|endoftext|>"]
 
 
 def load_vocabulary_and_merges(folder: Path) -> Tokenizer:
-    """Byte-level BPE as Qwen or CLIP applies it; CLIP's vocabulary is known by its `</w>`."""
+    """Byte-level BPE as Qwen or CLIP applies it; CLIP's vocabulary is known by its `</w>`.
+
+    ValueError for files that contradict each other, or are not byte-level.
+    """
     vocabulary = load_vocabulary(folder / "vocab.json")
     is_clip = "!</w>" in vocabulary
     special_tokens = CLIP_SPECIAL_TOKENS if is_clip else QWEN_SPECIAL_TOKENS
@@ -126,7 +133,7 @@ def load_vocabulary_and_merges(folder: Path) -> Tokenizer:
 
 def load_sentencepiece(path: Path) -> Tokenizer:
     """A SentencePiece model. The library finds user-defined pieces in a text by itself but spells control
-    pieces (`<s>`, `</s>`, …) out: the text is split at those first."""
+    pieces (`<s>`, `</s>`, …) out: the text is split at those first. ValueError for a file that is none."""
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -136,7 +143,7 @@ def load_sentencepiece(path: Path) -> Tokenizer:
     at_control = re.compile(f"({'|'.join(map(re.escape, control))})" if control else r"(?!)")  # longest first
 
     def encode(text: str) -> list[int]:
-        ids = []
+        ids: list[int] = []
         for part in at_control.split(text):
             ids += [vocabulary[part]] if part in control else model.encode(part)
         return ids
@@ -159,6 +166,7 @@ def build_bpe(backend: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def load_vocabulary(path: Path) -> dict[str, int]:
+    """Token → id from a JSON file; ValueError if it holds anything else."""
     try:
         vocabulary = json.loads(path.read_bytes())
     except ValueError as error:  # bad JSON or bad UTF-8
@@ -169,7 +177,7 @@ def load_vocabulary(path: Path) -> dict[str, int]:
 
 
 def load_merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs of tokens that BPE joins, first come first joined."""
+    """The pairs of tokens that BPE joins, first come first joined; ValueError for a line that is no such pair."""
     merges = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -183,4 +191,5 @@ def load_merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]
 
 
 def one_line(error: Exception) -> str:
+    """The message of an error, without line breaks."""
     return " ".join(str(error).split())

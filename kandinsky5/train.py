@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from kandinsky5.sampler import guided_velocity
 from kandinsky5.text_encoder import TextFeatures
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
+Model = TypeVar("Model", bound=nn.Module)  # what goes in comes out
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,16 @@ class Recipe:
 
 
 def train(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     recipe: Recipe,
     folder: str | Path,
-    sample: Callable[[nn.Module, int], dict[str, float] | None] | None = None,
+    sample: Callable[[Model, int], dict[str, float] | None] | None = None,
     sample_every: int = 1000,
     log_every: int = 20,
     save_seconds: float = 180,
     stop_after: int | None = None,
-) -> nn.Module:
+) -> Model:
     """Train `model` in place; returns a copy of it with the averaged weights.
 
     loss: seed → a scalar and figures for the log; it uses no other randomness than what it derives from the seed.
@@ -162,7 +164,7 @@ def generator(seed: list[int]) -> torch.Generator:
 
 # ---------------------------------------------------------------------------------------------- flow matching
 # A clean x_0 and noise lie at the ends of a straight line, x_t = (1 − t)·x_0 + t·noise, along which the velocity
-# is noise − x_0 everywhere (SPEC §7). The network learns its mean over all lines through x_t.
+# is noise − x_0 everywhere, as in sampler.py. The network learns its mean over all lines through x_t.
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class FlowTimes:
     shift: float = 1.0  # t ← s·t / (1 + (s − 1)·t), as in sampling: above 1 towards the noise
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) float32 in (0, 1)."""
+        """(count,) float32 in (0, 1); ValueError for an unknown kind."""
         if self.kind == "uniform":
             t = torch.rand(count, generator=generator)
         elif self.kind == "logit-normal":
@@ -203,10 +205,10 @@ def flow_batch(
     first_frame: Tensor | None = None,  # (B, 1, H, W, C) clean
     given: Tensor | None = None,  # (B,) bool: which samples are given their first frame
 ) -> FlowBatch:
-    """Latents on their way to noise, presented as the pipeline presents them.
+    """Latents (B, T, H, W, C) on their way to noise, presented as the pipeline presents them.
 
     A given first frame stands clean in frame 0 of the noisy latents and the mask is 1 there; the conditioning
-    channels are zeros (SPEC §7). Nothing is asked of that frame.
+    channels are zeros, as in diffusers' pipeline_kandinsky_i2v.py. Nothing is asked of that frame.
     """
     B, T = latents.shape[:2]
     asked = torch.ones(B, T, 1, 1, 1, device=latents.device)
@@ -245,7 +247,10 @@ def drop_condition(features: TextFeatures, dropped: Tensor, nothing: TextFeature
 def guided_target(
     teacher: DiT, batch: FlowBatch, features: TextFeatures, nothing: TextFeatures, guidance_scale: float
 ) -> Tensor:
-    """Guidance distillation: what the teacher answers in two passes, for the student to answer in one."""
+    """Guidance distillation: what the teacher answers in two passes, for the student to answer in one.
+
+    Returns the guided velocity (B, T, H, W, C), float32, without gradients.
+    """
     negative = drop_condition(features, torch.ones_like(batch.t, dtype=torch.bool), nothing)
     with_prompt, without = (_ask(teacher, batch.x, f, batch.t) for f in (features, negative))
     return guided_velocity(with_prompt, without, guidance_scale)
@@ -281,7 +286,7 @@ def autocast_dit(model: DiT) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, Float32Linear)]
     for layer in layers:
-        layer.forward = torch.autocast(_device(model).type, enabled=False)(layer.forward)
+        vars(layer)["forward"] = torch.autocast(_device(model).type, enabled=False)(layer.forward)
     fused, dit.attention = dit.attention, _written_out if _device(model).type == "cpu" else dit.attention
     try:
         yield
@@ -341,8 +346,11 @@ def load_state(
     return state["step"], state["seconds"]
 
 
-def load_average(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Fill `model` with the averaged weights of the run in `folder`; returns it frozen, in eval mode."""
+def load_average(model: Model, folder: str | Path) -> Model:
+    """Fill `model` with the averaged weights of the run in `folder`; returns it frozen, in eval mode.
+
+    FileNotFoundError where there has been no such run.
+    """
     path = Path(folder) / "state.pt"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: run the stage that trains it first (see the Makefile)")

@@ -113,7 +113,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))  # (B, 512, T, h, w)
         for stage in self.stages:
-            x = stage(x)  # (B, 512, T, 2h, 2w), (B, 512, 2T, 4h, 4w), (B, 256, F, H, W), (B, 128, F, H, W)
+            for block in stage.children():  # one by one, so that no stage's input is held until its end
+                x = block(x)
+            # (B, 512, T, 2h, 2w), (B, 512, 2T, 4h, 4w), (B, 256, F, H, W), (B, 128, F, H, W)
         return self.conv_out(silu(self.norm_out(x)))  # (B, 3, F, H, W)
 
 
@@ -151,7 +153,7 @@ class ResidualBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """One head; a token sees all tokens of its own and of earlier frames.
+    """One head; a token sees all tokens of its own and of earlier frames: (B, C, T, H, W) → the same.
 
     Written out as a mask this is (T·H·W)² numbers, 73 GB at 512×768×121. Frame by frame no mask is needed: the
     queries of frame i attend to the keys of frames 0 … i.
@@ -209,7 +211,10 @@ class Upsample(nn.Module):
 
 
 def repeat(x: Tensor, double_time: bool) -> Tensor:
-    """Nearest neighbours: every pixel four times, and every frame but the first twice if `double_time`."""
+    """Nearest neighbours: every pixel four times, and every frame but the first twice if `double_time`.
+
+    (B, C, T, H, W) → (B, C, T or 2T − 1, 2H, 2W).
+    """
     x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)  # (B, C, T, 2H, 2W)
     return torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(2, dim=2)], dim=2) if double_time else x
 
@@ -225,6 +230,7 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
         odd frame 2t − 1: (w₀ + w₁)·x[t − 1] + w₂·x[t]  even frame 2t: w₀·x[t − 1] + (w₁ + w₂)·x[t]
 
     Replicated borders carry over: the neighbour of the outermost pixel is that pixel, repeated or not.
+    x (B, C, T, H, W) → (B, C', T or 2T − 1, 2H, 2W).
     """
     T, H, W = x.shape[2:]
     padded = _pad(x, past=1 if double_time else 2)
@@ -254,6 +260,8 @@ def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """A 3×3×3 conv whose output frame sees itself and the two frames before; borders are replicated.
 
+    (B, C, T, H, W) → (B, C', T', H', W'), each size divided by its stride and rounded up.
+
     Without gradients a few frames are computed at a time: the copies that padding and the kernel make of a whole
     clip would be most of the memory that decoding takes.
     """
@@ -278,7 +286,7 @@ def _pad(x: Tensor, past: int) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """x · sigmoid(x), in the memory of x where no gradient needs it."""
+    """x · sigmoid(x), any shape, in the memory of x where no gradient needs it."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 

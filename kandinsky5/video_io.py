@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -27,7 +28,11 @@ from einops import rearrange
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
 # is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
 SMOOTH = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-IMAGE_SIGNATURES = {"mjpeg": rb"\xff\xd8\xff", "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP"}
+IMAGE_SIGNATURES: dict[Literal["mjpeg", "png", "webp"], bytes] = {
+    "mjpeg": rb"\xff\xd8\xff",
+    "png": rb"\x89PNG\r\n\x1a\n",
+    "webp": rb"RIFF....WEBP",
+}
 # The axes to flip (0: rows, 1: columns) for EXIF orientations 1 to 4; 5 to 8 are the same after a transpose.
 ORIENTATION_FLIPS = ((), (1,), (0, 1), (0,))
 
@@ -63,13 +68,15 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
             np.rot90(frame.to_ndarray(format="rgb24", interpolation=SMOOTH), k=round(frame.rotation / 90))
             for frame in container.decode(stream)
         ]
+        if stream.average_rate is None:  # such as a GIF of one picture
+            raise ValueError("it does not say how many frames a second it has")
         return torch.from_numpy(np.stack(frames)), float(stream.average_rate)
 
 
 def keep_aspect_size(height: int, width: int, area: int, divisor: int) -> tuple[int, int]:
     """(height, width) scaled to about `area` pixels, each side rounded to a multiple of `divisor`.
 
-    Official's rule for image-to-video when no size is asked for (SPEC §7).
+    The official code's rule for image-to-video, at 512·768 or 1024² pixels, when no size is asked for.
     """
     factor = math.sqrt(area / (height * width))
     height, width = (max(divisor, round(side * factor / divisor) * divisor) for side in (height, width))
@@ -229,10 +236,15 @@ def _encode_mp4(path: Path, frames: np.ndarray, fps: float, quality: float, comm
         # without these tags players guess BT.601 or BT.709 by the picture's size
         encoder.color_range, encoder.colorspace = ColorRange.MPEG, Colorspace.ITU709
         encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        yuv = {"format": "yuv420p", "dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
         for rgb in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-            container.mux(stream.encode(frame.reformat(**yuv, interpolation=SMOOTH)))
+            yuv = frame.reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=SMOOTH,
+            )
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode(None))
 
 

@@ -36,7 +36,7 @@ for name, model in {"DiT": pipe.dit, "VAE": pipe.vae, "Qwen": pipe.text_encoder.
 # vector for all of it.
 
 # %%
-prompt = "a blue star grows"
+prompt = "a blue diamond grows"
 encoder = pipe.text_encoder
 ids = encoder.qwen_ids(prompt, max_sequence_length=256)
 dropped = encoder.config.dropped_tokens
@@ -147,13 +147,13 @@ assert difference.float().mean() < 0.1
 # ## An image and a prompt
 #
 # Image-to-video is the same process with frame 0 given: the image is encoded, written into frame 0 of the latents before
-# every step, and the mask says so. Below, a drawn ring is given to three videos at once, and
+# every step, and the mask says so. Below, a drawn diamond is given to three videos at once, and
 # the prompt says what should happen to it.
 
 # %%
-ring = Object("purple", "ring", "still", "big", start=(32, 32, 13), end=(32, 32, 13))  # x, y, radius
-image = torch.from_numpy(draw_scene(Scene("white", (ring,)))[0])  # uint8 (64, 64, 3)
-prompts = [f"a purple ring {verb}" for verb in ("moves right", "moves up", "shrinks")]
+diamond = Object("purple", "diamond", "still", "big", start=(32, 32, 13), end=(32, 32, 13))  # x, y, radius
+image = torch.from_numpy(draw_scene(Scene("white", (diamond,)))[0])  # uint8 (64, 64, 3)
+prompts = [f"a purple diamond {verb}" for verb in ("moves right", "moves up", "shrinks")]
 videos = dict(zip(prompts, pipe(prompts, image=image, progress=False), strict=True))
 grid(videos, columns=7, title="One image, three prompts")
 play(videos)
@@ -162,15 +162,15 @@ play(videos)
 # ## One noise, several prompts
 #
 # The same noise for all, and still three videos: the prompt decides. Change the prompts below. `nano` knows the colours
-# red, green, blue, yellow, purple and cyan and the shapes circle, square, triangle, star and ring, which move left,
+# red, green, blue, yellow, purple and cyan and the shapes circle, square, triangle and diamond, which move left,
 # right, up or down, grow, shrink or stay still.
 
 # %%
-prompts = ["a red circle moves right", "a yellow triangle moves up", "a cyan ring grows"]
+prompts = ["a red circle moves right", "a yellow triangle moves up", "a cyan diamond grows"]
 videos = dict(zip(prompts, pipe(prompts, latents=noise.expand(3, *shape), progress=False), strict=True))
 grid(videos, columns=7, title="Three prompts, the same noise")
 play(videos)
 
 # %% [markdown]
-# To keep one: `kandinsky5.video_io.write_video("ring.mp4", frames, fps=10)`; or on the command line
-# `python sample.py "a cyan ring grows" -o ring.mp4`. Next: [what happens inside the DiT](02_inside_the_dit.ipynb).
+# To keep one: `kandinsky5.video_io.write_video("diamond.mp4", frames, fps=10)`; or on the command line
+# `python sample.py "a cyan diamond grows" -o diamond.mp4`. Next: [what happens inside the DiT](02_inside_the_dit.ipynb).

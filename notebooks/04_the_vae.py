@@ -44,8 +44,8 @@ def psnr(a, b):
 
 # %%
 things = (
-    Object("red", "star", "right", "big", start=(14, 18, 12), end=(46, 18, 12)),  # x, y, radius
-    Object("cyan", "ring", "grow", None, start=(34, 46, 7), end=(34, 46, 14)),
+    Object("red", "triangle", "right", "big", start=(17, 18, 12), end=(46, 18, 12)),  # x, y, radius
+    Object("cyan", "diamond", "grow", None, start=(34, 45, 7), end=(34, 45, 12.5)),
 )
 video = draw(Scene("black", things))
 posterior = vae.encode(video)
@@ -150,7 +150,7 @@ right.bar(range(len(moved_back)), moved_back, color=colours)
 right.set(title=f"Decoder: latent frame {T_changed} is changed", xlabel="frame of the video")
 for ax in (left, right):
     ax.set_yscale("log")
-    ax.set_ylim(ax.dataLim.ymin / 5, ax.dataLim.ymax * 8)
+    ax.set_ylim(ax.dataLim.minposy / 5, ax.dataLim.ymax * 8)
     ax.bar(0, 0, color=COLOURS[1], label="before it: through the norms alone")
     ax.bar(0, 0, color=COLOURS[0], label="from there on")
     ax.legend(fontsize=8, loc="upper right", ncols=2)
@@ -168,8 +168,8 @@ plt.show()
 # %%
 things = (
     Object("red", "circle", "right", "big", (30, 32, 13), (56, 32, 13)),
-    Object("cyan", "star", "up", "big", (96, 98, 13), (94, 66, 13)),
-    Object("yellow", "ring", "down", "big", (64, 78, 13), (62, 108, 13)),
+    Object("cyan", "diamond", "up", "big", (96, 98, 13), (94, 66, 13)),
+    Object("yellow", "triangle", "down", "big", (64, 78, 13), (62, 108, 13)),
     Object("purple", "square", "left", "big", (108, 30, 13), (84, 30, 13)),
 )
 large = draw(Scene("grey", things, canvas=(128, 128)), num_frames=33, side=128)

@@ -4,13 +4,16 @@
     python notebooks/build.py --check      # execute all, write nothing, fail on the first error
 
 The `.py` files (jupytext's percent format) are what is written and reviewed; the `.ipynb` files are made from them.
-Each runs in a kernel of its own, with one thread, in this folder.
+Each runs in a kernel of its own, with one thread, in this folder; as many at a time as there are cores.
+Needs `pip install -c constraints.txt '.[notebooks]'`.
 """
 
 import argparse
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jupytext
@@ -24,15 +27,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("numbers", nargs="*", help="which ones, such as 01 05; all if none is named")
     parser.add_argument("--check", action="store_true", help="execute, but write nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time; default: the cores")
     options = parser.parse_args(arguments)
-    began = time.monotonic()
-    for source in sources(*options.numbers):
-        start = time.monotonic()
-        notebook = execute(source)
-        if not options.check:
-            write(notebook, source.with_suffix(".ipynb"))
-        print(f"{source.stem}: {time.monotonic() - start:.0f} s, {len(nbformat.writes(notebook)) / 1e6:.2f} MB", flush=True)
-    print(f"all: {time.monotonic() - began:.0f} s")
+    began, paths = time.monotonic(), sources(*options.numbers)
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        list(pool.map(partial(build, check=options.check), paths))  # the first error ends it
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(f"all {len(paths)}: {time.monotonic() - began:.0f} s")
+
+
+def build(source: Path, check: bool = False) -> None:
+    """Execute one notebook, write it unless `check`, and print its time and size."""
+    start = time.monotonic()
+    notebook = execute(source)
+    if not check:
+        write(notebook, source.with_suffix(".ipynb"))
+    print(f"{source.stem}: {time.monotonic() - start:.0f} s, {len(nbformat.writes(notebook)) / 1e6:.2f} MB", flush=True)
 
 
 def sources(*numbers: str) -> list[Path]:
@@ -71,7 +83,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
     }
     place = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(
-        notebook, kernel_name="python3", timeout=600, startup_timeout=300, record_timing=False, resources=place
+        notebook, kernel_name="python3", timeout=900, startup_timeout=300, record_timing=False, resources=place
     )
     client.execute(env=environment)
     notebook.metadata = convert(source).metadata  # the kernel writes its version into it

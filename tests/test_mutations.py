@@ -178,7 +178,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("last frame of a window dropped and not the first", "vae_encode_time",
      vae_tiling._tile_time, "window[:, :, 1:]", "window[:, :, :-1]"),
     ("stride in time one too large", "vae_decode_time",
-     vae_tiling._tile_time, "range(0, x.shape[2], stride)", "range(0, x.shape[2], stride + 1)"),
+     vae_tiling._tile_time, "x.shape[2] - 1, stride)", "x.shape[2] - 1, stride + 1)"),
     ("blend in space one pixel too narrow", "vae_decode_space",
      vae_tiling._tile_space, "out_size - out_stride", "out_size - out_stride - 1"),
     ("blend in space begins a step too far", "vae_encode_space",

@@ -1,4 +1,4 @@
-"""nabla.py against loops over tiles, written from the definition (arXiv 2507.13546, SPEC §4)."""
+"""nabla.py against loops over tiles, written from the definition (arXiv 2507.13546)."""
 
 import itertools
 

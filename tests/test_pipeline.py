@@ -1,12 +1,15 @@
 """The pipeline: what a user may ask for, what comes out, and what each mistake is answered with."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from kandinsky5 import Pipeline, attention, pipeline
 from kandinsky5.config import PRESETS
+from kandinsky5.pipeline import _free_memory
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
 
@@ -226,6 +229,30 @@ def test_every_preset_runs_at_its_size_on_the_meta_device(name):
     frames = run(pipe, image=image, num_inference_steps=2)
     assert frames.device.type == "meta" and frames.dtype == torch.uint8
     assert frames.shape == (1, *size, 3)
+
+
+def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
+    needed = pipe._check_memory(torch.zeros(1, 2, 4, 6, 16))
+    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed)
+    frames = run(pipe)
+    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match="decoding 5 frames of 32x48 takes about .* GB are free: ask for less"):
+        pipe(prompt="a fox", progress=False, callback=lambda *step: pytest.fail("not before the first step"))
+    with pytest.raises(ValueError, match="decoding 2 × 5 frames of 32x48 .* are free: ask for less"):
+        pipe.decode(torch.zeros(2, 2, 4, 6, 16))
+    with pytest.raises(ValueError, match=r"of 512x512 .* decode in tiles \(--tile-space: 0.\d GB\), or ask for less"):
+        pipe.decode(torch.zeros(1, 2, 64, 64, 16))
+    assert run(pipe, output_type="latents").shape == (1, 2, 4, 6, 16) and len(frames) == 1  # nothing to decode
+
+
+def test_free_memory_is_known_on_linux():
+    assert 0 < _free_memory(torch.device("cpu")) < 2**50 or not Path("/proc/meminfo").exists()
+    assert _free_memory(torch.device("meta")) is None
+
+
+def test_what_decoding_takes_is_shown(pipe, capsys):
+    pipe.decode(torch.zeros(1, 2, 4, 6, 16), progress=True)
+    assert re.search(r"decoding: .*5/5 .*, takes 0\.\d GB\]", capsys.readouterr().err)
 
 
 def test_a_tensor_left_on_the_cpu_is_noticed():

@@ -141,6 +141,7 @@ def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(c
         "device": "cpu" if not torch.cuda.is_available() else "cuda",
         "attention": "auto",
         "compile": False,
+        "tile_space": False,
         "version": kandinsky5.__version__,
     }
 
@@ -533,6 +534,22 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
     refused(FOX, "not enough memory (out of memory): ask for less --height, --width or --num-frames")
 
 
+def test_a_video_that_will_not_fit_is_refused_before_the_first_step(cli, refused, monkeypatch):
+    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: 2 * 10**8)
+    large = [*FOX, "--height", "512", "--width", "512"]
+    monkeypatch.setattr("kandinsky5.sampler.euler_sample", lambda *arguments: pytest.fail("steps were made"))
+    refused(large, "decoding 5 frames of 512x512 takes about", "0.2 GB are free", "--tile-space", "--num-frames")
+
+
+def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
+    code, _, _ = cli(*FOX, "--width", "320", "--tile-space")
+    assert code == 0 and video_io.read_metadata("out.mp4")["tile_space"] is True
+    assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0
+    assert cli("--replay", "out.mp4", "--no-tile-space", "-o", "whole.mp4")[0] == 0
+    tiled, again, whole = (video_io.read_video(f"{name}.mp4")[0] for name in ("out", "again", "whole"))
+    assert again.equal(tiled) and not whole.equal(tiled)
+
+
 # --- help, import
 
 
@@ -542,7 +559,7 @@ def test_help_teaches(cli):
     for word in ("python sample.py", "--checkpoint", "--image", "--replay", "-o FILE", "default: 0", "default: 8"):
         assert word in out, word
     options = [line for line in out.splitlines() if line.startswith("  -")]
-    assert len(options) == 23
+    assert len(options) == 24
 
 
 def test_importing_the_package_touches_no_gpu_no_network_and_no_reference():

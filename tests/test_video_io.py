@@ -263,6 +263,14 @@ def test_a_truncated_or_damaged_video_is_an_error(tmp_path):
             read_video(path)
 
 
+def test_a_file_without_a_frame_rate_is_an_error(tmp_path):
+    path = tmp_path / "one.gif"
+    Image.new("RGB", (64, 64)).save(path)  # GIF writes how long a picture stays only where there are several
+    with pytest.raises(ValueError, match="cannot read .*frames a second") as error:
+        read_video(path)
+    assert is_one_line(error.value, path, "give a")
+
+
 def test_one_frame_becomes_a_lossless_png_of_any_size(tmp_path):
     frame = frames_of(1, height=33, width=47)
     write_video(tmp_path / "out.PNG", frame, metadata={"seed": 1})

@@ -30,24 +30,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_from_diffusers(**options) -> None:
+    """`convert.from_diffusers`, and what came out of it on stdout."""
     print_config(convert.from_diffusers(**options), options)
 
 
 def run_from_official(**options) -> None:
+    """`convert.from_official`, likewise."""
     print_config(convert.from_official(**options), options)
 
 
 def run_to_diffusers(**options) -> None:
+    """`convert.to_diffusers`, likewise."""
     config = convert.to_diffusers(**options)
     print(f"{options['dst']}: {config.name} in the Diffusers layout")
 
 
 def run_inspect(path: str, as_json: bool) -> None:
+    """The report of `inspect` on stdout, as a table or as JSON."""
     report = inspect(path)
     print(json.dumps(report, indent=2) if as_json else as_table(report))
 
 
 def print_config(config: PipelineConfig, options: dict) -> None:
+    """What was written, how it samples by default, and, if that was not said, which presets it may be."""
     if options["only"] not in (None, "dit"):
         print(f"{options['dst']}: {options['only']} converted")
         return
@@ -65,6 +70,7 @@ def print_config(config: PipelineConfig, options: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The four commands; each leaves the function that runs it in `run`."""
     parser = argparse.ArgumentParser(prog="python -m weights_convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -99,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_common(command: argparse.ArgumentParser, run) -> None:
+    """DST and the options of all three conversions; `run` is called with all that the command was given."""
     command.add_argument("dst", metavar="DST", help="folder to write; it must not exist yet")
     command.add_argument("--only", choices=MODELS, help="convert this model alone")
     command.add_argument("--base", metavar="DIR", help="folder in DST's layout that the models not converted come from")
@@ -114,7 +121,7 @@ def add_common(command: argparse.ArgumentParser, run) -> None:
 
 
 def parse_size(text: str) -> int:
-    """ "5GB" → 5·10⁹; KB, MB, GB, or bytes."""
+    """ "5GB" → 5·10⁹; KB, MB, GB, or bytes. ArgumentTypeError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     size = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2].upper()] if match else 0
     if size < 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ from kandinsky5.vae import VAE
 from weights_convert import tables
 from weights_convert.diffusers_files import TASKS, write_model_index, write_scheduler, write_tokenizer_configs
 from weights_convert.read import FLOATS, Weights, read_json, read_weights, write_json
-from weights_convert.sizes import build_config, to_their_config
+from weights_convert.sizes import ModelConfig, build_config, to_their_config
 from weights_convert.write import Options, Part, say, write_folder
 
 CLASSES = {"dit": DiT, "vae": VAE, "qwen": Qwen, "clip": CLIPText}
@@ -40,7 +40,7 @@ class Source(NamedTuple):
     """One model as it was found: tensors by their Diffusers names, sizes, and the folder of its tokenizer if any."""
 
     weights: Weights
-    sizes: object
+    sizes: ModelConfig
     tokenizer: Path | None
 
 
@@ -52,7 +52,7 @@ def from_diffusers(
     base: str | Path | None = None,
     **options,
 ) -> PipelineConfig:
-    """Write the native checkpoint folder `dst` from `src`, a folder in the Diffusers layout (SPEC §9).
+    """Write the native checkpoint folder `dst` from `src`, a folder in the Diffusers layout (`save_pretrained`).
 
     preset: whose steps, guidance, size and rope_scale to sample with by default; else those of `SamplingConfig`.
     only: "dit", "vae", "qwen" or "clip"; then `src` may also be the folder or file of this model alone.
@@ -78,7 +78,7 @@ def from_diffusers(
         if (src / NATIVE_CONFIG).is_file() and set(tasks) <= set(config.tasks):
             tasks = config.tasks  # a model of ours may know both; model_index.json names one
         config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
-    config = replace(config, **{model: source.sizes for model, source in sources.items()})
+    config = _with_sizes(config, sources)
     config = use_preset(config, preset) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
@@ -97,23 +97,25 @@ def from_official(
     clip_tokenizer: str | Path | None = None,
     **options,
 ) -> PipelineConfig:
-    """Write the native checkpoint folder `dst` from the files that the authors' code reads (SPEC §9).
+    """Write the native checkpoint folder `dst` from the files that the authors' code reads.
 
     dit: one safetensors file; vae: Tencent's pytorch_model.pt or a Diffusers folder; qwen, clip: Hugging Face folders
     or single files. Tokenizers lie there too, or in `qwen_tokenizer`, `clip_tokenizer`.
-    A bare DiT file says nothing of task, shift and NABLA: these come from `preset`. The rest is as in `from_diffusers`.
+    A bare DiT file says nothing of task, shift and NABLA: these come from `preset`. The rest is as in
+    `from_diffusers`, a ValueError too.
     """
-    paths = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}
+    given = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}
+    paths = {model: Path(path) for model, path in given.items() if path}
     tokenizers = {"qwen": qwen_tokenizer, "clip": clip_tokenizer}
-    models = [model for model in _chosen(only) if paths[model] or not base]
-    if missing := [f"--{model}" for model in models if not paths[model]]:
+    models = [model for model in _chosen(only) if model in paths or not base]
+    if missing := [f"--{model}" for model in models if model not in paths]:
         raise ValueError(
             f"{', '.join(missing)} is not given: give all four models, or a native folder that has the others "
             "(--base), or say which one to convert alone (--only)"
         )
-    sources = {model: read_source(model, Path(paths[model]), tokenizers.get(model)) for model in models}
+    sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
     config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst).name)
-    config = replace(config, **{model: source.sizes for model, source in sources.items()})
+    config = _with_sizes(config, sources)
     if preset:
         chosen = find_preset(preset)
         config = use_preset(replace(config, tasks=chosen.tasks), preset)
@@ -129,8 +131,9 @@ def to_diffusers(
     only: this model alone, in its subfolder. base: folder in the Diffusers layout that all the rest comes from.
     The native folder has neither Qwen's vision tower nor its lm_head. Without `base`, the Qwen written here has a
     vision tower of no layers and its embedding for a head: enough for these pipelines, which give it text alone.
+    ValueError, in one line, for anything that is missing or does not fit.
     """
-    src, dst, options = Path(src), Path(dst), Options(**options)
+    src, dst, settings = Path(src), Path(dst), Options(**options)
     if not (src / "config.json").is_file():
         there = (src / "model_index.json").is_file()
         what = "in the Diffusers layout already" if there else "no native checkpoint folder"
@@ -142,7 +145,7 @@ def to_diffusers(
     for model in _chosen(only):
         weights, stem = read_weights(folders[model], model), f"{FOLDERS[model]}/{STEMS[model]}"
         parts.append(
-            build_part(model, getattr(config, model), weights, str, partial(tables.theirs, model), stem, options)
+            build_part(model, getattr(config, model), weights, str, partial(tables.theirs, model), stem, settings)
         )
 
     linked = {}
@@ -164,21 +167,24 @@ def to_diffusers(
             write_model_index(config.tasks, folder / "model_index.json", base)
             save_config(config, folder / NATIVE_CONFIG)
 
-    write_folder(dst, parts, write_small_files, linked, options)
+    write_folder(dst, parts, write_small_files, linked, settings)
     return config
 
 
 def write_native(
     dst: Path, sources: Mapping[str, Source], config: PipelineConfig, base: str | Path | None, options: Options
 ) -> None:
-    """Write `sources` and `config`; the other models' files are those of the native folder `base`."""
+    """Write `sources` and `config`; the other models' files are those of the native folder `base`.
+
+    ValueError where a tokenizer is missing, or the models do not belong together.
+    """
     parts, linked = [], {}
     for model, source in sources.items():
         parts.append(
             build_part(model, source.sizes, source.weights, partial(tables.theirs, model), str, model, options)
         )
-    with_tokenizer = [model for model, source in sources.items() if source.tokenizer]
-    for model in TOKENIZERS.keys() - with_tokenizer if len(sources) == len(MODELS) else ():
+    tokenizers = {model: source.tokenizer for model, source in sources.items() if source.tokenizer}
+    for model in TOKENIZERS.keys() - tokenizers if len(sources) == len(MODELS) else ():
         raise ValueError(
             f"no tokenizer lies with {sources[model].weights.source}: say where it is (--{model}-tokenizer)"
         )
@@ -186,14 +192,14 @@ def write_native(
         if config.base:
             raise ValueError(f"{base} (--base) itself takes models from {config.base!r}: give a complete folder")
         ours = tuple(f"{model}{end}" for model in sources for end in (".safetensors", "-")) + ("config.json",)
-        ours += tuple(f"{model}_tokenizer" for model in with_tokenizer)
+        ours += tuple(f"{model}_tokenizer" for model in tokenizers)
         linked = list_files(Path(base), lambda place: not place.parts[0].startswith(ours))
     check_models_fit(config, {*sources, *(place.split(".")[0].split("-")[0] for place in linked)})
 
     def write_small_files(folder: Path) -> None:
         save_config(config, folder / "config.json")
-        for model in with_tokenizer:
-            copy_tokenizer(sources[model].tokenizer, folder / f"{model}_tokenizer")
+        for model, tokenizer in tokenizers.items():
+            copy_tokenizer(tokenizer, folder / f"{model}_tokenizer")
 
     for model, source in sources.items():
         if options.progress:
@@ -222,7 +228,7 @@ def find_config(path: Path) -> Path | None:
 
 def build_part(
     model: str,
-    sizes: object,
+    sizes: ModelConfig,
     weights: Weights,
     name_there: Callable[[str], str],
     name_here: Callable[[str], str],
@@ -245,15 +251,20 @@ def build_part(
             if stored.dtype not in FLOATS:
                 problems.append(f"{theirs} is stored as {stored.dtype}, not as one of {', '.join(FLOATS)}")
             tensors[name_here(ours)] = stored
-            wanted = "F32" if ours in islands and not options.cast_all else DTYPES.get(options.dtype, stored.dtype)
-            dtypes[name_here(ours)] = wanted if options.dtype else stored.dtype
+            dtype = stored.dtype
+            if options.dtype:
+                dtype = "F32" if ours in islands and not options.cast_all else DTYPES.get(options.dtype, stored.dtype)
+            dtypes[name_here(ours)] = dtype
     if problems:
         raise ValueError(f"{weights.source} holds no {model} of these sizes: {'; '.join(problems)}")
     return Part(stem, tensors, dtypes, weights.metadata)
 
 
-def describe_model(model: str, sizes: object) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes of our model's tensors, in its order; and which stay in float32 in half precision (SPEC §2)."""
+def describe_model(model: str, sizes: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Names and shapes of our model's tensors, in its order; and which stay in float32 in half precision.
+
+    ValueError for sizes that no model can have.
+    """
     try:
         with torch.device("meta"):
             built = CLASSES[model](sizes)
@@ -266,6 +277,7 @@ def describe_model(model: str, sizes: object) -> tuple[dict[str, tuple[int, ...]
 
 
 def dropped(model: str, weights: Weights) -> list[str]:
+    """The tensors that are left out on purpose (`tables.DROPPED`), such as Qwen's vision tower."""
     return [name for name in weights.tensors if name.startswith(tables.DROPPED[model])]
 
 
@@ -290,7 +302,7 @@ def check_models_fit(config: PipelineConfig, present: set[str]) -> None:
 
 
 def use_preset(config: PipelineConfig, preset: str) -> PipelineConfig:
-    """`config` with all that a preset says: name, attention and sampling. Sizes and task must be the same.
+    """`config` with all that a preset says: name, attention and sampling. ValueError for other sizes or tasks.
 
     The preset wins over the checkpoint's own NABLA and shift: one download serves an -sd and an -hd preset.
     """
@@ -310,6 +322,7 @@ def presets_like(config: PipelineConfig) -> list[str]:
 
 
 def read_tasks(src: Path) -> tuple[str, ...]:
+    """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class."""
     class_name = read_json(src / "model_index.json").get("_class_name")
     if class_name not in TASKS:
         raise ValueError(f"{src / 'model_index.json'} is for {class_name!r}; this code knows {' and '.join(TASKS)}")
@@ -317,6 +330,7 @@ def read_tasks(src: Path) -> tuple[str, ...]:
 
 
 def read_shift(path: Path) -> float:
+    """The schedule's shift in scheduler_config.json; ValueError unless it is a positive number."""
     shift = read_json(path).get("shift", 1.0)  # the scheduler's own default
     if type(shift) not in (int, float) or not 0 < shift < float("inf"):
         raise ValueError(f"{path} says shift = {shift!r}; a shift is a positive number")
@@ -337,12 +351,13 @@ PROCESSOR_FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether `Tokenizer.load` would find something to read there."""
     return any((folder / files[0]).is_file() for files in TOKENIZER_FILES) or any(folder.glob("*.model"))
 
 
 def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copy a tokenizer's files, and see that it can be read."""
-    found = next((files for files in TOKENIZER_FILES if (src / files[0]).is_file()), ())
+    """Copy a tokenizer's files, and see that it can be read: else ValueError."""
+    found: tuple[str, ...] = next((files for files in TOKENIZER_FILES if (src / files[0]).is_file()), ())
     found = found or tuple(path.name for path in src.glob("*.model"))  # SentencePiece
     dst.mkdir(exist_ok=True)
     for file in (*found, *PROCESSOR_FILES):
@@ -361,6 +376,11 @@ def _chosen(only: str | None) -> tuple[str, ...]:
     if only not in (None, *MODELS):
         raise ValueError(f"{only!r} (--only) is no part of a checkpoint: choose {', '.join(MODELS)}")
     return (only,) if only else MODELS
+
+
+def _with_sizes(config: PipelineConfig, sources: Mapping[str, Source]) -> PipelineConfig:
+    sizes: dict[str, Any] = {model: source.sizes for model, source in sources.items()}  # each goes by its model's name
+    return replace(config, **sizes)
 
 
 def _new_config(name: str) -> PipelineConfig:

@@ -15,7 +15,7 @@ COMPONENTS = {
     "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
 }
 # Only where the native folder's tokenizers came without any: what their savers would have written.
-TOKENIZER_CONFIGS = {
+TOKENIZER_CONFIGS: dict[str, dict[str, dict]] = {
     "qwen": {
         "tokenizer_config.json": {
             "tokenizer_class": "Qwen2Tokenizer",
@@ -51,10 +51,12 @@ def write_model_index(tasks: tuple[str, ...], path: Path, base: str | Path | Non
 
 
 def write_scheduler(shift: float, path: Path) -> None:
+    """The scheduler_config.json of a flow model; of what it says only the shift differs between checkpoints."""
     write_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}, path)
 
 
 def write_tokenizer_configs(model: str, folder: Path) -> None:
+    """TOKENIZER_CONFIGS of "qwen" or "clip", as far as `folder` has no such files of its own."""
     for file, content in TOKENIZER_CONFIGS[model].items():
         if not (folder / file).exists():
             write_json(content, folder / file)

@@ -6,11 +6,11 @@ from math import prod
 from pathlib import Path
 
 from kandinsky5.checkpoint import MODELS, find_part
-from kandinsky5.config import PRESETS, load_config
+from kandinsky5.config import PRESETS, DiTConfig, load_config
 from weights_convert import tables
 from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
 from weights_convert.read import Weights, read_json, read_weights
-from weights_convert.sizes import build_config
+from weights_convert.sizes import ModelConfig, build_config
 
 # Our name of a tensor that only this model has.
 MARKS = {
@@ -43,7 +43,7 @@ def inspect(path: str | Path) -> dict:
     return {"path": str(path), "layout": layout, "tasks": tasks, "models": rows}
 
 
-def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: object = None) -> dict:
+def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: ModelConfig | None = None) -> dict:
     """One row. sizes: what a native config.json says; else the config.json with the weights and the weights say it."""
     model, names, weights = recognise(read_weights(path))
     config = find_config(path) if names == "Diffusers" else None
@@ -52,7 +52,7 @@ def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: objec
         sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
     ours = {tables.theirs(model, name) for name in describe_model(model, sizes)[0]}
     used = [stored for name, stored in weights.tensors.items() if name in ours]
-    nbytes = Counter()
+    nbytes: Counter[str] = Counter()
     for stored in weights.tensors.values():
         nbytes[stored.dtype] += stored.nbytes
     return {
@@ -69,7 +69,10 @@ def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: objec
 
 
 def recognise(weights: Weights) -> tuple[str, str, Weights]:
-    """The model, whose names its tensors have ("native" or "Diffusers"), and the weights by their Diffusers names."""
+    """The model, whose names its tensors have ("native" or "Diffusers"), and the weights by their Diffusers names.
+
+    ValueError for tensors of any other model.
+    """
     for model, mark in MARKS.items():
         if mark in weights.tensors:
             try:
@@ -84,12 +87,12 @@ def recognise(weights: Weights) -> tuple[str, str, Weights]:
     raise ValueError(f"{weights.source} holds none of {', '.join(MODELS)}: its tensors are called {some}, …")
 
 
-def presets_of(model: str, sizes: object, tasks: tuple[str, ...] | None, attention_known: bool) -> list[str]:
+def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, attention_known: bool) -> list[str]:
     """The presets that have this model; a DiT also tells task and attention apart, where these are known."""
     fitting = []
     for name, preset in PRESETS.items():
         wanted = getattr(preset, model)
-        if model == "dit" and not attention_known:
+        if isinstance(sizes, DiTConfig) and not attention_known:
             wanted = replace(wanted, nabla=sizes.nabla)
         if wanted == sizes and (model != "dit" or tasks in (None, preset.tasks)):
             fitting.append(name)

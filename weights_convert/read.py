@@ -28,6 +28,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Its size in the file, in bytes."""
         return self.stop - self.start
 
     def rows(self, part: int, parts: int) -> "Stored":
@@ -37,7 +38,7 @@ class Stored:
         return replace(self, start=start, stop=start + size, shape=(self.shape[0] // parts, *self.shape[1:]))
 
     def chunks(self) -> Iterator[Tensor]:
-        """The values in order, flat, at most `CHUNK` bytes at once. ValueError if the file has been cut since."""
+        """The values in order, (n,) of at most `CHUNK` bytes at once. ValueError if the file has been cut since."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
             for position in range(self.start, self.stop, CHUNK):
@@ -68,7 +69,10 @@ def read_weights(path: Path, stem: str = "*") -> Weights:
 
 
 def find_weights(folder: Path, stem: str = "*") -> Path:
-    """The file in `folder` that leads to all of a model's weights: an index, a safetensors file, or else a .pt file."""
+    """The file in `folder` that leads to all of a model's weights: an index, a safetensors file, or else a .pt file.
+
+    ValueError where there is none, or more than one that it could be.
+    """
     for ending in (".safetensors.index.json", ".safetensors", ".pt"):
         found = sorted(p for p in folder.glob(stem + ending) if not p.name.startswith("."))
         if len(found) == 1:
@@ -84,11 +88,12 @@ def find_weights(folder: Path, stem: str = "*") -> Path:
 
 
 def read_index(path: Path) -> Weights:
-    """The shards that an index lists; they must lie beside it."""
+    """The shards that an index lists; they must lie beside it. ValueError where index and shards disagree."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{path} has no weight_map of tensor names and file names: download it again")
-    tensors, metadata = {}, {}
+    tensors: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
@@ -107,7 +112,7 @@ def read_index(path: Path) -> Weights:
 
 
 def read_safetensors(path: Path) -> Weights:
-    """Names, shapes and places from a safetensors header."""
+    """Names, shapes and places from a safetensors header; ValueError if the file is not whole."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
@@ -129,7 +134,10 @@ def read_safetensors(path: Path) -> Weights:
 
 
 def read_pt(path: Path) -> Weights:
-    """The places of the tensors in a file of `torch.save`, under an optional "state_dict". No code in it is run."""
+    """The places of the tensors in a file of `torch.save`, under an optional "state_dict". No code in it is run.
+
+    ValueError for a file that holds anything but plain tensors by name, or ends before they do.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
@@ -174,11 +182,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(values: dict, path: Path) -> None:
+    """A JSON file for people to read too; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, cut to 300 characters."""
     return " ".join(str(error).split())[:300]
 
 

@@ -54,16 +54,17 @@ KEYS = {
         "end_token": "eos_token_id",
     },
 }
+ModelConfig = DiTConfig | VAEConfig | QwenConfig | CLIPConfig
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "qwen": QwenConfig, "clip": CLIPConfig}
 # What names the class to build.
-CLASS_KEYS = {
+CLASS_KEYS: dict[str, dict[str, str | list[str]]] = {
     "dit": {"_class_name": "Kandinsky5Transformer3DModel"},
     "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
     "qwen": {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
     "clip": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
 }
 # Keys that may only have this value, as our models compute nothing else.
-FIXED = {
+FIXED: dict[str, dict[str, str | bool]] = {
     "dit": {},
     "vae": {"act_fn": "silu", "mid_block_add_attention": True},
     "qwen": {"hidden_act": "silu", "use_sliding_window": False},
@@ -71,7 +72,7 @@ FIXED = {
 }
 
 
-def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], where: str):
+def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
     """The sizes of one model. config: their config.json, or {}; shapes: of their tensors, by their names.
 
     ValueError where the two contradict each other, or the config asks for what our models do not compute.
@@ -88,7 +89,7 @@ def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], w
 
 
 def read_config(model: str, config: dict, where: str) -> dict:
-    """Our fields as far as their config.json gives them."""
+    """Our fields as far as their config.json gives them; ValueError for what our models do not compute."""
     if model in ("qwen", "clip"):
         # Older configs have the text model's sizes at the top, newer ones (and whole CLIPs) in text_config.
         config = {**config, **(config.get("text_config") or {})}
@@ -167,6 +168,7 @@ def to_their_config(model: str, sizes) -> dict:
 
 
 def read_nabla(config: dict, where: str) -> NablaConfig | None:
+    """NABLA's settings in the DiT's config.json, None for full attention; ValueError where they are incomplete."""
     kind = config.get("attention_type", "regular")
     if kind == "regular":
         return None
@@ -188,6 +190,7 @@ class Shapes:
         self.model, self.shapes, self.where = model, shapes, where
 
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
+        """The shape of one tensor; ValueError if there is none, or none with so many axes."""
         shape = self.shapes.get(name)
         if shape is None:
             raise ValueError(f"{self.where} has no tensor {name}: these are not the weights of a {self.model}")
@@ -204,6 +207,7 @@ class Shapes:
 
 
 def see_dit(shapes: Shapes) -> tuple[dict, dict]:
+    """The fields of `DiTConfig`; in the family one head has 1/4 of its channels for T and 3/8 for H and W each."""
     dim, patch_in = shapes.of("visual_embeddings.in_layer.weight")
     patch_out = shapes.of("out_layer.out_layer.weight")[0]
     time_dim, pooled_dim = shapes.of("pooled_text_embeddings.in_layer.weight")
@@ -232,6 +236,7 @@ def see_dit(shapes: Shapes) -> tuple[dict, dict]:
 
 
 def see_vae(shapes: Shapes) -> tuple[dict, dict]:
+    """The fields of `VAEConfig`, as far as tensors show them."""
     first = "encoder.down_blocks.{}.resnets.0.conv1.conv.weight"
     stages = shapes.number(first)
     certain = {
@@ -244,6 +249,7 @@ def see_vae(shapes: Shapes) -> tuple[dict, dict]:
 
 
 def see_qwen(shapes: Shapes) -> tuple[dict, dict]:
+    """The fields of `QwenConfig`; in the family a head has 128 channels."""
     vocab_size, dim = shapes.of("model.embed_tokens.weight")
     certain = {
         "vocab_size": vocab_size,
@@ -252,10 +258,11 @@ def see_qwen(shapes: Shapes) -> tuple[dict, dict]:
         "ff_dim": shapes.of("model.layers.0.mlp.gate_proj.weight")[0],
     }
     kv_dim = shapes.of("model.layers.0.self_attn.k_proj.weight")[0]
-    return certain, {"num_heads": max(dim // 128, 1), "num_kv_heads": max(kv_dim // 128, 1)}  # heads of 128
+    return certain, {"num_heads": max(dim // 128, 1), "num_kv_heads": max(kv_dim // 128, 1)}
 
 
 def see_clip(shapes: Shapes) -> tuple[dict, dict]:
+    """The fields of `CLIPConfig`; in the family a head has 64 channels, and the last two tokens are start and end."""
     vocab_size, dim = shapes.of("text_model.embeddings.token_embedding.weight")
     certain = {
         "vocab_size": vocab_size,

@@ -9,7 +9,10 @@ import re
 
 
 def theirs(model: str, name: str) -> str:
-    """The Diffusers name of our tensor: ("dit", "text_embedder.norm.bias") → "text_embeddings.norm.bias"."""
+    """The Diffusers name of our tensor: ("dit", "text_embedder.norm.bias") → "text_embeddings.norm.bias".
+
+    KeyError for a name that no row has.
+    """
     module, _, kind = name.rpartition(".")
     template, numbers = as_template(module)
     if template not in TABLES[model]:
@@ -183,7 +186,10 @@ OPENAI_CLIP = {
 
 
 def respell(model: str, tensors: dict) -> dict:
-    """The tensors under the names that stand in the table, whichever way their saver spells them."""
+    """The tensors under the names that stand in the table, whichever way their saver spells them.
+
+    ValueError where two spellings of one name are there.
+    """
     if model == "clip" and "positional_embedding" in tensors:
         tensors = respell_openai_clip(tensors)
     respelled = {}

@@ -27,7 +27,7 @@ class Options:
     """What all conversions can be told."""
 
     dtype: str | None = None  # "bf16", "fp16" or "fp32": cast to it; None: leave every tensor as it is stored
-    cast_all: bool = False  # cast the float32 islands of the DiT too (SPEC §2); else they become or stay float32
+    cast_all: bool = False  # cast the DiT's Float32Linears (dit.py) too; else they become or stay float32
     max_shard_size: int = 5 * 10**9  # bytes of a file, unless one tensor alone is larger
     resume: bool = False  # go on with the finished files of an interrupted run
     verify: bool = False  # read everything back and compare
@@ -44,6 +44,7 @@ class Part:
     metadata: Mapping[str, str]
 
     def nbytes(self, name: str) -> int:
+        """What this tensor takes in the output, in bytes."""
         return prod(self.tensors[name].shape) * FLOATS[self.dtypes[name]].itemsize
 
 
@@ -84,7 +85,8 @@ def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
     """A folder beside `destination` to write into. When all has gone well it takes that name; an error removes it.
 
     An interrupted or killed run leaves it behind, under its own name, for `resume`: the plan that stands in it says
-    which conversion it belongs to, and files that have their final name are complete.
+    which conversion it belongs to, and files that have their final name are complete. ValueError if `destination`
+    exists, or another run is writing it.
     """
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} exists already: choose another name, or remove it first")
@@ -107,7 +109,7 @@ def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, destination: Path) -> Iterator[None]:
-    """Hold `folder` alone; the lock ends with the process, however that ends."""
+    """Hold `folder` alone, or ValueError; the lock ends with the process, however that ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +132,8 @@ def describe(shards: list[tuple[Part, str, list[str]]]) -> dict:
 
 def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
     """File name → names of the tensors in it: shards are filled in order, each up to max_shard_size bytes."""
-    shards, size = [[]], 0
+    shards: list[list[str]] = [[]]
+    size = 0
     for name in part.tensors:
         if shards[-1] and size + part.nbytes(name) > max_shard_size:
             shards.append([])
@@ -143,6 +146,7 @@ def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
 
 
 def shard_size(part: Part, names: list[str]) -> int:
+    """Bytes of the tensors `names`, header not counted."""
     return sum(part.nbytes(name) for name in names)
 
 
@@ -169,7 +173,7 @@ def write_shard(path: Path, part: Part, names: list[str], advance: Callable[[int
             sha256, finite = hashlib.sha256(), True
             for chunk in part.tensors[name].chunks():
                 finite = finite and is_finite(chunk)
-                data = memoryview(chunk.to(FLOATS[part.dtypes[name]]).view(torch.uint8).numpy())
+                data = chunk.to(FLOATS[part.dtypes[name]]).view(torch.uint8).numpy().data
                 hashed = beside.submit(sha256.update, data)  # while this thread writes
                 write_all(file, data)
                 hashed.result()
@@ -184,7 +188,7 @@ def write_shard(path: Path, part: Part, names: list[str], advance: Callable[[int
 
 def build_header(part: Part, names: list[str], digests: dict[str, str]) -> bytes:
     """The length and the JSON; its size depends on the names and not on the digests."""
-    header = {"__metadata__": {"format": "pt", **part.metadata, "sha256": json.dumps(digests)}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **part.metadata, "sha256": json.dumps(digests)}}
     offset = 0
     for name in names:
         stop = offset + part.nbytes(name)
@@ -203,7 +207,7 @@ def verify_shard(path: Path, advance: Callable[[int], None] = lambda nbytes: Non
     for name, digest in digests_of(weights).items():
         sha256 = hashlib.sha256()
         for chunk in weights.tensors[name].chunks():
-            sha256.update(chunk.view(torch.uint8).numpy())
+            sha256.update(chunk.view(torch.uint8).numpy().data)
             advance(chunk.nbytes)
         if sha256.hexdigest() != digest:
             wrong.append(name)
@@ -217,7 +221,7 @@ def digests_of(weights: Weights) -> dict[str, str]:
 
 
 def is_finite(values: Tensor) -> bool:
-    """False for NaN or infinity: the extremes show both, and cost a tenth of looking at each value."""
+    """False for NaN or infinity in values (n,): the extremes show both, and cost a tenth of looking at each value."""
     return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
 
 
@@ -229,6 +233,7 @@ def write_all(file, data: bytes | memoryview) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
+    """ValueError where the disk has no room for `needed` bytes and a little more."""
     free = shutil.disk_usage(folder).free
     if needed + 2**20 > free:
         raise ValueError(

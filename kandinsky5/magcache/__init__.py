@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
+
+from kandinsky5.dit import DiT
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m kandinsky5.magcache CHECKPOINT --prompts FILE -o RATIOS.json"
@@ -46,7 +49,7 @@ class StepSkipping:
 
 
 def plan_skips(
-    skipping: bool | str | Path | dict | StepSkipping, model: str, steps: int, guided: bool = True
+    skipping: Literal[True] | str | Path | dict | StepSkipping, model: str, steps: int, guided: bool = True
 ) -> list[bool]:
     """Which of the steps are skipped.
 
@@ -90,7 +93,7 @@ def load(path: str | Path) -> StepSkipping:
 
 
 @contextmanager
-def skip_steps(dit: nn.Module, skips: list[bool], passes: int) -> Iterator[None]:
+def skip_steps(dit: DiT, skips: list[bool], passes: int) -> Iterator[None]:
     """Inside, the forwards of `dit` must come step by step, `passes` in each; those of a step in `skips` are short.
 
     Each pass keeps one residual, as large as the tokens: (B, L, dim).
@@ -107,7 +110,10 @@ def skip_steps(dit: nn.Module, skips: list[bool], passes: int) -> Iterator[None]
 
 
 class CachedBlocks(nn.Module):
-    """Stands in for all visual blocks: runs them, or adds what they added in the same pass of an earlier step."""
+    """Stands in for all visual blocks: runs them, or adds what they added in the same pass of an earlier step.
+
+    x (B, L, dim), and whatever else a block is given → (B, L, dim).
+    """
 
     def __init__(self, blocks: nn.ModuleList, skips: list[bool], passes: int):
         super().__init__()
@@ -115,7 +121,7 @@ class CachedBlocks(nn.Module):
         self.calls = ((skip, number) for skip in skips for number in range(passes))
         self.residuals: dict[int, Tensor] = {}  # of each pass
 
-    def forward(self, x: Tensor, *arguments) -> Tensor:  # (B, L, dim) → the same
+    def forward(self, x: Tensor, *arguments) -> Tensor:
         skip, number = next(self.calls)
         if skip:
             return x + self.residuals[number]
@@ -126,7 +132,7 @@ class CachedBlocks(nn.Module):
         return out
 
 
-def _find(skipping: bool | str | Path | dict | StepSkipping, model: str) -> StepSkipping:
+def _find(skipping: Literal[True] | str | Path | dict | StepSkipping, model: str) -> StepSkipping:
     if skipping is True:
         known = sorted(path.stem for path in FOLDER.glob("*.json"))
         if model not in known:

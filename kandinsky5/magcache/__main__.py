@@ -61,7 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 @torch.inference_mode()
 def measure_ratios(pipe: Pipeline, prompts: list[str], **settings) -> StepSkipping:
-    """Generate a video from each prompt, with `settings` of the pipeline's call; returns the mean ratios."""
+    """Generate a video from each prompt, with `settings` of the pipeline's call; returns the mean ratios.
+
+    ValueError without prompts, with fewer than two steps, and for what the pipeline's call refuses.
+    """
     if not prompts:
         raise ValueError("there are no prompts to measure with: give a file with one on each line")
     guidance = settings.get("guidance_scale")
@@ -74,14 +77,16 @@ def measure_ratios(pipe: Pipeline, prompts: list[str], **settings) -> StepSkippi
     for seed, prompt in enumerate(prompts):
         ratios.append(_measure_one(pipe, passes, prompt=prompt, seed=seed, **settings))
     means = torch.tensor(ratios).mean(dim=0)  # (passes × (steps − 1)); the passes alternate
-    columns = [[round(float(ratio), 5) for ratio in means[i::passes]] for i in range(passes)]
+    columns = [tuple(round(float(ratio), 5) for ratio in means[i::passes]) for i in range(passes)]
     source = f"measured with {pipe.config.name}, {steps} steps, guidance {guidance:g}, prompts: {len(prompts)}"
-    return StepSkipping(*(tuple(column) for column in columns), source=source)
+    return StepSkipping(columns[0], columns[1] if passes == 2 else (), source=source)
 
 
 def _measure_one(pipe: Pipeline, passes: int, **settings) -> list[float]:
     """The ratios of one generation in the order of the passes: step 1 conditional, unconditional, step 2 …"""
-    ratios, before, entered = [], deque(maxlen=passes), []
+    ratios: list[float] = []
+    before: deque[Tensor] = deque(maxlen=passes)  # the residuals of the step before
+    entered: list[Tensor] = []
 
     def enter(block, arguments) -> None:
         entered[:] = arguments[:1]

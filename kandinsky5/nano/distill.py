@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
@@ -34,15 +34,16 @@ from kandinsky5.vae import VAE
 RECIPES = {
     "nocfg": Recipe(steps=800, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "distilled": Recipe(steps=800, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=2000, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
+    "long": Recipe(steps=1000, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 16_000
-LONG_BATCH, LONG_CLIPS = 8, 4000  # clips of 33 frames at 128 x 128 in a batch; on disk
+LONG_BATCH, LONG_CLIPS = 8, 1000  # clips of 33 frames at 128 x 128 in a batch; on disk
 
 
 def main() -> None:
+    """Run one stage of distillation, as far as it is not done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=RECIPES)
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
@@ -62,7 +63,7 @@ def main() -> None:
 
 def distill(
     folder: Path, config: PipelineConfig, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe
-) -> nn.Module:
+) -> DiT:
     """Train a copy of `teacher` to answer in one pass what the teacher answers in more; returns its average.
 
     With the configuration of nano-nocfg these are the two passes of guidance, at any time. With that of
@@ -93,7 +94,7 @@ def distill(
     return train(student, loss, recipe, folder, _sampler(config, vae, text_encoder, folder), sample_every=500)
 
 
-def train_long(folder: Path, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe) -> nn.Module:
+def train_long(folder: Path, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe) -> DiT:
     """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA."""
     torch.manual_seed(recipe.seed)
     sampling = presets.LONG.sampling
@@ -134,7 +135,7 @@ def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, sched
 
 
 def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder: Path):
-    def sample(dit: nn.Module, step: int) -> dict[str, float]:
+    def sample(dit: DiT, step: int) -> dict[str, float]:
         return test(config, dit, vae, text_encoder, folder / f"sample_{step:06d}.png")
 
     return sample

@@ -16,7 +16,7 @@ from torch import nn
 
 from kandinsky5.checkpoint import save_checkpoint
 from kandinsky5.dit import DiT
-from kandinsky5.nano import presets
+from kandinsky5.nano import presets, world
 from kandinsky5.nano.distill import RECIPES
 from kandinsky5.nano.train_dit import RECIPE
 from kandinsky5.nano.train_text import load_text_encoder
@@ -27,18 +27,20 @@ RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distille
 
 
 def main() -> None:
+    """Write a checkpoint folder for each run that there is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and long")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
     parser.add_argument("--judged", type=Path, default=Path("docs/judge"), help="folder of the judge's tables")
+    parser.add_argument("--remark", default="", help="a sentence for the cards, such as what a run started from")
     parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
     arguments = parser.parse_args()
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
             folder = arguments.to / name
             export(name, arguments.runs / run, arguments.vae, arguments.text, folder)
-            write_card(name, arguments.runs, folder, arguments.judged / f"judge_{name}.md")
+            write_card(name, arguments.runs, folder, arguments.judged / f"judge_{name}.md", arguments.remark)
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
@@ -67,10 +69,11 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
 {what}
 
 - **Data**: clips drawn by `kandinsky5/nano/world.py`, {frames} frames of {height} × {width} at {fps} a second;
-  6 colours, 5 shapes, 7 motions, 3 backgrounds, one object or two, captions in English and Russian. Of the 210
-  triples of colour, shape and motion 30 are never trained on (`kandinsky5/nano/held_out.json`).
+  {colours} colours, {shapes} shapes, {motions} motions, {backgrounds} backgrounds, one object or two, captions in
+  English and Russian. Of the {triples} triples of colour, shape and motion {held_out} are never trained on
+  (`kandinsky5/nano/held_out.json`).
 - **Recipe**: {recipe}; seed {seed}.
-- **Trained**: {steps:,} steps in {hours:.1f} hours on one core of a CPU that did other work too, {before}.
+- **Trained**: {steps:,} steps in {hours:.1f} hours on one core of a CPU that did other work too, {before}.{remark}
 - **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}.
 - **Limits**: it knows this world and nothing else.
 - **Licence**: MIT.
@@ -94,8 +97,8 @@ STAGES = {
 }
 
 
-def write_card(name: str, runs: Path, folder: Path, judged: Path) -> None:
-    """The model card: data, recipe, steps and hours from the run's log, the judge's table."""
+def write_card(name: str, runs: Path, folder: Path, judged: Path, remark: str = "") -> None:
+    """The model card: data, recipe, steps and hours from the run's log, a remark, the judge's table."""
     config, last = presets.PRESETS[name], read_rows(runs / RUNS[name] / "loss.csv")[-1]
     recipe = RECIPES.get(RUNS[name], RECIPE)
     optimizer = "Muon for the blocks' matrices and AdamW for the rest" if recipe.muon else "AdamW"
@@ -107,6 +110,13 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path) -> None:
         height=config.sampling.height,
         width=config.sampling.width,
         fps=config.sampling.fps,
+        colours=len(world.COLOURS),
+        shapes=len(world.SHAPES),
+        motions=len(world.MOTIONS),
+        backgrounds=len(world.BACKGROUNDS),
+        triples=len(world.ALL_TRIPLES),
+        held_out=len(world.HELD_OUT),
+        remark=f" {remark}" if remark else "",
         recipe=f"{optimizer}, learning rate {recipe.learning_rate:g} with warm-up and cosine, averaged weights",
         seed=recipe.seed,
         steps=int(last["step"]),

@@ -45,7 +45,7 @@ from kandinsky5.nano.world import (
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
 COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB
 MIN_AREA = 8  # pixels of one colour, without their rim, that count as something seen
-MAX_SHAPE_ERROR = 0.12  # squared difference from the shape as drawn, as a part of its area
+MAX_SHAPE_ERROR = 0.10  # squared difference from the shape as drawn, as a part of its area
 SHAPE_TIE = 0.01  # by so little may another shape fit better for a while; a blurred square is 0.025 from a disc
 SHAPE_WINDOW = 5  # frames that are asked together for their shape
 MAX_UNEXPLAINED = 8  # pixels of a frame, without their rim, that neither background nor objects account for
@@ -75,6 +75,8 @@ class ObjectReport:
 
 @dataclass(frozen=True)
 class ClipReport:
+    """What was measured in a clip. The background by name, None where it changes; its mean colour, 0 to 255."""
+
     background: str | None
     background_rgb: tuple[float, float, float]
     objects: tuple[ObjectReport, ...]  # those that are there in every frame
@@ -151,7 +153,7 @@ def _in_units(frames: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
 
 def _nearest(palette: dict[str, tuple[int, int, int]], colour: np.ndarray) -> str | None:
     distance = {name: np.linalg.norm(colour - np.array(rgb)) for name, rgb in palette.items()}
-    name = min(distance, key=distance.get)
+    name = min(distance, key=lambda name: distance[name])
     return name if distance[name] <= COLOUR_TOLERANCE else None
 
 
@@ -224,18 +226,17 @@ def _judge_object(colour: np.ndarray, share: np.ndarray, fps: float) -> tuple[Ob
 def _draw_like(
     share: np.ndarray, shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a shape as blurred as the clip is, since a blurred star differs less from a disc than from a star.
+    """Draws a shape as blurred as the clip is, so that the difference tells of the shape and not of a decoder's blur.
 
     Returns it, (F, H, W), and its squared difference from `share` as a part of its area, (F,).
     """
     drawn = coverage(shape, x, y, radius[:, None, None])
-    best = None
+    candidates = []
     for _ in range(4):  # blurred by 0, 1, 2 and 3 times 1-2-1, a standard deviation of up to 1.2 pixels
         error = ((share - drawn) ** 2).sum((1, 2)) / (AREA[shape] * radius**2)
-        if best is None or error.mean() < best[1].mean():
-            best = drawn, error
+        candidates.append((drawn, error))
         drawn = _blur(drawn)
-    return best
+    return min(candidates, key=lambda candidate: candidate[1].mean())
 
 
 def _same_all_the_time(shape: str, errors: dict[str, np.ndarray]) -> bool:
@@ -270,7 +271,7 @@ def _judge_motion(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> tuple[str
             motion = "still"
         elif travel >= MOVING and factor <= SAME_SIZE:
             cosine = {name: (across * a + down * b) / travel for name, (a, b) in DIRECTIONS.items()}
-            nearest = max(cosine, key=cosine.get)
+            nearest = max(cosine, key=lambda name: cosine[name])
             motion = nearest if cosine[nearest] > math.cos(math.radians(20)) else None
     return motion, (across, down), growth
 
@@ -296,7 +297,8 @@ def _score_objects(seen: list[ObjectReport | None], said: Caption) -> dict[str, 
         for key in keys
     }
     if said.relation:
-        result["relation"] = None not in seen and _is_so(said.relation, seen[0].position, seen[1].position)
+        first, second = seen
+        result["relation"] = bool(first and second and _is_so(said.relation, first.position, second.position))
     return result
 
 
@@ -375,7 +377,7 @@ def examine(
             result = {"index": index, "text": texts[b], "answers": answers}
             if exam.task == "vae":
                 result["psnr"] = psnr(clips[b], drawn[b])
-            if exam.task == "image":
+            if best_first_frames is not None:  # image to video
                 result["psnr"] = psnr(clips[b, 0], drawn[b, 0])
                 at_best = psnr(best_first_frames[b], drawn[b, 0])
                 answers["first frame"] = bool(result["psnr"] >= at_best - FIRST_FRAME_LOSS)

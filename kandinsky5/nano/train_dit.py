@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky5 import video_io
 from kandinsky5.config import PipelineConfig
@@ -38,6 +38,7 @@ from kandinsky5.train import (
     flow_batch,
     flow_loss,
     generator,
+    load_average,
     train,
 )
 from kandinsky5.vae import VAE
@@ -53,21 +54,26 @@ CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during t
 
 
 def main() -> None:
+    """Train nano's DiT, as far as it is not done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    parser.add_argument("--steps", type=int, default=RECIPE.steps, help="default: %(default)s")
+    parser.add_argument("--start-from", type=Path, help="folder of another run; begins with its averaged weights")
     arguments = parser.parse_args()
     vae = load_vae(arguments.vae)
     recipe = replace(RECIPE, steps=arguments.steps)
-    train_dit(arguments.folder, vae, load_text_encoder(arguments.text), recipe)
-
-
-def train_dit(folder: Path, vae: VAE, text_encoder: TextEncoder, recipe: Recipe = RECIPE) -> nn.Module:
-    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights."""
     torch.manual_seed(recipe.seed)
-    dit, clips = DiT(presets.DIT), ClipStore(folder / "clips", vae)
+    dit = DiT(presets.DIT)
+    if arguments.start_from:
+        dit.load_state_dict(load_average(DiT(presets.DIT), arguments.start_from).state_dict())
+    train_dit(arguments.folder, dit, vae, load_text_encoder(arguments.text), recipe)
+
+
+def train_dit(folder: Path, dit: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe = RECIPE) -> DiT:
+    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights."""
+    clips = ClipStore(folder / "clips", vae)
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -78,7 +84,7 @@ def train_dit(folder: Path, vae: VAE, text_encoder: TextEncoder, recipe: Recipe 
         value = flow_loss(predicted, batch.velocity, batch.asked)
         return value, loss_by_time(predicted.detach(), batch)
 
-    def sample(dit: nn.Module, step: int) -> dict[str, float]:
+    def sample(dit: DiT, step: int) -> dict[str, float]:
         return test(presets.NANO, dit, vae, text_encoder, folder / f"sample_{step:06d}.png")
 
     return train(dit, loss, recipe, folder, sample=sample, sample_every=2000)
@@ -94,7 +100,10 @@ def draw_batch(
     batch_size: int = BATCH,
     sample_times: Callable[[int, torch.Generator], Tensor] = TIMES.sample,
 ) -> tuple[FlowBatch, TextFeatures]:
-    """What a step trains on; it depends on nothing but `seed` and the number of clips that there are by then."""
+    """What a step trains on; it depends on nothing but `seed` and the number of clips that there are by then.
+
+    B = batch_size clips of those below `available`, at times (B,), and what the DiT is told of them.
+    """
     rng, random = np.random.default_rng(seed), generator(seed)
     chosen = rng.integers(available, size=batch_size)
     latents, first_frame = clips.read(chosen, available)  # (B, 5, 8, 8, 16), (B, 1, 8, 8, 16)
@@ -112,7 +121,10 @@ def encode_text(text_encoder: TextEncoder, prompts: list[str]) -> TextFeatures:
 
 
 def loss_by_time(predicted: Tensor, batch: FlowBatch) -> dict[str, float]:
-    """The loss of the samples near the noise and of those near the data: motion and fine detail."""
+    """The loss of the samples near the noise and of those near the data: motion and fine detail.
+
+    predicted: velocity (B, T, H, W, C). A part that no sample of the batch falls into is left out.
+    """
     each = ((predicted.float() - batch.velocity).square() * batch.asked).flatten(1).mean(dim=1)  # (B,)
     parts = {"loss_noise": batch.t > 0.8, "loss_data": batch.t < 0.4}
     return {name: float(each[where].mean()) for name, where in parts.items() if where.any()}
@@ -143,6 +155,7 @@ class ClipStore:
         )
 
     def scene(self, index: int) -> Scene:
+        """What clip `index` shows; it follows from the store's seed."""
         return sample_scene([self.seed, index], canvas=(self.size, self.size))
 
     def read(self, indices: np.ndarray, available: int) -> tuple[Tensor, Tensor]:
@@ -195,14 +208,16 @@ class ClipStore:
 # ---------------------------------------------------------------------------------------------- looking at it
 
 
-def build_pipeline(config: PipelineConfig, dit: nn.Module, vae: VAE, text_encoder: TextEncoder) -> Pipeline:
+def build_pipeline(config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder) -> Pipeline:
     """Copies of the models in bf16, as they will be shipped."""
-    models = (copy.deepcopy(model).to(torch.bfloat16).eval() for model in (dit, vae, text_encoder))
-    return Pipeline(config, *models)
+    dit, vae, text_encoder = copy.deepcopy((dit, vae, text_encoder))
+    for model in (dit, vae, text_encoder):
+        model.to(torch.bfloat16).eval()
+    return Pipeline(config, dit, vae, text_encoder)
 
 
 def test(
-    config: PipelineConfig, dit: nn.Module, vae: VAE, text_encoder: TextEncoder, picture: Path | None, count: int = 32
+    config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder, picture: Path | None, count: int = 32
 ) -> dict[str, float]:
     """What the judge finds in clips of fresh prompts, one object and two, English and Russian; and a contact sheet."""
     pipe = build_pipeline(config, dit, vae, text_encoder)

@@ -47,6 +47,7 @@ LANGUAGES = ("english", "russian")
 
 
 def main() -> None:
+    """Train tokenizers, Qwen and CLIP, each as far as it is not done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
@@ -91,9 +92,10 @@ def train_tokenizers(folder: Path) -> None:
             vocab_size=presets.QWEN.vocab_size if name == "qwen" else presets.CLIP.vocab_size,
             special_tokens=[AddedToken(token, normalized=False) for token in special],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            **({"end_of_word_suffix": "</w>"} if name == "clip" else {}),
             show_progress=False,
         )
+        if name == "clip":
+            trainer.end_of_word_suffix = "</w>"
         backend.train_from_iterator(texts, trainer)
         target = folder / f"{name}_tokenizer"
         target.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,10 @@ def _clip_backend() -> Backend:
 
 
 class LanguageModel(nn.Module):
-    """Qwen with the head that predicts the next token, which is thrown away afterwards."""
+    """Qwen with the head that predicts the next token, which is thrown away afterwards.
+
+    ids (B, S) → logits (B, S, vocabulary).
+    """
 
     def __init__(self):
         super().__init__()
@@ -132,19 +137,19 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(presets.QWEN.dim, presets.QWEN.vocab_size, bias=False)
         nn.init.normal_(self.qwen.embedding.weight, std=0.3)
 
-    def forward(self, ids: Tensor) -> Tensor:  # (B, S) → logits (B, S, vocabulary)
+    def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.qwen(ids))
 
 
-def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> nn.Module:
+def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
     """Next token in conversations of template, caption and answer."""
     torch.manual_seed(recipe.seed)
     model, tokenizer = LanguageModel(), Tokenizer.load(folder / "qwen_tokenizer")
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         captions = [draw_caption([2, *seed, i]) for i in range(QWEN_BATCH)]
-        ids = [tokenizer.encode(conversation(said)) for said in captions]
-        ids = pad_sequence([torch.tensor(i) for i in ids], batch_first=True, padding_value=-100)  # (B, S)
+        rows = [torch.tensor(tokenizer.encode(conversation(said))) for said in captions]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, S)
         logits = model(ids[:, :-1].clamp(min=0)).float()
         value = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
         answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.token_id("<|im_start|>"))
@@ -159,10 +164,16 @@ def conversation(said: Caption) -> str:
 
 
 def answer(said: Caption) -> str:
-    """What a caption says, in a fixed manner: "red star left small above; blue ring still; on black"."""
-    roles = (said.relation, OPPOSITE.get(said.relation))
-    parts = [" ".join((*thing.values(), role or "")).strip() for thing, role in zip(said.objects, roles, strict=False)]
+    """What a caption says, in a fixed manner: "red circle left small above; blue diamond still; on black"."""
+    parts = [
+        " ".join((*thing.values(), role or "")).strip() for thing, role in zip(said.objects, roles(said), strict=False)
+    ]
     return "; ".join(parts + [f"on {said.background}"] * (said.background is not None))
+
+
+def roles(said: Caption) -> tuple[str | None, str | None]:
+    """Where the first object stands to the second, and the second to the first, if the caption says so."""
+    return said.relation, OPPOSITE[said.relation] if said.relation else None
 
 
 def answer_accuracy(logits: Tensor, targets: Tensor, start: int) -> float:
@@ -199,7 +210,7 @@ class CaptionContrast(nn.Module):
         return self.log_scale.clamp(max=4.6).exp() * captions @ lists.T
 
 
-def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> nn.Module:
+def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> CaptionContrast:
     """Which caption says what, among the captions of a batch."""
     torch.manual_seed(recipe.seed)
     model, tokenizer = CaptionContrast(), Tokenizer.load(folder / "clip_tokenizer")
@@ -224,8 +235,7 @@ def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> nn.Module:
 def as_set(said: Caption) -> tuple[Tensor, Tensor]:
     """What a caption says as ones and zeros: objects (2, attributes), background (backgrounds,)."""
     objects = torch.zeros(2, len(ATTRIBUTES))
-    roles = (said.relation, OPPOSITE.get(said.relation))
-    for i, (thing, role) in enumerate(zip(said.objects, roles, strict=False)):
+    for i, (thing, role) in enumerate(zip(said.objects, roles(said), strict=False)):
         for word in (*thing.values(), *([role] if role else [])):
             objects[i, ATTRIBUTES.index(word)] = 1
     return objects, torch.tensor([float(name == said.background) for name in BACKGROUNDS])

@@ -11,6 +11,7 @@ each frame for itself, and not with one that averages three.
 import argparse
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ TEST_SEED = 10**6  # scenes that are never drawn for training
 
 
 def main() -> None:
+    """Train on frames, then on clips, and standardise the latents; each as far as it is not done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
@@ -77,16 +79,15 @@ def train_clips(folder: Path, vae: VAE, recipe: Recipe = CLIPS_RECIPE) -> VAE:
     vae = copy.deepcopy(vae).requires_grad_(True)
     with torch.no_grad():  # nothing but the KL has shaped the log-variance so far, and that makes it 0
         channels = vae.config.latent_channels
-        vae.quant_conv.weight[channels:] = 0
-        vae.quant_conv.bias[channels:] = FIRST_LOGVAR
+        weight, bias = vae.quant_conv.parameters()
+        weight[channels:] = 0
+        bias[channels:] = FIRST_LOGVAR
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        if seed[1] % 4 == 1:  # images must go on working alone: image-to-video encodes one
-            video, only_frames = draw_frames([1, *seed], FRAMES // 4), single_frame(vae)
-        else:
-            video, only_frames = draw_clips(seed), contextlib.nullcontext()
+        only_frames = seed[1] % 4 == 1  # images must go on working alone: image-to-video encodes one
+        video = draw_frames([1, *seed], FRAMES // 4) if only_frames else draw_clips(seed)
         noise = torch.randn(latent_shape(vae, video), generator=generator(seed))
-        with only_frames:
+        with single_frame(vae) if only_frames else contextlib.nullcontext():
             return vae_loss(vae, video, noise)
 
     return train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=200)
@@ -99,12 +100,10 @@ def train_decoder(folder: Path, vae: VAE, recipe: Recipe = DECODER_RECIPE) -> VA
         part.requires_grad_(True)
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        if seed[1] % 8 == 1:  # more of them, and clips get worse
-            video, only_frames = draw_frames([3, *seed], FRAMES // 8), single_frame(vae)
-        else:
-            video, only_frames = draw_clips([2, *seed], halved=False), contextlib.nullcontext()
+        only_frames = seed[1] % 8 == 1  # more of them, and clips get worse
+        video = draw_frames([3, *seed], FRAMES // 8) if only_frames else draw_clips([2, *seed], halved=False)
         noise = torch.randn(latent_shape(vae, video), generator=generator(seed))
-        with only_frames:
+        with single_frame(vae) if only_frames else contextlib.nullcontext():
             return vae_loss(vae, video, noise)
 
     return train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=300)
@@ -163,9 +162,10 @@ def draw_confetti(rng: np.random.Generator, size: int = 64, count: int = 10) -> 
     y, x = np.indices((size, size), dtype=np.float32) + 0.5
     picture = np.broadcast_to(rng.uniform(0, 255, 3), (size, size, 3))
     for _ in range(count):
-        centre_x, centre_y, radius = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(5, 20)
+        circle = [rng.uniform(0, size), rng.uniform(0, size), rng.uniform(5, 20)]
+        centre_x, centre_y, radius = np.array(circle, np.float32)[:, None, None]  # (1, 1) each
         shape = SHAPES[rng.integers(len(SHAPES))]
-        share = coverage(shape, x - np.float32(centre_x), y - np.float32(centre_y), np.float32(radius))[..., None]
+        share = coverage(shape, x - centre_x, y - centre_y, radius)[..., None]
         picture = picture + share * (rng.uniform(0, 255, 3) - picture)
     return (picture + 0.5).astype(np.uint8)[None]
 
@@ -181,7 +181,8 @@ def standardise(vae: VAE, count: int = 256) -> VAE:
 
     The 1×1×1 convs on both sides of the latents take it up: what the one takes off, the other puts back.
     """
-    total = square = 0.0
+    C = vae.config.latent_channels
+    total = square = torch.zeros(C, dtype=torch.float64)
     for start in range(0, count, 8):
         video = draw_videos([sample_scene([TEST_SEED - 1, i]) for i in range(start, start + 8)])
         with torch.autocast("cpu", torch.bfloat16):
@@ -190,13 +191,13 @@ def standardise(vae: VAE, count: int = 256) -> VAE:
         total = total + mean.mean(dim=(0, 2, 3, 4)) * 8 / count
         square = square + (mean.square() + variance).mean(dim=(0, 2, 3, 4)) * 8 / count
     shift, scale = total.float(), (square - total**2).sqrt().float()  # (16,) each
-    C = vae.config.latent_channels
-    before, after = vae.quant_conv, vae.post_quant_conv
-    after.bias += after.weight[..., 0, 0, 0] @ shift
-    after.weight *= scale.view(1, C, 1, 1, 1)
-    before.weight[:C] /= scale.view(C, 1, 1, 1, 1)
-    before.bias[:C] = (before.bias[:C] - shift) / scale
-    before.bias[C:] -= 2 * scale.log()
+    weight, bias = vae.post_quant_conv.parameters()
+    bias.add_(weight[..., 0, 0, 0] @ shift)
+    weight.mul_(scale.view(1, C, 1, 1, 1))
+    weight, bias = vae.quant_conv.parameters()
+    weight[:C] /= scale.view(C, 1, 1, 1, 1)
+    bias[:C] = (bias[:C] - shift) / scale
+    bias[C:] -= 2 * scale.log()
     return vae
 
 
@@ -231,7 +232,7 @@ def single_frame(vae: VAE) -> Iterator[None]:
 
     convs = [module for module in vae.modules() if isinstance(module, CausalConv3d)]
     for conv in convs:
-        conv.forward = lambda x, conv=conv: conv_2d(conv, x)
+        vars(conv)["forward"] = functools.partial(conv_2d, conv)
     try:
         yield
     finally:

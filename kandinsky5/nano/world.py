@@ -16,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+Option = TypeVar("Option")
 
 CANVAS = (64, 64)  # height, width in units
 FPS = 10
@@ -33,7 +36,7 @@ COLOURS = {
     "cyan": (40, 208, 210),
 }
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (128, 128, 128), "white": (243, 243, 243)}
-SHAPES = ("circle", "square", "triangle", "star", "ring")
+SHAPES = ("circle", "square", "triangle", "diamond")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink", "still")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
@@ -41,6 +44,7 @@ OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of
 RADII = {"small": (8.0, 9.2), "big": (12.0, 13.8)}  # of objects that keep their size
 GROWTH_FROM, GROWTH_FACTOR = (7.2, 8.0), (1.7, 2.0)  # radius at the small end; large end / small end
 TRAVEL = {1: (14.0, 24.5), 2: (13.0, 19.0)}  # by the number of objects: two have less room
+TWO_OBJECTS = 0.6  # of the scenes, where the number is not given
 MARGIN, GAP = 2.0, 5.0  # between an object and the canvas; between the areas that two objects sweep
 
 # (colour, shape, motion): those of the file are never drawn for training.
@@ -67,6 +71,8 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
+    """All that a clip shows: objects on a background of one colour."""
+
     background: str
     objects: tuple[Object, ...]
     canvas: tuple[int, int] = CANVAS  # height, width in units
@@ -92,7 +98,7 @@ def sample_scene(
 
     seed: whatever `np.random.default_rng` takes; [seed, index] gives the same scene on every machine.
     split: "train" (no held-out triple), "held_out" (only those) or "all".
-    num_objects: 1 or 2, or None for two in 40 % of the scenes. Two have different colours and keep apart.
+    num_objects: 1 or 2, or None for two in 60 % of the scenes. Two have different colours and keep apart.
     canvas: height, width in units, at least 64 each.
     Raises ValueError for an unknown split, another number of objects or a small canvas.
     """
@@ -104,7 +110,7 @@ def sample_scene(
         raise ValueError(f"canvas {canvas} is too small to move in: use at least {CANVAS}")
     rng = np.random.default_rng(seed)
     if num_objects is None:
-        num_objects = 2 if rng.random() < 0.4 else 1
+        num_objects = 2 if rng.random() < TWO_OBJECTS else 1
     background = pick(rng, tuple(BACKGROUNDS))
     while True:
         triples = [pick(rng, TRIPLES[split]) for _ in range(num_objects)]
@@ -139,7 +145,7 @@ def draw_scene(scene: Scene, num_frames: int = 17, height: int = 64, width: int 
         rows, columns = slice(max(top - 2, 0), bottom + 2), slice(max(left - 2, 0), right + 2)
         grid_y = (np.arange(height, dtype=np.float32)[rows, None] + 0.5) / pixels
         grid_x = (np.arange(width, dtype=np.float32)[columns] + 0.5) / pixels
-        start, end = np.float32(thing.start), np.float32(thing.end)
+        start, end = np.array([thing.start, thing.end], dtype=np.float32)
         x, y, radius = (start[i] + (end[i] - start[i]) * time for i in range(3))  # (F, 1, 1) each
         share = coverage(thing.shape, grid_x - x, grid_y - y, radius, pixels)[..., None]  # (F, h, w, 1)
         colour = np.array(COLOURS[thing.colour], dtype=np.float32)
@@ -189,7 +195,7 @@ def swept_box(thing: Object) -> tuple[float, float, float, float]:
     )
 
 
-def pick(rng: np.random.Generator, options: tuple):
+def pick(rng: np.random.Generator, options: tuple[Option, ...]) -> Option:
     """One of the options, evenly."""
     return options[rng.integers(len(options))]
 
@@ -208,10 +214,6 @@ def _circle(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     return np.sqrt(x * x + y * y) - radius
 
 
-def _ring(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    return np.abs(np.sqrt(x * x + y * y) - RING_MIDDLE * radius) - RING_HALF_WIDTH * radius
-
-
 def _square(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     return np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius
 
@@ -221,45 +223,35 @@ def _triangle(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     return np.maximum(y, SIN_60 * np.abs(x) - 0.5 * y) - 0.5 * TRIANGLE_TIP * radius
 
 
-def _star(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Five-pointed, one point up. Mirrors fold the plane onto a tenth of it, whose outline is one line."""
-    for _ in range(2):
-        x = np.abs(x)
-        beyond = 2 * np.maximum(COS_36 * x + SIN_36 * y, 0)  # of the notch at 36 degrees from the top
-        x, y = x - beyond * COS_36, y - beyond * SIN_36
-    across, along = STAR_NOTCH * SIN_36, 1 - STAR_NOTCH * COS_36  # from tip to notch
-    length = math.hypot(across, along)
-    return (np.abs(x) * (along / length)) - (y + STAR_TIP * radius) * (across / length)
+def _diamond(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """A rhombus that stands on a corner, taller than wide."""
+    steepness = DIAMOND_HALF_WIDTH * DIAMOND_HALF_HEIGHT / math.hypot(DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT)
+    return (np.abs(x) / DIAMOND_HALF_WIDTH + np.abs(y) / DIAMOND_HALF_HEIGHT - radius) * steepness
 
 
-SIN_36, COS_36 = math.sin(math.pi / 5), math.cos(math.pi / 5)
 SIN_60 = math.sin(math.pi / 3)
 # In radii, chosen so that all shapes of one radius look about as large.
-RING_MIDDLE, RING_HALF_WIDTH = 0.8, 0.3
-SQUARE_HALF_SIDE, TRIANGLE_TIP, STAR_TIP = 0.9, 1.3, 1.35
-STAR_NOTCH = 0.45  # the notches' distance from the centre as a part of the tips'
+SQUARE_HALF_SIDE, TRIANGLE_TIP = 0.9, 1.3
+DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT = 0.95, 1.35
 
 DISTANCE: dict[str, Callable] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
-    "star": _star,
-    "ring": _ring,
+    "diamond": _diamond,
 }
 # Half the width, and the height above and below the centre of mass, of a shape of radius 1; and its area.
 EXTENT = {
     "circle": (1.0, 1.0, 1.0),
     "square": (SQUARE_HALF_SIDE, SQUARE_HALF_SIDE, SQUARE_HALF_SIDE),
     "triangle": (TRIANGLE_TIP * SIN_60, TRIANGLE_TIP, TRIANGLE_TIP / 2),
-    "star": (STAR_TIP * math.cos(math.pi / 10), STAR_TIP, STAR_TIP * COS_36),
-    "ring": (RING_MIDDLE + RING_HALF_WIDTH,) * 3,
+    "diamond": (DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT, DIAMOND_HALF_HEIGHT),
 }
 AREA = {
     "circle": math.pi,
     "square": 4 * SQUARE_HALF_SIDE**2,
     "triangle": 1.5 * SIN_60 * TRIANGLE_TIP**2,
-    "star": 5 * STAR_NOTCH * SIN_36 * STAR_TIP**2,
-    "ring": 4 * math.pi * RING_MIDDLE * RING_HALF_WIDTH,
+    "diamond": 2 * DIAMOND_HALF_WIDTH * DIAMOND_HALF_HEIGHT,
 }
 
 
@@ -321,7 +313,7 @@ def _write_english(
     rng: np.random.Generator, said: tuple[dict, ...], background: str | None, relation: str | None
 ) -> str:
     nouns = [_english_noun(rng, thing) for thing in said]
-    moves, moving = zip(*(_english_verb(rng, thing["motion"]) for thing in said), strict=True)
+    moves, moving = zip(*(_verb(rng, thing["motion"], ENGLISH_VERB, ENGLISH_DIRECTION) for thing in said), strict=True)
     if len(said) == 1:
         text = pick(rng, (f"{nouns[0]} {moves[0]}", f"{nouns[0]} {moving[0]}", f"there is {nouns[0]} {moving[0]}"))
     elif relation is None:
@@ -351,15 +343,6 @@ def _write_english(
 def _english_noun(rng: np.random.Generator, thing: dict[str, str]) -> str:
     size = f"{pick(rng, ENGLISH_SIZE[thing['size']])} " if "size" in thing else ""
     return f"a {size}{thing['colour']} {thing['shape']}"
-
-
-def _english_verb(rng: np.random.Generator, motion: str) -> tuple[str, str]:
-    """As in "it moves left" and as in "something moving left"."""
-    if motion not in DIRECTIONS:
-        return pick(rng, ENGLISH_VERB[motion])
-    moves, moving = pick(rng, ENGLISH_VERB["move"])
-    where = pick(rng, ENGLISH_DIRECTION[motion])
-    return f"{moves} {where}", f"{moving} {where}"
 
 
 ENGLISH_SIZE = {"small": ("small", "little"), "big": ("big", "large")}
@@ -394,9 +377,9 @@ ENGLISH_PLACE = {
 def _write_russian(
     rng: np.random.Generator, said: tuple[dict, ...], background: str | None, relation: str | None
 ) -> str:
-    sizes = [pick(rng, RUSSIAN_SIZE[thing["size"]]) if "size" in thing else None for thing in said]
-    nouns = [_russian_noun(thing, size) for thing, size in zip(said, sizes, strict=True)]
-    moves, moving = zip(*(_russian_verb(rng, thing) for thing in said), strict=True)
+    things = [_decline(rng, thing) for thing in said]
+    nouns = [thing["nominative"] for thing in things]
+    moves, moving = zip(*(_verb(rng, thing["motion"], RUSSIAN_VERB, RUSSIAN_DIRECTION) for thing in said), strict=True)
     if len(said) == 1:
         text = pick(rng, (f"{nouns[0]} {moves[0]}", f"{moving[0]} {nouns[0]}"))
     elif relation is None:
@@ -406,13 +389,11 @@ def _write_russian(
             f"{moving[0]} {nouns[0]} и {moving[1]} {nouns[1]}",
         ))  # fmt: skip
     else:
-        case, here, at = RUSSIAN_PLACE[relation]
-        case_there, there, at_there = RUSSIAN_PLACE[OPPOSITE[relation]]
-        second = _russian_noun(said[1], sizes[1], case)
-        gender, gender_2 = (RUSSIAN_SHAPE[thing["shape"]][0] for thing in said)
+        case, here, _, at = RUSSIAN_PLACE[relation]
+        _, _, beside_it, at_there = RUSSIAN_PLACE[OPPOSITE[relation]]
         text = pick(rng, (
-            f"{nouns[0]} {moves[0]} {here} {second}, {WHICH[gender_2]} {moves[1]}",
-            f"{nouns[0]} {moves[0]}, а {there} {IT[case_there][gender]} {nouns[1]} {moves[1]}",
+            f"{nouns[0]} {moves[0]} {here} {things[1][case]}, который {moves[1]}",
+            f"{nouns[0]} {moves[0]}, а {beside_it} {nouns[1]} {moves[1]}",
             f"{at} {nouns[0]} {moves[0]}, {at_there} {nouns[1]} {moves[1]}",
         ))  # fmt: skip
     if background:
@@ -422,72 +403,49 @@ def _write_russian(
     return text.replace("ё", "е").replace("Ё", "Е") if rng.random() < 0.2 else text  # as many people type
 
 
-def _russian_noun(thing: dict[str, str], size: str | None, case: str = "nominative") -> str:
-    gender, *forms = RUSSIAN_SHAPE[thing["shape"]]
-    adjectives = [word for word in (size, RUSSIAN_COLOUR[thing["colour"]]) if word]
-    return " ".join([_russian_adjective(word, gender, case) for word in adjectives] + [forms[CASES.index(case)]])
+def _decline(rng: np.random.Generator, thing: dict[str, str]) -> dict[str, str]:
+    """As in "синий круг", "синего круга" and "синим кругом", by case."""
+    size = [pick(rng, RUSSIAN_SIZE[thing["size"]])] if "size" in thing else []
+    words = (*size, RUSSIAN_COLOUR[thing["colour"]], RUSSIAN_SHAPE[thing["shape"]])
+    return {case: " ".join(forms) for case, *forms in zip(CASES, *words, strict=True)}
 
 
-def _russian_adjective(word: str, gender: str, case: str = "nominative") -> str:
-    """Declines "красн-ый": what follows the hyphen names the row of endings."""
-    stem, ending = word.split("-")
-    return stem + RUSSIAN_ENDING[ending][CASES.index(case)]["mfn".index(gender)]
-
-
-def _russian_verb(rng: np.random.Generator, thing: dict[str, str]) -> tuple[str, str]:
-    """As in "круг движется влево" and as in "движущийся влево круг"."""
-    motion, gender = thing["motion"], RUSSIAN_SHAPE[thing["shape"]][0]
-    if motion not in DIRECTIONS:
-        moves, moving = pick(rng, RUSSIAN_VERB[motion])
-        return moves, _russian_adjective(moving, gender)
-    moves, moving = pick(rng, RUSSIAN_VERB["move"])
-    where = pick(rng, RUSSIAN_DIRECTION[motion])
-    return f"{moves} {where}", f"{_russian_adjective(moving, gender)} {where}"
-
-
-RUSSIAN_SIZE = {"small": ("малень-кий", "неболь-шой"), "big": ("боль-шой", "крупн-ый")}
+CASES = ("nominative", "genitive", "instrumental")  # of the words below; all shapes are masculine
+RUSSIAN_SIZE = {
+    "small": (("маленький", "маленького", "маленьким"), ("небольшой", "небольшого", "небольшим")),
+    "big": (("большой", "большого", "большим"), ("крупный", "крупного", "крупным")),
+}
 RUSSIAN_COLOUR = {
-    "red": "красн-ый",
-    "green": "зелён-ый",
-    "blue": "си-ний",
-    "yellow": "жёлт-ый",
-    "purple": "фиолетов-ый",
-    "cyan": "голуб-ой",
+    "red": ("красный", "красного", "красным"),
+    "green": ("зелёный", "зелёного", "зелёным"),
+    "blue": ("синий", "синего", "синим"),
+    "yellow": ("жёлтый", "жёлтого", "жёлтым"),
+    "purple": ("фиолетовый", "фиолетового", "фиолетовым"),
+    "cyan": ("голубой", "голубого", "голубым"),
+}
+RUSSIAN_SHAPE = {
+    "circle": ("круг", "круга", "кругом"),
+    "square": ("квадрат", "квадрата", "квадратом"),
+    "triangle": ("треугольник", "треугольника", "треугольником"),
+    "diamond": ("ромб", "ромба", "ромбом"),
 }
 RUSSIAN_BACKGROUND = {"black": "чёрн", "grey": "сер", "white": "бел"}
-RUSSIAN_SHAPE = {  # gender, nominative, genitive, instrumental
-    "circle": ("m", "круг", "круга", "кругом"),
-    "square": ("m", "квадрат", "квадрата", "квадратом"),
-    "triangle": ("m", "треугольник", "треугольника", "треугольником"),
-    "star": ("f", "звезда", "звезды", "звездой"),
-    "ring": ("n", "кольцо", "кольца", "кольцом"),
-}
-CASES = ("nominative", "genitive", "instrumental")
-RUSSIAN_ENDING = {  # for each case: masculine, feminine, neuter
-    "ый": (("ый", "ая", "ое"), ("ого", "ой", "ого"), ("ым", "ой", "ым")),
-    "ой": (("ой", "ая", "ое"), ("ого", "ой", "ого"), ("ым", "ой", "ым")),
-    "кий": (("кий", "кая", "кое"), ("кого", "кой", "кого"), ("ким", "кой", "ким")),
-    "шой": (("шой", "шая", "шое"), ("шого", "шой", "шого"), ("шим", "шой", "шим")),
-    "ний": (("ний", "няя", "нее"), ("него", "ней", "него"), ("ним", "ней", "ним")),
-    "щий": (("щий", "щая", "щее"),),  # participles are used in the nominative only
-    "щийся": (("щийся", "щаяся", "щееся"),),
-}
 RUSSIAN_VERB = {  # "it …", "the … thing"
-    "move": (("движется", "движу-щийся"), ("перемещается", "перемещаю-щийся"), ("плывёт", "плыву-щий")),
+    "move": (("движется", "движущийся"), ("перемещается", "перемещающийся"), ("плывёт", "плывущий")),
     "grow": (
-        ("растёт", "расту-щий"),
-        ("увеличивается", "увеличиваю-щийся"),
-        ("становится больше", "расту-щий"),
+        ("растёт", "растущий"),
+        ("увеличивается", "увеличивающийся"),
+        ("становится больше", "растущий"),
     ),
     "shrink": (
-        ("уменьшается", "уменьшаю-щийся"),
-        ("сжимается", "сжимаю-щийся"),
-        ("становится меньше", "уменьшаю-щийся"),
+        ("уменьшается", "уменьшающийся"),
+        ("сжимается", "сжимающийся"),
+        ("становится меньше", "уменьшающийся"),
     ),
     "still": (
-        ("стоит на месте", "неподвижн-ый"),
-        ("не движется", "неподвижн-ый"),
-        ("остаётся на месте", "неподвижн-ый"),
+        ("стоит на месте", "неподвижный"),
+        ("не движется", "неподвижный"),
+        ("остаётся на месте", "неподвижный"),
     ),
 }
 RUSSIAN_DIRECTION = {
@@ -496,17 +454,21 @@ RUSSIAN_DIRECTION = {
     "up": ("вверх", "наверх"),
     "down": ("вниз",),
 }
-RUSSIAN_PLACE = {  # the case that the preposition asks for, the preposition, "at that side"
-    "above": ("instrumental", "над", "сверху"),
-    "below": ("instrumental", "под", "снизу"),
-    "left of": ("genitive", "слева от", "слева"),
-    "right of": ("genitive", "справа от", "справа"),
+RUSSIAN_PLACE = {  # the case that the preposition asks for, the preposition, the same with "it", "at that side"
+    "above": ("instrumental", "над", "над ним", "сверху"),
+    "below": ("instrumental", "под", "под ним", "снизу"),
+    "left of": ("genitive", "слева от", "слева от него", "слева"),
+    "right of": ("genitive", "справа от", "справа от него", "справа"),
 }
-WHICH = {"m": "который", "f": "которая", "n": "которое"}
-IT = {
-    "instrumental": {"m": "ним", "f": "ней", "n": "ним"},
-    "genitive": {"m": "него", "f": "неё", "n": "него"},
-}
+
+
+def _verb(rng: np.random.Generator, motion: str, verbs: dict, directions: dict) -> tuple[str, str]:
+    """As in "it moves left" and as in "something moving left"."""
+    if motion not in DIRECTIONS:
+        return pick(rng, verbs[motion])
+    moves, moving = pick(rng, verbs["move"])
+    where = pick(rng, directions[motion])
+    return f"{moves} {where}", f"{moving} {where}"
 
 
 def _finish(rng: np.random.Generator, text: str) -> str:

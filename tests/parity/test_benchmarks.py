@@ -56,7 +56,7 @@ def test_memory_is_what_was_allocated(tmp_path, compare, monkeypatch):
 
 
 def test_the_matmuls_have_as_many_operations_as_the_dit(tmp_path, compare):
-    """Counted by hand from SPEC §2: two for each weight and token, and four for each pair of tokens and channel."""
+    """Counted by hand from the layers: two for each weight and token, four for each pair of tokens and channel."""
     rows = sys.modules["rows"]
     work = rows.dit_matmul_share("theirs", tiny=True, folder=tmp_path)
     with FlopCounterMode(display=False) as counter:

@@ -1,6 +1,6 @@
 """The references, made comparable: how diffusers and transformers compute the cases of tests/cases.py.
 
-What is changed in them, for tests only, and why (SPEC §5, §7, §10):
+What is changed in them, for tests only, and why:
 - rotary embedding: diffusers rounds queries and keys to bf16 even in a float32 model; not here.
 - attention with a block mask: uncompiled flex_attention ignores the blocks; here a masked softmax over them.
 - the prompt template: 0.42.1 says "prompt" where the models were trained with "promt", and drops 128 tokens.
@@ -78,7 +78,7 @@ def make_comparable(monkeypatch) -> None:
 
 
 def official_first_frames(self, latents: Tensor) -> Tensor:
-    """The official rule (SPEC §7), one frame of one sample at a time, in NumPy."""
+    """The official rule, one frame of one sample at a time, in NumPy."""
     found = latents.float().cpu().numpy().copy()
     for sample in found:
         after = sample[4:9].copy()

@@ -1,0 +1,231 @@
+"""README.md is true as far as it can be run: every code block and command, the table of models, the links.
+
+Small models stand in for the released ones: a download is nano in the Diffusers layout, and a preset has nano's sizes.
+Commands run in this process, in a folder of their own, with options added that make them short.
+"""
+
+import argparse
+import importlib
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import sample
+import weights_convert.__main__
+from kandinsky5 import PRESETS
+from kandinsky5.magcache import __main__ as magcache
+from kandinsky5.nano import judge, presets
+from kandinsky5.pipeline import SHIPPED
+from weights_convert import from_diffusers, to_diffusers
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+BLOCKS = [
+    pytest.param(block[1], block[2], id=f"line {README[: block.start()].count(chr(10)) + 1}")
+    for block in FENCED.finditer(README)
+]
+IN_THE_TEXT = re.findall(r"`((?:python|pytest|pip|make|to-diffusers) [^`]+)`", FENCED.sub("", README))
+
+# What is not run here, and why. Files that it names must be there.
+NOT_RUN = {
+    "python3 -m venv": "these tests run in such an environment already",
+    ". .venv/bin/activate": "likewise",
+    "pip install": "likewise; .ci/run installs by the README's own lines. Its extras are looked up",
+    "pytest": ".ci/run runs the tests, those marked large, and the parity suite with the libraries that it needs",
+}
+
+
+@pytest.mark.parametrize("language, block", BLOCKS)
+def test_block_runs(language, block, run):
+    if language == "python":
+        exec(compile(block, "README.md", "exec"), {})
+    else:
+        assert language == "bash"
+        for command in re.split(r"\n| && ", block.strip()):
+            run(command)
+
+
+@pytest.mark.parametrize("command", IN_THE_TEXT)
+def test_command_in_the_text_runs(command, run):
+    run(f"python -m weights_convert {command}" if command.startswith("to-diffusers") else command)
+
+
+def test_the_blocks_and_commands_are_found():
+    assert README.count("```") == 2 * len(BLOCKS) >= 16
+    assert "python sample.py --help" in IN_THE_TEXT
+
+
+def test_options_in_the_text_exist():
+    programs = (
+        "sample.py",
+        "weights_convert/__main__.py",
+        "kandinsky5/magcache/__main__.py",
+        "tests/parity/conftest.py",
+    )
+    sources = " ".join((ROOT / program).read_text() for program in programs)
+    options = set(re.findall(r"`(--[\w-]+)", README)) - {"--extra-index-url"}  # pip's
+    assert len(options) > 10
+    assert [option for option in options if f'"{option}"' not in sources] == []
+
+
+def test_the_table_of_released_models_is_the_presets():
+    rows = re.findall(r"^\| `.2v-.*$", README, re.MULTILINE)
+    expected = []
+    for name, preset in PRESETS.items():
+        sampling = preset.sampling
+        expected.append(
+            f"| `{name}` | `{released_id(name)}` | {sampling.num_inference_steps} | {sampling.guidance_scale:g} | "
+            f"{sampling.shift:g} | {sampling.height}×{sampling.width} | {sampling.num_frames} | "
+            f"{sampling.rope_scale[1]:g} | {f'NABLA {preset.dit.nabla.P:g}' if preset.dit.nabla else 'full'} |"
+        )
+    assert rows == expected
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    titles = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    titles = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]  # as GitHub does
+    local = [link for link in links if not link.startswith("https://")]
+    assert len(local) > 20
+    assert [link for link in local if not ((ROOT / link).exists() if link[0] != "#" else link[1:] in titles)] == []
+
+
+@pytest.fixture(scope="module")
+def download(tmp_path_factory) -> Path:
+    """What stands in for a download: nano in the Diffusers layout."""
+    folder = tmp_path_factory.mktemp("downloads") / "nano"
+    to_diffusers(SHIPPED / "nano", folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, download) -> Callable[[str], None]:
+    """Runs commands, in an empty working folder; in it, presets have nano's sizes and take two steps."""
+    monkeypatch.chdir(tmp_path)
+    for name, preset in PRESETS.items():
+        like = presets.LONG if preset.dit.nabla else presets.NANO
+        small = replace(like, name=name, sampling=replace(like.sampling, num_inference_steps=2, num_frames=5))
+        monkeypatch.setitem(PRESETS, name, small)
+    return partial(run_command, download=download)
+
+
+def run_command(command: str, download: Path) -> None:
+    """Run one command of the README; an AssertionError if it fails."""
+    words = fill_in(shlex.split(command, comments=True))
+    provide(words, download)
+    match words:
+        case ["python", "sample.py", *options]:
+            steps = [] if {"--help", "--replay"} & {*options} else ["--steps", "2"]
+            assert exit_code(sample.main, [*options, *steps]) == 0
+        case ["python", "-m", "weights_convert", *options]:
+            assert exit_code(weights_convert.__main__.main, options) == 0
+        case ["python", "-m", "kandinsky5.magcache", *options]:
+            assert exit_code(magcache.main, options) == 0
+        case ["python", "-m", "kandinsky5.nano.judge", *options]:
+            judge.main([*options, "--prompts", "1", "--steps", "1", "--sets", next(iter(judge.EXAM))])
+        case ["make", *targets]:
+            check_make(targets)
+        case ["hf", "download", name, "--local-dir", place]:
+            assert name == f"kandinskylab/Kandinsky-5.0-{released_id(Path(place).name)}-Diffusers"
+            provide([place], download)
+        case _:
+            assert any(command.startswith(start) for start in NOT_RUN), f"nothing here runs {command!r}"
+            check_names(words)
+
+
+def fill_in(words: list[str]) -> list[str]:
+    """The words in capitals of the section Converting, replaced by files that are there, or a folder that is not."""
+    source = "downloads/t2v-lite-sft-5s"
+    parts = {"--vae": f"{source}/vae", "--qwen": f"{source}/qwen", "--clip": f"{source}/clip"}
+    values = {"SRC": source, "FILE": f"{source}/transformer/diffusion_pytorch_model.safetensors"}
+    values |= {"NATIVE": "weights/t2v-lite-sft-5s", "NAME": "t2v-lite-sft-5s"}
+    values["DST"] = next(name for name in map("new{}".format, itertools.count()) if not Path(name).exists())
+    return [
+        parts.get(before, source) if word == "PATH" else values.get(word, word)
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def provide(words: list[str], download: Path) -> None:
+    """Make what a reader has by now: downloads, what the converter made of them, prompts, a video."""
+    for word in words:
+        folder, _, name = "/".join(Path(word).parts[:2]).partition("/")
+        place = Path(folder, name)
+        if place.exists():
+            continue
+        if folder == "downloads":
+            shutil.copytree(download, place)
+            for name, number in (("qwen", ""), ("clip", "_2")):  # also as their makers publish them
+                shutil.copytree(place / f"text_encoder{number}", place / name)
+                shutil.copytree(place / f"tokenizer{number}", place / name, dirs_exist_ok=True)
+        elif folder == "weights" and "from-diffusers" not in words:
+            from_diffusers(download, place, preset=name, progress=False)
+        elif word == "prompts.txt":
+            place.write_text("a red fox in snow\n")
+        elif word == "out.mp4":
+            assert sample.main(["a red circle", "--steps", "1", "-o", "out.mp4"]) == 0
+
+
+def released_id(preset: str) -> str:
+    """What stands between "Kandinsky-5.0-" and "-Diffusers" in the name of the preset's download."""
+    capitals = {"t2v": "T2V", "i2v": "I2V", "lite": "Lite", "pro": "Pro"}
+    words = preset.removesuffix("-sd").removesuffix("-hd").split("-")
+    return "-".join(capitals.get(word, word) for word in words)
+
+
+def exit_code(main, arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as end:  # argparse
+        return end.code
+
+
+def check_make(targets: list[str]) -> None:
+    """`make` knows how, and the options of the package's commands that it would run are theirs."""
+    rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {target for target in targets if "=" not in target} <= {*rules}, rules
+    if not shutil.which("make"):
+        return
+    make = ["make", "-n", "PYTHON=python", *targets]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for module, options in re.findall(r"^python -m (kandinsky5\S+) (.+)$", done.stdout, re.MULTILINE):
+        parse(module, shlex.split(options))
+
+
+def parse(module: str, options: list[str]) -> None:
+    """Let the module's own parser read the options, and stop there."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(parser, arguments=None, namespace=None):
+        parse_args(parser, arguments, namespace)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        parse_args = argparse.ArgumentParser.parse_args
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [module, *options])
+        with pytest.raises(Parsed):
+            importlib.import_module(module).main()
+
+
+def check_names(words: list[str]) -> None:
+    """The repository's files and extras that a command names are there."""
+    for word in words:
+        if ("/" in word or word.endswith((".py", ".txt"))) and not word.startswith((".venv", "downloads/")):
+            assert (ROOT / word).exists(), word
+    extras = (ROOT / "setup.py").read_text().split("extras_require")[1]
+    for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
+        assert f'"{extra}": ' in extras, extra

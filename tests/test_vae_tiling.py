@@ -1,0 +1,86 @@
+"""What decoding in windows and tiles takes; tests/test_vae.py has what comes out."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kandinsky5 import vae_tiling
+from kandinsky5.config import Tiling, VAEConfig
+from kandinsky5.vae import VAE
+from random_weights import SMALL_VAE, randomise
+
+MEASURE = """
+import ctypes, gc, json, sys
+from pathlib import Path
+import torch
+from kandinsky5 import vae_tiling, video_io
+from kandinsky5.config import Tiling, VAEConfig
+from kandinsky5.vae import VAE
+
+def memory(key):
+    return next(1024 * int(s.split()[1]) for s in Path("/proc/self/status").open() if s.startswith(key))
+
+channels, groups, size, batch, dtype, space = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+with torch.inference_mode():
+    dtype = getattr(torch, dtype)
+    vae, z = VAE(VAEConfig(channels=channels, norm_groups=groups)).to(dtype), torch.randn(batch, 16, *size, dtype=dtype)
+    vae.decode(z[:1, :, :1, :2, :2])  # what PyTorch loads when it first computes
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest resident set, starts again from here
+    resting = memory("VmRSS:")
+    video = torch.cat([video_io.to_uint8(piece) for piece in vae_tiling.decode_pieces(vae, z, Tiling(space=space))], 1)
+    print(memory("VmHWM:") - resting)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("size", "batch", "dtype", "space"),
+    [
+        ((5, 16, 24), 1, "bfloat16", False),
+        ((5, 16, 16), 1, "float32", False),
+        ((2, 32, 32), 2, "bfloat16", False),
+        ((2, 24, 40), 1, "bfloat16", True),  # in two tiles
+        ((7, 8, 16), 1, "bfloat16", False),  # in two windows
+    ],
+)
+def test_memory_is_as_estimated(size, batch, dtype, space):
+    """Peaks over the resting process are at most the estimate and at least two thirds of it.
+
+    glibc is told to give back what is freed: else it may keep up to 0.3 GB, more than these small clips need.
+    """
+    config = VAEConfig(channels=(16, 32, 64, 64), norm_groups=8)
+    estimate = vae_tiling.vae_memory(config, size, getattr(torch, dtype), Tiling(space=space), batch)
+    case = json.dumps([config.channels, config.norm_groups, size, batch, dtype, space])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, case], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout)
+    assert 2 / 3 * estimate < peak < estimate, f"{peak / 1e6:.0f} MB measured, {estimate / 1e6:.0f} MB estimated"
+
+
+def test_memory_with_tiles_does_not_grow_with_the_clip():
+    """But for the frames themselves: 12 more latent frames are 48 frames, twice in bytes."""
+    sizes = [(16, 64, 96), (28, 64, 96)]
+    few, many = (vae_tiling.vae_memory(VAEConfig(), size, torch.bfloat16, Tiling(space=True)) for size in sizes)
+    assert many - few == 2 * 48 * 512 * 768 * 3
+    in_one = vae_tiling.vae_memory(VAEConfig(), sizes[1], torch.bfloat16, Tiling(time=False))
+    assert in_one > 20 * many
+
+
+@pytest.mark.parametrize("T", [5, 6, 7, 8, 10])
+def test_no_window_is_computed_for_nothing(T, monkeypatch):
+    """With 3k + 1 latent frames the window at 3k holds one frame, which the one before it has already."""
+    vae, z = randomise(VAE(SMALL_VAE)), torch.randn(1, 16, T, 2, 3)
+    windows = []
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda window: windows.append(window.shape[2]) or decode(window))
+    video = vae_tiling.decode(vae, z, Tiling())
+    assert video.shape[2] == 4 * (T - 1) + 1
+    assert min(windows) > 1 and len(windows) == -(-(T - 1) // 3)
