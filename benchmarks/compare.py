@@ -1,12 +1,13 @@
 """Us beside diffusers on the same machine, in one run: time or peak memory of each piece of work, and the error.
 
-    pip install '.[parity]' -c constraints.txt && python benchmarks/compare.py [--only NAME ...] [--threads 2]
+    pip install '.[parity]' -c constraints.txt && python benchmarks/compare.py [--rows NAME ...] [--threads 2]
 
 Absolute figures mean little, so every row is a ratio theirs / ours (above 1: we are ahead) with equal weights and
 inputs on both sides. Times are taken in turn, ours, theirs, ours, theirs, …, and the ratio is the median over such
-pairs. Memory is taken in a fresh process for every figure, which holds one side alone. rows.py says what each row
-does. The table goes to RESULTS/compare.md and compare.json, a plot of the ratios (with matplotlib) to compare.svg;
-rows that were not run now stay in it as they are. The machine should do nothing else meanwhile.
+pairs, with the smallest and the largest beside it. Memory is taken in a fresh process for every figure, which holds
+one side alone. rows.py says what each row does. The table goes to RESULTS/compare.md and compare.json, a plot of the
+ratios (with matplotlib) to compare.svg; rows that were not run now stay in it as they are. The machine should do
+nothing else meanwhile.
 """
 
 import argparse
@@ -36,14 +37,19 @@ from random_weights import relative_error  # noqa: E402
 
 SIDES = ("ours", "theirs")
 # What of a measurement each kind of row compares, and how it is printed.
-KINDS = {"time": ("seconds", 1, "s"), "load": ("seconds", 1, "s"), "memory": ("peak", 1e-6, "MB")}
+KINDS = {
+    "time": ("seconds", 1, "s"),
+    "load": ("seconds", 1, "s"),
+    "memory": ("peak", 1e-6, "MB"),
+    "file": ("peak", 1e-6, "MB"),
+}
 
 
 def main() -> None:
     """Run the rows and print the table; exit code 1 where results disagree."""
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements of each row (default: 5)")
     parser.add_argument("--seconds", type=float, default=300, help="start no further pair after that (default: 300)")
@@ -57,7 +63,7 @@ def main() -> None:
         run_alone(*options.alone, options.tiny)
         return
 
-    rows = [row for row in ROWS if not options.only or row.name in options.only]
+    rows = [row for row in ROWS if not options.rows or row.name in options.rows]
     out = options.out or (None if options.tiny else Path(__file__).parent / "results")
     results = read_results(out)
     if (load := os.getloadavg()[0]) > 0.5 and not options.tiny:
@@ -79,11 +85,16 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         row.prepare(options.tiny, folder)
     measure = (measure_here if row.measure == "time" else measure_alone)(row, folder, options)
     key, scale, unit = KINDS[row.measure]
-    pairs, start = [], time.perf_counter()
+    pairs, results, start = [], {}, time.perf_counter()
     while len(pairs) < options.repeats and (not pairs or time.perf_counter() - start < options.seconds):
-        pair = {side: measure(side) for side in SIDES}
-        results = {side: pair[side].pop("result") for side in SIDES}
+        if row.once and pairs:
+            pair = {"ours": measure("ours"), "theirs": pairs[0]["theirs"]}
+        else:
+            pair = {side: measure(side) for side in SIDES}
+        results = {side: pair[side].pop("result", results.get(side)) for side in SIDES}
         pairs.append(pair)
+        if row.once and len(pairs) == 1:
+            start = time.perf_counter()  # theirs alone would take up the time that there is
         ours, theirs = (scale * pair[side][key] for side in SIDES)
         print(f"    ours {ours:,.4g} {unit}, theirs {theirs:,.4g} {unit}: {theirs / ours:.2f}", flush=True)
 
@@ -92,11 +103,13 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         with torch.inference_mode():
             expected = row.run("exact", options.tiny, folder)() if row.exact else results["theirs"]
         error = relative_error(results["ours"], expected)
+    ratios = [pair["theirs"][key] / pair["ours"][key] for pair in pairs]
     return {
         "work": row.work,
         "measure": row.measure,
         **{side: statistics.median(pair[side][key] for pair in pairs) for side in SIDES},
-        "ratio": statistics.median(pair["theirs"][key] / pair["ours"][key] for pair in pairs),
+        "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
         "wanted": row.wanted,
         "error": error,
         "tolerance": row.tolerance,
@@ -108,7 +121,10 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
 
 
 def measure_here(row: Row, folder: Path, options: argparse.Namespace) -> Callable[[str], dict]:
-    """Build both sides and run each once, to warm up; returns what measures the time of one more run of a side."""
+    """Build both sides and run each once, to warm up; returns what measures the time of one more run of a side.
+
+    `once`: theirs is not run to warm up, so that its time has the little that its first run does besides.
+    """
     work = {side: row.run(side, options.tiny, folder) for side in SIDES}
 
     @torch.inference_mode()
@@ -118,7 +134,7 @@ def measure_here(row: Row, folder: Path, options: argparse.Namespace) -> Callabl
         result = work[side]()
         return {"seconds": time.perf_counter() - start, "result": result}
 
-    for side in SIDES:
+    for side in SIDES[:1] if row.once else SIDES:
         measure(side)
     return measure
 
@@ -127,6 +143,8 @@ def measure_alone(row: Row, folder: Path, options: argparse.Namespace) -> Callab
     """Returns what measures time and memory of a side's very first run, in a fresh process."""
 
     def measure(side: str) -> dict:
+        if row.measure == "file" and side == "theirs":
+            return {"peak": sum(path.stat().st_size for path in (folder / "ours").iterdir()), "anonymous": 0}
         file = folder / "measured.pt"
         command = [sys.executable, __file__, "--threads", str(options.threads)] + ["--tiny"] * options.tiny
         subprocess.run([*command, "--alone", row.name, side, folder, file], check=True)
@@ -214,18 +232,26 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def build_table(results: dict) -> str:
     """Markdown: a line for each row in the order of `ROWS`, and below it where the figures come from."""
-    lines = ["| work (bf16 unless said) | ours | diffusers | ratio | wanted | error |", "|---|---|---|---|---|---|"]
+    head = ("work (bf16 unless said)", "ours", "theirs", "ratio", "from to", "runs", "wanted", "", "error")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     rows = [results[row.name] for row in ROWS if row.name in results]
     for row in rows:
         figures = " | ".join(format_figure(row, side) for side in SIDES)
-        wanted = "" if row["wanted"] is None else f"{row['wanted']:g}"
+        spread = " to ".join(f"{ratio:.2f}" for ratio in row["spread"])
+        wanted = "" if row["wanted"] is None else f"{row['wanted']:.3g}"
+        reached = "" if row["wanted"] is None else "reached" if is_reached(row) else "**not reached**"
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
-        lines.append(f"| {row['work']} | {figures} | {row['ratio']:.2f} | {wanted} | {error} |")
+        cells = (row["work"], figures, f"{row['ratio']:.2f}", spread, len(row["pairs"]), wanted, reached, error)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
     dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
     return "\n".join(
         [*lines, "", f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.", ""]
     )
+
+
+def is_reached(row: dict) -> bool:
+    return row["wanted"] is None or row["ratio"] >= row["wanted"]
 
 
 def format_figure(row: dict, side: str) -> str:
@@ -244,8 +270,8 @@ def plot_ratios(results: dict, path: Path) -> None:
 
     rows = [results[row.name] for row in reversed(ROWS) if row.name in results]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)), layout="constrained")
-    reached = [row["wanted"] is None or row["ratio"] >= row["wanted"] for row in rows]
-    axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=["C0" if r else "C1" for r in reached])
+    colors = ["C0" if is_reached(row) else "C1" for row in rows]
+    axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colors)
     for place, row in enumerate(rows):
         axes.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center")
         if row["wanted"] is not None:
@@ -253,7 +279,7 @@ def plot_ratios(results: dict, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
     axes.set_xscale("log")
     axes.axvline(1, color="gray", linewidth=0.8)
-    axes.set_xlabel("diffusers / ours; black: wanted; orange: not reached")
+    axes.set_xlabel("theirs / ours; black: wanted; orange: not reached")
     figure.savefig(path, format="svg")
     pyplot.close(figure)
 

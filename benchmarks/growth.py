@@ -1,13 +1,13 @@
 """How time and memory of one layer's attention grow with the tokens, from 1k to 64k.
 
-    python benchmarks/growth.py            # writes growth.md and, with matplotlib, growth.svg to benchmarks/results
+    python benchmarks/growth.py     # growth.md, growth.json and, with matplotlib, growth.svg in benchmarks/results
 
 4 heads of 64 in bf16. Block-sparse keeps 16 tiles of 64 tokens for each tile of queries, its map given like q, k and v.
 Every figure is from a process of its own. Memory is the growth of its largest resident set (VmHWM) while the
 attention runs for the first time, the result included; time is the median of five further runs, or as many as fit
-into two seconds. What takes longer than --seconds or, beside the resting process, more than --memory is stopped, and not
-tried with more tokens. The exponents p of tokensᵖ are least-squares fits to the logarithms, from 8k tokens on: below,
-time and memory that do not depend on the tokens show.
+into two seconds. What takes longer than --seconds or, over the resting process, more than --memory is stopped, and
+not tried with more tokens. The exponents p of tokensᵖ are least-squares fits to the logarithms, from 8k tokens on:
+below, time and memory that do not depend on the tokens show.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def build_table(measured: dict[str, dict[int, dict | str]], options: argparse.Na
     return "\n".join([
         *lines,
         "",
-        f"{HEADS} heads of {HEAD_DIM}, bf16; block-sparse keeps {KEPT} tiles of {TILE} tokens for each tile of queries.",
+        f"{HEADS} heads of {HEAD_DIM}, bf16; block-sparse keeps {KEPT} tiles of {TILE} tokens for each query tile.",
         "Memory: the largest resident set (VmHWM) of a fresh process over the resting one, which holds q, k, v and the",
         f"map. Exponents: of tokens, fitted from {FIT_FROM:,} tokens on. Limits: {options.seconds:g} s and "
         f"{options.memory:g} GB.",
@@ -190,7 +190,9 @@ def plot(measured: dict[str, dict[int, dict | str]], path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(sorted(ticks), [f"{n // 1024}k" for n in sorted(ticks)])
         axes.set_xlabel("tokens")
-        axes.set_ylabel(f"{'time of one attention' if unit == 's' else 'peak memory over the resting process'} / {unit}")
+        axes.set_ylabel(
+            f"{'time of one attention' if unit == 's' else 'peak memory over the resting process'} / {unit}"
+        )
         axes.grid(alpha=0.3)
         axes.legend()
     replace_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))

@@ -246,6 +246,9 @@ class Pipeline:
         vae, tiling = self.config.vae, self.config.tiling
         in_tiles = replace(tiling, space=True)
         needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind, batch) for kind in (tiling, in_tiles))
+        if self.device.type == "cuda":  # where weights that rest (offload.py) have yet to come
+            weights = sum(weight.nbytes for weight in self.vae.parameters() if weight.is_meta)
+            needed, tiled = needed + weights, tiled + weights
         free = _free_memory(self.device)
         if free is not None and needed > free:
             video = f"{vae.time_factor * (T - 1) + 1} frames of {vae.space_factor * h}x{vae.space_factor * w}"

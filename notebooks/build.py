@@ -83,7 +83,13 @@ def execute(source: Path) -> nbformat.NotebookNode:
     }
     place = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(
-        notebook, kernel_name="python3", timeout=900, startup_timeout=300, record_timing=False, resources=place
+        notebook,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # of the kernel's own messages in the terminal
+        timeout=900,  # of a cell
+        startup_timeout=300,
+        record_timing=False,
+        resources=place,
     )
     client.execute(env=environment)
     notebook.metadata = convert(source).metadata  # the kernel writes its version into it

@@ -188,8 +188,8 @@ MUTATIONS = [Mutation(*row) for row in (
     ("tiles blended to the left before upwards", "vae_decode_space",
      vae_tiling._tile_space,
      "if top > 0:\n                _fade_in(tile, bottoms_above[column], dim=3)\n"
-     "            if left > 0:\n                _fade_in(tile, right, dim=4)\n",
-     "if left > 0:\n                _fade_in(tile, right, dim=4)\n"
+     "            if right is not None:\n                _fade_in(tile, right, dim=4)\n",
+     "if right is not None:\n                _fade_in(tile, right, dim=4)\n"
      "            if top > 0:\n                _fade_in(tile, bottoms_above[column], dim=3)\n"),
 
     # Qwen

@@ -1,6 +1,7 @@
 """The scripts in benchmarks/ run, and what they report is what happened."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,57 @@ def test_a_different_result_is_reported(tmp_path, compare, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="different"):
         compare.main()
     assert "1.0e-01 **too large**" in capsys.readouterr().out
+
+
+def test_theirs_is_run_once_where_it_takes_minutes(compare, monkeypatch, capsys):
+    runs = {"ours": 0, "theirs": 0}
+
+    def slow(side, tiny, folder):
+        def run():
+            runs[side] += 1
+            return torch.ones(5)
+
+        return run
+
+    row = compare.Row("slow", "flex", slow, wanted=None, tolerance=1e-2, once=True)
+    monkeypatch.setattr(compare, "ROWS", [row])
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--tiny", "--repeats", "3", "--threads", "1"])
+    compare.main()
+    assert runs == {"ours": 1 + 3, "theirs": 1}
+
+
+def test_table_says_how_far_runs_differ_and_what_is_reached(compare):
+    def result(work, wanted, ratios):
+        pairs = [{side: {"seconds": 1.0} for side in compare.SIDES}] * len(ratios)
+        figures = {"ours": 1.0, "theirs": 1.0, "ratio": sorted(ratios)[1], "spread": [min(ratios), max(ratios)]}
+        said = {"error": None, "tiny": False, "machine": "here", "date": "today", "load": 0}
+        return {"work": work, "measure": "time", "wanted": wanted, "pairs": pairs, **figures, **said}
+
+    results = {"dit": result("first", 1.6, [1.5, 1.7, 1.65]), "nabla": result("second", 12, [10, 13, 11.9])}
+    table = compare.build_table(results)
+    assert "| first | 1 s | 1 s | 1.65 | 1.50 to 1.70 | 3 | 1.6 | reached |" in table
+    assert "| second | 1 s | 1 s | 11.90 | 10.00 to 13.00 | 3 | 12 | **not reached** |" in table
+
+
+def test_block_sparse_memory_grows_linearly(tmp_path):
+    """From 16k to 64k tokens; that of the definition, on fewer, with their square."""
+    exponents = []
+    for method, tokens in (("block-sparse", ["16384", "65536"]), ("dense", ["1024", "2048"])):
+        command = [sys.executable, BENCHMARKS / "growth.py", "--threads", "1", "--methods", method, "--out", tmp_path]
+        run = subprocess.run([*command, "--tokens", *tokens], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        peaks = [figures["peak"] for figures in json.loads((tmp_path / "growth.json").read_text())[method].values()]
+        exponents.append(math.log(peaks[-1] / peaks[0]) / math.log(int(tokens[-1]) / int(tokens[0])))
+    assert 0.8 < exponents[0] < 1.15 and exponents[1] > 1.7, exponents
+    assert "| exponent |" in (tmp_path / "growth.md").read_text()
+
+
+@pytest.mark.parametrize(("limit", "said"), [("--seconds=0.01", "over 0.01 s"), ("--memory=0.1", "over 0.1 GB")])
+def test_what_takes_too_long_or_too_much_is_stopped(tmp_path, limit, said):
+    command = [sys.executable, BENCHMARKS / "growth.py", "--threads", "1", "--methods", "dense", limit]
+    run = subprocess.run([*command, "--tokens", "4096", "8192", "--out", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"| 4,096 | {said} | {said} |\n| 8,192 | {said} | {said} |" in (tmp_path / "growth.md").read_text()
 
 
 def test_memory_is_what_was_allocated(tmp_path, compare, monkeypatch):
