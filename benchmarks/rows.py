@@ -142,8 +142,8 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
     if tiny:
         config, grid, nabla_config = TINY_DIT, (2, 32, 32), NablaConfig(P=0.9, window=(1, 1, 1))
     if side == "theirs":
-        return dit_forward("ours", config, grid, peaked=5.5)
-    forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.5)
+        return dit_forward("ours", config, grid, peaked=5.3)
+    forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.3)
     shares: list[float] = []
 
     def block_map(*arguments) -> Tensor:

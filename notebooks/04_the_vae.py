@@ -147,7 +147,7 @@ left.set(title=f"Encoder: frame {F_changed} is changed", xlabel="latent frame", 
 first = 4 * (T_changed - 1) + 1
 colours = [COLOURS[1] if f < first else COLOURS[0] for f in range(len(moved_back))]
 right.bar(range(len(moved_back)), moved_back, color=colours)
-right.set(title=f"Decoder: latent frame {T_changed} is changed", xlabel="frame of the video")
+right.set(title=f"Decoder: latent frame {T_changed} is changed", xlabel="frame of the video", xticks=range(0, 17, 2))
 for ax in (left, right):
     ax.set_yscale("log")
     ax.set_ylim(ax.dataLim.minposy / 5, ax.dataLim.ymax * 8)
@@ -188,11 +188,12 @@ figure, axes = plt.subplots(1, 4, figsize=(10, 2.9))
 shown = {"in one piece": whole, **{f"{name} tiles": video for name, video in decoded["space"].items()}}
 for ax, (name, video) in zip(axes, shown.items(), strict=False):
     picture(ax, video_io.to_uint8(video.clamp(-1, 1))[0, 20, 32:96, 32:96])
-    ax.set_title(f"{name}: the middle of frame 20", fontsize=9)
+    ax.set_title(name, fontsize=9)
 difference = levels * (decoded["space"]["touching"] - whole).abs().mean(dim=(0, 1, 2))  # (H, W)
 colours = picture(axes[3], difference, cmap="magma", vmin=0)
-axes[3].set_title("touching: difference", fontsize=9)
-figure.colorbar(colours, ax=axes[3], label="levels of 255")
+axes[3].set_title("touching tiles − in one piece", fontsize=9)
+figure.colorbar(colours, ax=axes[3], label="levels of 255", shrink=0.8)
+figure.suptitle("The middle of frame 20; on the right all of it, the mean over the frames")
 plt.show()
 
 # %% [markdown]

@@ -33,8 +33,8 @@ from kandinsky5.vae import VAE
 
 RECIPES = {
     "nocfg": Recipe(steps=800, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "distilled": Recipe(steps=800, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=1000, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
+    "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "long": Recipe(steps=700, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen

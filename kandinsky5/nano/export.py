@@ -33,14 +33,15 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
     parser.add_argument("--judged", type=Path, default=Path("docs/judge"), help="folder of the judge's tables")
-    parser.add_argument("--remark", default="", help="a sentence for the cards, such as what a run started from")
+    parser.add_argument("--remark", default="", help="a sentence for nano's card, such as what its run began from")
     parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
     arguments = parser.parse_args()
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
             folder = arguments.to / name
             export(name, arguments.runs / run, arguments.vae, arguments.text, folder)
-            write_card(name, arguments.runs, folder, arguments.judged / f"judge_{name}.md", arguments.remark)
+            remark = arguments.remark if name == "nano" else ""
+            write_card(name, arguments.runs, folder, arguments.judged / f"judge_{name}.md", remark)
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
