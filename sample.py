@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         reason = str(error)
     except (MemoryError, RuntimeError, TypeError) as error:  # PyTorch says by any of these that a tensor is too large
         words = re.search(
-            r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed", str(error), re.IGNORECASE
+            r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed|Overflow when unpacking",
+            str(error),
+            re.IGNORECASE,
         )
         if not words and not isinstance(error, MemoryError):
             raise

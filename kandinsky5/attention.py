@@ -67,7 +67,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block
         if kernel == "dense":
             return dense_attention(q, k, v, expand_block_map(block_map))
         if kernel == "flex" or kernel == "auto" and q.is_cuda:
-            return _compiled_flex_attention()(q, k, v, block_mask=build_block_mask(block_map))
+            tile = {"BLOCK_M": TILE, "BLOCK_N": TILE}  # the kernel's own default of 128 refuses such blocks
+            return _compiled_flex_attention()(q, k, v, block_mask=build_block_mask(block_map), kernel_options=tile)
         return block_sparse_attention(q, k, v, block_map, fused=kernel == "sdpa" or q.device.type != "cpu")
     if kernel == "dense":
         return dense_attention(q, k, v, mask)

@@ -349,6 +349,7 @@ def test_replay_of_a_strangers_file_is_refused(refused):
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
         ("--height 1600000000 --width 1600000000", "not enough memory (tried to allocate"),
         ("--height 16000000000000000 --width 16000000000000000", "not enough memory (Storage size"),
+        ("--height 100000000000000000000", "not enough memory (Overflow"),
         ("--image missing.png", "cannot read missing.png (No such file or directory): give a whole JPEG"),
         ("--image text.jpg", "cannot read text.jpg (it is no such image): give a whole JPEG, PNG or WebP"),
         ("--image half.png", "cannot read half.png"),

@@ -516,6 +516,16 @@ def test_nan_is_warned_of_by_name(transformer, tmp_path, capsys):
     assert len(warnings) == 2 and "patch_embedder.weight" in "".join(warnings) and "final_layer" in "".join(warnings)
 
 
+def test_what_overflows_in_fp16_is_warned_of(transformer, tmp_path, capsys):
+    file = next(transformer.glob("*.safetensors"))
+    state = load_file(file)
+    state["visual_embeddings.in_layer.weight"][3, 5] = 1e6
+    save_file(state, file)
+    arguments = ["from-diffusers", str(transformer), str(tmp_path / "dst"), "--only", "dit", "--quiet"]
+    assert main([*arguments, "--dtype", "fp16"]) == 0
+    assert "holds NaN or infinity as F16" in capsys.readouterr().err
+
+
 def test_no_room_on_the_disk_is_said_before_anything_is_written(native, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -172,15 +172,16 @@ def write_shard(path: Path, part: Part, names: list[str], advance: Callable[[int
         for name in names:
             sha256, finite = hashlib.sha256(), True
             for chunk in part.tensors[name].chunks():
-                finite = finite and is_finite(chunk)
-                data = chunk.to(FLOATS[part.dtypes[name]]).view(torch.uint8).numpy().data
+                cast = chunk.to(FLOATS[part.dtypes[name]])
+                finite = finite and is_finite(cast)  # behind the cast: what is 1e6 in bf16 is infinite in fp16
+                data = cast.view(torch.uint8).numpy().data
                 hashed = beside.submit(sha256.update, data)  # while this thread writes
                 write_all(file, data)
                 hashed.result()
                 advance(len(data))
             digests[name] = sha256.hexdigest()
             if not finite:
-                say(f"warning: {name} of {part.tensors[name].path} holds NaN or infinity")
+                say(f"warning: {name} of {part.tensors[name].path} holds NaN or infinity as {part.dtypes[name]}")
         file.seek(0)
         write_all(file, build_header(part, names, digests))
     os.replace(partial, path)
