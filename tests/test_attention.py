@@ -97,6 +97,17 @@ def test_flex_equals_dense():
     assert relative_error(flex_attention(q, k, v, block_mask=build_block_mask(chosen)), expected) < 1e-6
 
 
+def test_compiled_flex_is_given_the_tile_size_of_the_map(monkeypatch):
+    """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU."""
+    given = {}
+    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: lambda q, k, v, **options: given.update(options))
+    q, chosen = torch.randn(1, 1, 128, 16), torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    with use("flex"):
+        attention(q, q, q, block_map=chosen)
+    assert given["kernel_options"] == {"BLOCK_M": 64, "BLOCK_N": 64}
+    assert given["block_mask"].BLOCK_SIZE == (64, 64)
+
+
 def test_block_mask_holds_the_map():
     chosen = random_map(2, 3, 6, 0.2)
     mask = build_block_mask(chosen)
