@@ -2,7 +2,7 @@
 
     python docs/draw_nano.py            # docs/nano/NAME.png for every model, docs/nano.webp
 
-Rows are prompts, columns are frames at even times. Nothing is chosen: video i of a sheet has seed i.
+Rows are prompts, columns are frames at even times. Nothing is chosen: prompt i has seed i, given images have seed 0.
 Needs matplotlib (`pip install '.[train]'`).
 """
 
