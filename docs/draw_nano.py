@@ -57,9 +57,8 @@ def main() -> None:
 def draw_sheet(pipe: Pipeline, path: Path) -> None:
     """A PNG with one row a prompt: clips from text, and below them clips that go on from a given image."""
     sampling = pipe.config.sampling
-    canvas = (sampling.height, sampling.width)
-    scenes = [sample_scene([7, i], num_objects=1, canvas=canvas) for i in range(len(IMAGE_VERBS))]
-    images = [torch.from_numpy(draw_scene(scene, 1, *canvas)[0]) for scene in scenes]
+    scenes = [sample_scene([7, i], num_objects=1) for i in range(len(IMAGE_VERBS))]
+    images = [torch.from_numpy(draw_scene(scene, 1, sampling.height, sampling.width)[0]) for scene in scenes]
     nouns = [f"a {scene.objects[0].colour} {scene.objects[0].shape}" for scene in scenes]
     texts = [f"{noun} {verb}" for noun, verb in zip(nouns, IMAGE_VERBS, strict=True)]
     rows = list(zip(PROMPTS, pipe(list(PROMPTS), seed=0, progress=False).numpy(), strict=True))

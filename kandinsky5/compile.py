@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kandinsky5.dit import DiT
-from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, ResidualBlock, Upsample
+from kandinsky5.vae import VAE, CausalAttention, ResidualBlock, Upsample
 
 
 def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
@@ -22,8 +22,8 @@ def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
     for block in [*_plainly(dit.text_blocks), *_plainly(dit.visual_blocks)]:
         block.compile(fullgraph=True, **how)
     for module in vae.decoder.modules():
-        # Loops over frames, for each size others; and shortcuts, whose kernel PyTorch chooses by size and threads.
-        if isinstance(module, (CausalConv3d, nn.Conv3d, CausalAttention, Upsample)):
+        # What loops over frames, for each size others; and every convolution: its kernel hangs on size and threads.
+        if isinstance(module, (nn.Conv3d, CausalAttention, Upsample)):
             vars(module)["forward"] = torch.compiler.disable(module.forward)
         if isinstance(module, ResidualBlock):
             # Not one graph: between its convolutions. For the real VAE 20 graphs in all: widths, memory layouts, and

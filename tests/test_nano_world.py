@@ -260,6 +260,10 @@ def test_what_a_caption_says_is_true_and_in_its_text(language):
             centres = [np.add(thing.start, thing.end) / 2 for thing in things]
             x, y = centres[1][0] - centres[0][0], centres[1][1] - centres[0][1]
             assert {"left of": x, "right of": -x, "above": y, "below": -y}[said.relation] > 10
+        assert len(said.about) == len(said.text)
+        for i, thing in enumerate(things):  # its colour stands in words about it, and no other's does
+            about = "".join(c if of == i else " " for c, of in zip(text, said.about, strict=False))
+            assert [name for name, word in colour_words.items() if word in about] == [thing.colour], (about, text)
         unsaid.update(background=not said.background, size="size" not in said.objects[0], relation=not said.relation)
     assert min(unsaid.values()) > 100  # each is left out at times
 

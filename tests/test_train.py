@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
 from torch import nn
 
 from kandinsky5 import train as training
@@ -13,9 +14,10 @@ from kandinsky5.config import DiTConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.nano.train_dit import ClipStore
+from kandinsky5.nano.train_text import conversation, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, single_frame, standardise
-from kandinsky5.nano.world import sample_scene
-from kandinsky5.pipeline import Pipeline
+from kandinsky5.nano.world import caption, sample_scene
+from kandinsky5.pipeline import SHIPPED, Pipeline
 from kandinsky5.sampler import euler_sample
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.train import FlowTimes, Recipe, drop_condition, flow_batch, flow_loss, generator, step_target, train
@@ -236,6 +238,23 @@ def test_standardised_latents_decode_to_the_same_video(vae):
     rise, rise_before = after.mean.diff(dim=-1), posterior.mean.diff(dim=-1)
     torch.testing.assert_close(rise * scale[..., 1:], rise_before, rtol=1e-3, atol=1e-4)
     assert after.mean.mean(dim=(0, 2, 3, 4)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("language", ["english", "russian"])
+def test_tokens_are_about_the_object_that_their_words_describe(language):
+    """Each object's tokens put together are its noun and its motion, and nothing of the other's."""
+    tokenizer = Backend.from_file(str(SHIPPED / "nano" / "qwen_tokenizer" / "tokenizer.json"))
+    for i in range(50):
+        said = caption(sample_scene([i], num_objects=2), language, np.random.default_rng(i))
+        text = conversation(said)
+        encoded = tokenizer.encode(text)
+        where = tokens_about(said, encoded.offsets)
+        begin = text.index(said.text)
+        for thing in (0, 1):
+            words = [text[slice(*encoded.offsets[s])].strip() for s in where if where[s] == thing]
+            expected = [c for c, about in zip(said.text, said.about, strict=True) if about == thing]
+            assert "".join(words).replace(" ", "") == "".join(expected).replace(" ", "")
+        assert all(begin <= encoded.offsets[s][0] for s in where)
 
 
 def test_confetti_shows_many_colours():

@@ -106,7 +106,8 @@ def train_long(folder: Path, teacher: DiT, vae: VAE, text_encoder: TextEncoder, 
         available = LONG_CLIPS + 2 * seed[1]
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
-            predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
+            arguments = (batch.x, features.text, features.pooled, batch.t, features.mask)
+            predicted = dit(*arguments, sampling.rope_scale)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     return train(dit, loss, recipe, folder, _sampler(presets.LONG, vae, text_encoder, folder), sample_every=500)

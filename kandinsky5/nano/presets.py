@@ -66,11 +66,12 @@ NOCFG = replace(NANO, name="nano-nocfg", sampling=replace(SAMPLING, guidance_sca
 DISTILLED = replace(
     NANO, name="nano-distilled16steps", sampling=replace(SAMPLING, guidance_scale=1.0, num_inference_steps=16)
 )
-# 33 frames of 128 x 128 are 9 tiles of 8 x 8 tokens, one for each latent frame.
+# 33 frames of 128 x 128 are 9 tiles of 8 x 8 tokens, one for each latent frame. The scenes are nano's, twice as large
+# and in twice as many frames, so positions are divided by two: before any training motions come out right.
 LONG = replace(
     NANO,
     name="nano-10s",
     dit=replace(DIT, nabla=NablaConfig(P=0.4, window=(3, 1, 1))),
-    sampling=replace(SAMPLING, height=128, width=128, num_frames=33, image_area=128 * 128),
+    sampling=replace(SAMPLING, height=128, width=128, num_frames=33, image_area=128 * 128, rope_scale=(2.0, 2.0, 2.0)),
 )
 PRESETS = {preset.name: preset for preset in (NANO, NOCFG, DISTILLED, LONG)}

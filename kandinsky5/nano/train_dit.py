@@ -156,7 +156,7 @@ class ClipStore:
 
     def scene(self, index: int) -> Scene:
         """What clip `index` shows; it follows from the store's seed."""
-        return sample_scene([self.seed, index], canvas=(self.size, self.size))
+        return sample_scene([self.seed, index])
 
     def read(self, indices: np.ndarray, available: int) -> tuple[Tensor, Tensor]:
         """Clips `indices`, all below `available`: latents (B, T, h, w, 16), first frames (B, 1, h, w, 16); scaled."""
@@ -221,23 +221,23 @@ def test(
 ) -> dict[str, float]:
     """What the judge finds in clips of fresh prompts, one object and two, English and Russian; and a contact sheet."""
     pipe = build_pipeline(config, dit, vae, text_encoder)
-    canvas = (config.sampling.height, config.sampling.width)
-    tests = [draw_test(i, 1 if i < count * 3 // 4 else 2, canvas) for i in range(count)]
+    size = (config.sampling.height, config.sampling.width)
+    tests = [draw_test(i, 1 if i < count * 3 // 4 else 2) for i in range(count)]
     steps = min(config.sampling.num_inference_steps, 25)
     frames = pipe([said.text for _, said in tests], num_inference_steps=steps, progress=False, seed=TEST_SEED).numpy()
-    answers = [score(judge_clip(clip, canvas), said) for clip, (_, said) in zip(frames, tests, strict=True)]
+    answers = [score(judge_clip(clip), said) for clip, (_, said) in zip(frames, tests, strict=True)]
     one, two = answers[: count * 3 // 4], answers[count * 3 // 4 :]
     figures = {f"one_{name}": np.mean([a[name] for a in one]) for name in ("all", "colour", "shape", "motion")}
     figures |= {f"two_{name}": np.mean([a[name] for a in two]) for name in ("all", "colour", "shape", "motion")}
 
     few = tests[:8]
-    images = [torch.from_numpy(draw_scene(scene, 1, *canvas)[0]) for scene, _ in few]
+    images = [torch.from_numpy(draw_scene(scene, 1, *size)[0]) for scene, _ in few]
     given = [
         pipe(said.text, image=image, num_inference_steps=steps, progress=False)[0].numpy()
         for image, (_, said) in zip(images, few, strict=True)
     ]
     figures["image_motion"] = np.mean(
-        [score(judge_clip(clip, canvas), said)["motion"] for clip, (_, said) in zip(given, few, strict=True)]
+        [score(judge_clip(clip), said)["motion"] for clip, (_, said) in zip(given, few, strict=True)]
     )
     if picture:
         rows = [*frames[:8, ::4], *frames[-4:, ::4], *(clip[::4] for clip in given[:4])]  # (5, H, W, 3) each
@@ -247,12 +247,10 @@ def test(
     return {name: round(float(value), 3) for name, value in figures.items()}
 
 
-def draw_test(
-    index: int, num_objects: int, canvas: tuple[int, int] = (64, 64), split: str = "train"
-) -> tuple[Scene, Caption]:
+def draw_test(index: int, num_objects: int, split: str = "train") -> tuple[Scene, Caption]:
     """A scene and a caption that are never trained on."""
     rng = np.random.default_rng([TEST_SEED, index])
-    scene = sample_scene(rng, split, num_objects, canvas)
+    scene = sample_scene(rng, split, num_objects)
     return scene, caption(scene, LANGUAGES[index % 2], rng)
 
 

@@ -3,8 +3,11 @@
     python -m kandinsky5.nano.train_text --folder runs/text
 
 The Qwen-class encoder learns to go on with a conversation: a caption stands where the prompt will, and the answer
-lists what it says in one fixed manner, so that the caption's tokens must come to mean something. The CLIP-class
-encoder learns which of 128 lists belongs to which caption. Both are frozen afterwards, as in the real model.
+lists what it says in one fixed manner, so that the caption's tokens must come to mean something. Its tokens must also
+say, one linear layer away, all that they can know of the object they are about. Next token alone does not ask for
+that, and a small DiT on such features gives the attributes of one object to another: both were right in 7 % of
+clips. The CLIP-class encoder learns which of 128 lists belongs to which caption. Both are frozen afterwards, as in the
+real model.
 """
 
 import argparse
@@ -40,6 +43,7 @@ from kandinsky5.train import Recipe, load_average, train
 QWEN_RECIPE = Recipe(steps=1000, learning_rate=2e-3, ema=0.998)
 CLIP_RECIPE = Recipe(steps=1000, learning_rate=1e-3, ema=0.998)
 QWEN_BATCH, CLIP_BATCH = 48, 128  # captions
+ABOUT_WEIGHT = 10.0
 TOKENIZER_CAPTIONS = 40_000
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
@@ -125,37 +129,70 @@ def _clip_backend() -> Backend:
 # ---------------------------------------------------------------------------------------------- next token
 
 
-class LanguageModel(nn.Module):
-    """Qwen with the head that predicts the next token, which is thrown away afterwards.
+ATTRIBUTES = (*COLOURS, *SHAPES, *MOTIONS, *RADII, *OPPOSITE)
 
-    ids (B, S) → logits (B, S, vocabulary).
+
+class LanguageModel(nn.Module):
+    """Qwen with two heads, which are thrown away: the next token, and what the object is like that a token is about.
+
+    ids (B, S) → logits (B, S, vocabulary), (B, S, attributes).
     """
 
     def __init__(self):
         super().__init__()
         self.qwen = Qwen(presets.QWEN)
         self.head = nn.Linear(presets.QWEN.dim, presets.QWEN.vocab_size, bias=False)
+        self.describe = nn.Linear(presets.QWEN.dim, len(ATTRIBUTES))
         nn.init.normal_(self.qwen.embedding.weight, std=0.3)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.qwen(ids))
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.qwen(ids)
+        return self.head(features), self.describe(features)
 
 
 def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
-    """Next token in conversations of template, caption and answer."""
+    """Next token in conversations of template, caption and answer; and what each of the caption's tokens is about."""
     torch.manual_seed(recipe.seed)
-    model, tokenizer = LanguageModel(), Tokenizer.load(folder / "qwen_tokenizer")
+    model, tokenizer = LanguageModel(), Backend.from_file(str(folder / "qwen_tokenizer" / "tokenizer.json"))
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         captions = [draw_caption([2, *seed, i]) for i in range(QWEN_BATCH)]
-        rows = [torch.tensor(tokenizer.encode(conversation(said))) for said in captions]
-        ids = pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, S)
-        logits = model(ids[:, :-1].clamp(min=0)).float()
-        value = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
-        answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.token_id("<|im_start|>"))
-        return value, {"answer_accuracy": answers}
+        encoded = [tokenizer.encode(conversation(said)) for said in captions]
+        ids = pad_sequence([torch.tensor(row.ids) for row in encoded], batch_first=True, padding_value=-100)  # (B, S)
+        logits, described = (x.float() for x in model(ids[:, :-1].clamp(min=0)))
+        next_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
+        where = [tokens_about(said, row.offsets) for said, row in zip(captions, encoded, strict=True)]
+        asked = [(b, s, as_set(captions[b])[0][i]) for b, row in enumerate(where) for s, i in row.items()]
+        rows, places, attributes = (list(x) for x in zip(*asked, strict=True))
+        about = F.binary_cross_entropy_with_logits(described[rows, places], torch.stack(attributes))
+        answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.token_to_id("<|im_start|>"))
+        return next_token + ABOUT_WEIGHT * about, {
+            "next_token": float(next_token.detach()),
+            "about": float(about.detach()),
+            "answer_accuracy": answers,
+            "about_accuracy": about_accuracy(described.detach(), captions, where),
+        }
 
     return train(model, loss, recipe, folder / "qwen")
+
+
+def tokens_about(said: Caption, offsets: list[tuple[int, int]]) -> dict[int, int]:
+    """Which tokens of `conversation(said)` are about an object, and which: position → index in `said.objects`.
+
+    offsets: each token's first character and the one behind its last.
+    """
+    begin = presets.TEMPLATE.index("{}")
+    ends = {s: end - 1 - begin for s, (_, end) in enumerate(offsets) if begin < end <= begin + len(said.text)}
+    return {s: i for s, end in ends.items() if (i := said.about[end]) is not None}
+
+
+def about_accuracy(described: Tensor, captions: list[Caption], where: list[dict[int, int]]) -> float:
+    """The share of objects of which the last token knows colour, shape and motion; described (B, S, attributes)."""
+    known, width = [], len(COLOURS) + len(SHAPES) + len(MOTIONS)
+    for b, (said, places) in enumerate(zip(captions, where, strict=True)):
+        last = {i: s for s, i in places.items()}  # later ones win
+        known += [torch.equal(described[b, s, :width] > 0, as_set(said)[0][i, :width] > 0) for i, s in last.items()]
+    return sum(known) / len(known)
 
 
 def conversation(said: Caption) -> str:
@@ -183,9 +220,6 @@ def answer_accuracy(logits: Tensor, targets: Tensor, start: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- contrast
-
-
-ATTRIBUTES = (*COLOURS, *SHAPES, *MOTIONS, *RADII, *OPPOSITE)
 
 
 class CaptionContrast(nn.Module):

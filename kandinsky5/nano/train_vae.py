@@ -148,7 +148,7 @@ def draw_clips(seed: list[int], halved: bool = True) -> Tensor:
     """A batch of clips, whole or their first half, (B, 3, F, H, W) in [−1, 1]; now and then one of nano-10s."""
     step = seed[-2]
     if step % LONG_EVERY == 0:
-        return draw_videos([sample_scene(seed, canvas=(128, 128))], num_frames=33, size=128)
+        return draw_videos([sample_scene(seed)], num_frames=33, size=128)
     clips = draw_videos([sample_scene([*seed, i]) for i in range(CLIPS)])
     return clips if not halved or step % 8 in (3, 4) else clips[:, :, :9]  # half a clip teaches almost as much
 

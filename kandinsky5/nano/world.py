@@ -12,7 +12,7 @@ from the top left corner.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -86,6 +86,7 @@ class Caption:
     background: str | None  # None where the caption does not say
     objects: tuple[dict[str, str], ...]  # in order of mention: "colour", "shape", "motion" and, where said, "size"
     relation: str | None = None  # the first object is "above", "below", "left of" or "right of" the second
+    about: tuple[int | None, ...] = ()  # for each character, which of `objects` its words are about
 
 
 def sample_scene(
@@ -167,7 +168,10 @@ def caption(scene: Scene, language: str, rng: np.random.Generator) -> Caption:
     if len(things) == 2 and rng.random() < 0.6:
         relation = pick(rng, relations(*things))
     write = _write_english if language == "english" else _write_russian
-    return Caption(write(rng, said, background, relation), background, said, relation)
+    text, about = _finish(rng, *_unmark(write(rng, said, background, relation)))
+    if language == "russian" and rng.random() < 0.2:
+        text = text.replace("ё", "е").replace("Ё", "Е")  # as many people type
+    return Caption(text, background, said, relation, about)
 
 
 def relations(first: Object, second: Object) -> tuple[str, ...]:
@@ -312,8 +316,9 @@ def _said(thing: Object, say_size: bool) -> dict[str, str]:
 def _write_english(
     rng: np.random.Generator, said: tuple[dict, ...], background: str | None, relation: str | None
 ) -> str:
-    nouns = [_english_noun(rng, thing) for thing in said]
-    moves, moving = zip(*(_verb(rng, thing["motion"], ENGLISH_VERB, ENGLISH_DIRECTION) for thing in said), strict=True)
+    nouns = _mark([_english_noun(rng, thing) for thing in said])
+    verbs = [_verb(rng, thing["motion"], ENGLISH_VERB, ENGLISH_DIRECTION) for thing in said]
+    moves, moving = map(_mark, zip(*verbs, strict=True))
     if len(said) == 1:
         text = pick(rng, (f"{nouns[0]} {moves[0]}", f"{nouns[0]} {moving[0]}", f"there is {nouns[0]} {moving[0]}"))
     elif relation is None:
@@ -337,7 +342,7 @@ def _write_english(
             f"on a {word} background, {text}",
             f"{text}, {word} background",
         ))  # fmt: skip
-    return _finish(rng, text)
+    return text
 
 
 def _english_noun(rng: np.random.Generator, thing: dict[str, str]) -> str:
@@ -378,8 +383,9 @@ def _write_russian(
     rng: np.random.Generator, said: tuple[dict, ...], background: str | None, relation: str | None
 ) -> str:
     things = [_decline(rng, thing) for thing in said]
-    nouns = [thing["nominative"] for thing in things]
-    moves, moving = zip(*(_verb(rng, thing["motion"], RUSSIAN_VERB, RUSSIAN_DIRECTION) for thing in said), strict=True)
+    nouns = _mark([thing["nominative"] for thing in things])
+    verbs = [_verb(rng, thing["motion"], RUSSIAN_VERB, RUSSIAN_DIRECTION) for thing in said]
+    moves, moving = map(_mark, zip(*verbs, strict=True))
     if len(said) == 1:
         text = pick(rng, (f"{nouns[0]} {moves[0]}", f"{moving[0]} {nouns[0]}"))
     elif relation is None:
@@ -391,16 +397,16 @@ def _write_russian(
     else:
         case, here, _, at = RUSSIAN_PLACE[relation]
         _, _, beside_it, at_there = RUSSIAN_PLACE[OPPOSITE[relation]]
+        inflected = _mark([thing[case] for thing in things])
         text = pick(rng, (
-            f"{nouns[0]} {moves[0]} {here} {things[1][case]}, который {moves[1]}",
+            f"{nouns[0]} {moves[0]} {here} {inflected[1]}, который {moves[1]}",
             f"{nouns[0]} {moves[0]}, а {beside_it} {nouns[1]} {moves[1]}",
             f"{at} {nouns[0]} {moves[0]}, {at_there} {nouns[1]} {moves[1]}",
         ))  # fmt: skip
     if background:
         stem = RUSSIAN_BACKGROUND[background]
         text = pick(rng, (f"{text} на {stem}ом фоне", f"на {stem}ом фоне {text}", f"{text}, фон {stem}ый"))
-    text = _finish(rng, text)
-    return text.replace("ё", "е").replace("Ё", "Е") if rng.random() < 0.2 else text  # as many people type
+    return text
 
 
 def _decline(rng: np.random.Generator, thing: dict[str, str]) -> dict[str, str]:
@@ -471,8 +477,27 @@ def _verb(rng: np.random.Generator, motion: str, verbs: dict, directions: dict) 
     return f"{moves} {where}", f"{moving} {where}"
 
 
-def _finish(rng: np.random.Generator, text: str) -> str:
+MARKS = "\ue000\ue001"  # around words about the first and the second object, while a caption is put together
+
+
+def _mark(words: Sequence[str]) -> list[str]:
+    return [f"{mark}{word}{mark}" for mark, word in zip(MARKS, words, strict=False)]
+
+
+def _unmark(text: str) -> tuple[str, tuple[int | None, ...]]:
+    """The text without marks and, for each of its characters, which object it is about."""
+    plain, about, now = "", [], None
+    for character in text:
+        if character in MARKS:
+            now = MARKS.index(character) if now is None else None
+        else:
+            plain += character
+            about.append(now)
+    return plain, tuple(about)
+
+
+def _finish(rng: np.random.Generator, text: str, about: tuple[int | None, ...]) -> tuple[str, tuple[int | None, ...]]:
     """People begin with a capital letter and end with a full stop, or not."""
     if rng.random() < 0.25:
         text = text[0].upper() + text[1:]
-    return f"{text}." if rng.random() < 0.25 else text
+    return (f"{text}.", (*about, None)) if rng.random() < 0.25 else (text, about)
