@@ -165,7 +165,7 @@ def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
         asked = [(b, s, as_set(captions[b])[0][i]) for b, row in enumerate(where) for s, i in row.items()]
         rows, places, attributes = (list(x) for x in zip(*asked, strict=True))
         about = F.binary_cross_entropy_with_logits(described[rows, places], torch.stack(attributes))
-        answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.token_to_id("<|im_start|>"))
+        answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.get_vocab()["<|im_start|>"])
         return next_token + ABOUT_WEIGHT * about, {
             "next_token": float(next_token.detach()),
             "about": float(about.detach()),
