@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(last, 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # (B, 128, F, H, W)
+        x = self.conv_in(lay_out(x))  # (B, 128, F, H, W)
         for stage in self.stages:
             x = stage(x)  # (B, 256, F, H/2, W/2), (B, 512, F/2, H/4, W/4), (B, 512, T, h, w), the same
         x = self.mid(x)
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(first, config.image_channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))  # (B, 512, T, h, w)
+        x = self.mid(self.conv_in(lay_out(z)))  # (B, 512, T, h, w)
         for stage in self.stages:
             for block in stage.children():  # one by one, so that no stage's input is held until its end
                 x = block(x)
@@ -235,7 +235,7 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
     T, H, W = x.shape[2:]
     padded = _pad(x, past=1 if double_time else 2)
     weight = conv.weight.float()  # sums of bf16 weights are rounded once, not twice
-    out = x.new_empty(x.shape[0], conv.out_channels, 2 * T - 1 if double_time else T, 2 * H, 2 * W)
+    out = _empty_like(x, conv.out_channels, 2 * T - 1 if double_time else T, 2 * H, 2 * W)
     for odd_frame in (False, True) if double_time else (None,):
         in_time = weight if odd_frame is None else _merge(weight, 2, odd_frame)
         # an odd frame needs the frame t − 1 ≥ 0 that is there, an even one also that before the first
@@ -273,11 +273,27 @@ class CausalConv3d(nn.Conv3d):
         T, step = x.shape[2], max(1, PIECE // x[0, :, 0].numel())
         if torch.is_grad_enabled() or step >= T or self.stride != (1, 1, 1):
             return super().forward(_pad(x, past=2))
-        out = x.new_empty(x.shape[0], self.out_channels, *x.shape[2:])
+        out = _empty_like(x, self.out_channels, *x.shape[2:])
         for i in range(0, T, step):
             there = min(i, 2)  # of the two frames of the past
             out[:, :, i : i + step] = super().forward(_pad(x[:, :, i - there : i + step], past=2 - there))
         return out
+
+
+def lay_out(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) → the same numbers, on a CPU in half precision with the channels of a pixel side by side.
+
+    All layers keep that layout. Convolutions in bf16 take 10 to 25 % less time in it; in float32 they do not.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.contiguous(memory_format=torch.channels_last_3d) if half and x.device.type == "cpu" else x
+
+
+def _empty_like(x: Tensor, channels: int, T: int, H: int, W: int) -> Tensor:
+    """Memory for (B, channels, T, H, W), laid out as x is."""
+    channels_last = x.stride(1) == 1
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    return torch.empty(x.shape[0], channels, T, H, W, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _pad(x: Tensor, past: int) -> Tensor:

@@ -79,7 +79,8 @@ def vae_memory(
     before, last = (config.channels[min(i, len(config.channels) - 1)] for i in (1, 0))
     inside = window * height * width * max(2 * before + last, 3 * last)
     frame = height * width * before
-    copies = 3 * frame * min(window + 2, max(1, PIECE // frame) + 2)  # padded; in the kernel's layout; two outputs
+    # Padded, and what comes out; float32 also in the kernel's layout (`vae.lay_out`).
+    copies = (2 if dtype.itemsize == 2 else 3) * frame * min(window + 2, max(1, PIECE // frame) + 2)
     put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
     video = 2 * frames * (space * h) * (space * w) * config.image_channels
     return batch * (dtype.itemsize * (inside + copies + put_together) + video)

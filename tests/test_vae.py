@@ -139,6 +139,28 @@ def test_half_precision(vae):
     assert relative_error(decoded, vae.decode(expected)) < 5e-2  # 0.020 and 0.042 are bf16 itself
 
 
+def test_in_half_precision_every_convolution_gets_and_gives_channels_last(vae, monkeypatch):
+    """One that did not would make all later ones copy. And the error of bf16 is what it is in the plain layout."""
+    exact, half = VAE(SMALL_VAE), VAE(SMALL_VAE).to(torch.bfloat16)
+    half.load_state_dict(vae.state_dict())
+    exact.load_state_dict(half.state_dict())  # the rounded weights
+    layouts = []
+    for layer in half.modules():
+        if isinstance(layer, CausalConv3d):
+            layer.register_forward_hook(lambda _, x, y: layouts.append((x[0].stride(1), y.stride(1))))
+    z = torch.randn(1, 16, 3, 4, 4).to(torch.bfloat16)
+    video = (torch.rand(1, 3, 9, 32, 32) * 2 - 1).to(torch.bfloat16)
+    monkeypatch.setattr(module, "PIECE", 8 * 32 * 32)  # in pieces too
+    with torch.no_grad():
+        expected = exact.encode(video.float()).mean, exact.decode(z.float())
+        laid_out = half.encode(video).mean, half.decode(z)
+        assert len(layouts) > 30 and set(layouts) == {(1, 1)}
+        monkeypatch.setattr(module, "lay_out", lambda x: x)
+        plain = half.encode(video).mean, half.decode(z)
+    for ours, theirs, right in zip(laid_out, plain, expected, strict=True):
+        assert relative_error(ours, right) < 1.2 * relative_error(theirs, right)
+
+
 def test_other_factors_follow_from_the_config():
     config = replace(SMALL_VAE, halves_time=(False, True))
     assert (config.space_factor, config.time_factor) == (4, 2)
