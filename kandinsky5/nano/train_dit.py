@@ -2,7 +2,7 @@
 
     python -m kandinsky5.nano.train_dit --folder runs/dit --vae runs/vae --text runs/text
 
-The clips' latents are drawn and encoded once and kept on disk, but a few new ones are added at every step; their
+The clips' latents are drawn and encoded once and kept on disk, but a new one is added at every step; their
 captions are written anew each time. A sample is given its first frame in 30 % of the cases, and no prompt in 10 %.
 """
 
@@ -49,7 +49,7 @@ RECIPE = Recipe(
 BATCH = 48
 TIMES = FlowTimes("logit-normal", mean=0.5, std=1.2)  # more often near the noise, where motion is decided
 FIRST_FRAME_GIVEN, PROMPT_DROPPED = 0.3, 0.1
-CLIPS_AT_FIRST, CLIPS_A_STEP, CLIPS_AT_MOST = 2000, 4, 80_000
+CLIPS_AT_FIRST, CLIPS_A_STEP, CLIPS_AT_MOST = 8000, 1, 80_000
 CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during training
 
 
