@@ -32,6 +32,7 @@ from kandinsky5.config import (
     VAEConfig,
 )
 from kandinsky5.dit import DiT
+from kandinsky5.heap import keep_freed_memory
 from weights_convert import tables
 from weights_convert.read import write_json
 from weights_convert.sizes import to_their_config
@@ -185,7 +186,14 @@ def dit_forward(side: str, config: DiTConfig, grid: tuple[int, int, int], peaked
         for name, parameter in dit.named_parameters():
             if "visual" in name and name.endswith(("self_attention.q_norm.weight", "self_attention.query_norm.weight")):
                 parameter *= peaked
-    return lambda: dit(**inputs) if side == "ours" else call_their_dit(dit, config, **inputs)
+    if side != "ours":
+        return lambda: call_their_dit(dit, config, **inputs)
+
+    def run() -> Tensor:
+        with keep_freed_memory(inputs["x"].device):  # as the pipeline does for all its steps
+            return dit(**inputs)
+
+    return run
 
 
 def dit_inputs(config: DiTConfig, grid: tuple[int, int, int], device: str = "cpu") -> dict[str, Tensor]:
@@ -337,19 +345,21 @@ def text(side: str, tiny: bool, prompts: list[str], head: bool = True) -> Work:
         lengths = {len(encoder.qwen_tokenizer.encode(prompt)) for prompt in prompts}
         assert lengths == {20}, f"the prompts have {lengths} tokens"
 
-        def encode(batch: list[str]) -> tuple[Tensor, Tensor]:
-            features = encoder.encode(batch)
-            return features.text, features.pooled
+        def encode(*batches: list[str]) -> list[tuple[Tensor, Tensor]]:  # the pipeline encodes all texts at once
+            features = encoder.encode([text for batch in batches for text in batch])
+            starts = range(0, len(features.mask), len(prompts))
+            parts = [features.select(start, start + len(prompts)) for start in starts]
+            return [(part.text, part.pooled) for part in parts]
     else:
         pipe = build_their_pipeline(config, torch.bfloat16, models=("qwen", "clip"))
         if not head:
             pipe.text_encoder.lm_head = torch.nn.Identity()
 
-        def encode(batch: list[str]) -> tuple[Tensor, Tensor]:
-            return pipe.encode_prompt(batch)[:2]
+        def encode(*batches: list[str]) -> list[tuple[Tensor, Tensor]]:
+            return [pipe.encode_prompt(batch)[:2] for batch in batches]
 
     def run() -> Tensor:  # all texts of a batch are of one length, so that there is no padding
-        return torch.cat([features.flatten() for batch in (prompts, negatives) for features in encode(batch)])
+        return torch.cat([features.flatten() for batch in encode(prompts, negatives) for features in batch])
 
     return run
 

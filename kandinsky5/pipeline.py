@@ -23,6 +23,7 @@ from kandinsky5.clip import CLIPText
 from kandinsky5.compile import compile_models
 from kandinsky5.config import PipelineConfig, find_preset, load_config
 from kandinsky5.dit import DiT
+from kandinsky5.heap import keep_freed_memory
 from kandinsky5.offload import awake, check_mode, rest
 from kandinsky5.qwen import Qwen
 from kandinsky5.rope import scale_for_size
@@ -203,7 +204,8 @@ class Pipeline:
             return sampler.guided_velocity(conditional, unconditional, guidance_scale)
 
         bar = tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress)
-        with bar, awake(self.dit), magcache.skip_steps(self.dit, skips, len(passes)):
+        skipping = magcache.skip_steps(self.dit, skips, len(passes))
+        with bar, awake(self.dit), keep_freed_memory(self.device), skipping:
 
             def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
                 bar.update()

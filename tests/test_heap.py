@@ -1,0 +1,50 @@
+"""Freed memory stays with the process inside `keep_freed_memory`, and only there."""
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from kandinsky5 import Pipeline
+from kandinsky5.heap import keep_freed_memory
+
+CPU = torch.device("cpu")
+NUMBERS, PAGE = 20_000_000, resource.getpagesize()
+BLOCK = 4 * NUMBERS  # bytes, far above the 32 MB from which glibc asks the system for each block
+
+
+def pages_of_five_blocks() -> int:
+    """How many pages the system hands out for five large tensors, each freed before the next."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(NUMBERS)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_pages_of_freed_tensors_are_used_again_inside_and_given_back_at_the_end():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return PAGE * int(file.read().split()[1])
+
+    assert pages_of_five_blocks() >= 5 * BLOCK // PAGE
+    with keep_freed_memory(CPU):
+        pages_of_five_blocks()
+        held = resident()
+        assert pages_of_five_blocks() < BLOCK // PAGE  # not even one of the five anew
+    assert resident() < held - BLOCK // 2
+    assert pages_of_five_blocks() >= 5 * BLOCK // PAGE
+
+
+def test_the_pipeline_samples_inside_it(monkeypatch):
+    inside = []
+
+    def watch(self, *arguments):
+        inside.append(pages_of_five_blocks() < 2 * BLOCK // PAGE)
+        return predict(self, *arguments)
+
+    predict = Pipeline._predict
+    monkeypatch.setattr(Pipeline, "_predict", watch)
+    Pipeline.load("nano")("a red circle moves left", num_inference_steps=2, output_type="latents", progress=False)
+    assert inside[-1] or platform.libc_ver()[0] != "glibc"
