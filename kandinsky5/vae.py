@@ -5,6 +5,7 @@ become k + 1. The GroupNorms run over time, though, so that the whole is neither
 tileable; `vae_tiling.py` cuts the work up all the same, as the references do.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -263,21 +264,54 @@ class CausalConv3d(nn.Conv3d):
     (B, C, T, H, W) → (B, C', T', H', W'), each size divided by its stride and rounded up.
 
     Without gradients a few frames are computed at a time: the copies that padding and the kernel make of a whole
-    clip would be most of the memory that decoding takes.
+    clip would be most of the memory that decoding takes. On a CPU in float32 they are computed two by two.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int, int] = 1):
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        T, step = x.shape[2], max(1, PIECE // x[0, :, 0].numel())
-        if torch.is_grad_enabled() or step >= T or self.stride != (1, 1, 1):
+        T, step = x.shape[2], max(2, PIECE // x[0, :, 0].numel())
+        if torch.is_grad_enabled() or self.stride != (1, 1, 1):
             return super().forward(_pad(x, past=2))
+        in_pairs = x.dtype == torch.float32 and x.device.type == "cpu"
+        conv = functools.partial(conv_in_pairs, conv=self) if in_pairs else super().forward
+        if step >= T:
+            return conv(_pad(x, past=2))
         out = _empty_like(x, self.out_channels, *x.shape[2:])
         for i in range(0, T, step):
             there = min(i, 2)  # of the two frames of the past
-            out[:, :, i : i + step] = super().forward(_pad(x[:, :, i - there : i + step], past=2 - there))
+            out[:, :, i : i + step] = conv(_pad(x[:, :, i - there : i + step], past=2 - there))
         return out
+
+
+def conv_in_pairs(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """A 3×3×3 conv of x that is padded, two frames at a time in two thirds of the multiplications.
+
+    Winograd's F(2, 3) along time (arXiv 1509.09308 §4.1): with · for a 2-D conv and wᵢ for the kernel's three frames,
+
+        first = w₀·(x₀ − x₂)    sum = ½(w₀ + w₁ + w₂)·(x₁ + x₂)    difference = ½(w₀ − w₁ + w₂)·(x₂ − x₁)
+        last  = w₂·(x₁ − x₃)    y₀ = first + sum + difference       y₁ = sum − difference − last
+
+    In float32 it is as close to float64 as the plain conv; in bf16 the sums of frames would be rounded.
+    x (B, C, T + 2, H + 2, W + 2) → (B, C', T, H, W).
+    """
+    B, _, T, H, W = (size - 2 * (dim > 1) for dim, size in enumerate(x.shape))
+    w_0, w_1, w_2 = conv.weight.unbind(2)
+    half_sum, half_difference = (w_0 + w_1 + w_2) / 2, (w_0 - w_1 + w_2) / 2
+    out = x.new_empty(B, conv.out_channels, T, H, W)
+    for t in range(0, T - 1, 2):
+        x_0, x_1, x_2, x_3 = x[:, :, t : t + 4].unbind(2)
+        out[:, :, t] = F.conv2d(x_0 - x_2, w_0, conv.bias)
+        out[:, :, t + 1] = F.conv2d(x_1 - x_3, -w_2, conv.bias)
+        both = F.conv2d(x_1 + x_2, half_sum)
+        out[:, :, t : t + 2] += both[:, :, None]
+        both = F.conv2d(x_2 - x_1, half_difference)
+        out[:, :, t] += both
+        out[:, :, t + 1] -= both
+    if T % 2:
+        out[:, :, -1:] = F.conv3d(x[:, :, -3:], conv.weight, conv.bias)
+    return out
 
 
 def lay_out(x: Tensor) -> Tensor:

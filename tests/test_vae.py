@@ -176,3 +176,27 @@ def test_conv_of_repeated_is_the_conv_of_the_repeated_video(double_time, T):
     expected = upsample.conv(repeat(x, double_time))
     assert expected.shape == (2, 6, 2 * T - 1 if double_time else T, 6, 8)
     assert (upsample(x) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 6])
+def test_two_frames_at_a_time_are_as_close_to_float64_as_the_plain_convolution(T):
+    conv = randomise(CausalConv3d(24, 7))
+    x = torch.randn(2, 24, T + 2, 5, 6)
+    exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double())
+    plain, in_pairs = F.conv3d(x, conv.weight, conv.bias), module.conv_in_pairs(x, conv)
+    assert in_pairs.shape == exact.shape
+    assert relative_error(in_pairs, exact) < 2 * relative_error(plain, exact)
+
+
+def test_float32_on_a_cpu_goes_two_by_two_and_nothing_else_does(vae, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "conv_in_pairs", lambda x, conv: calls.append(x) or F.conv3d(x, conv.weight, conv.bias))
+    z = torch.randn(1, 16, 2, 2, 2)
+    vae.decode(z)
+    assert not calls  # a gradient may be asked for
+    with torch.no_grad():
+        vae.decode(z)
+        assert len(calls) > 10
+        calls.clear()
+        randomise(VAE(SMALL_VAE)).bfloat16().decode(z.bfloat16())
+        assert not calls
