@@ -34,12 +34,12 @@ from kandinsky5.vae import VAE
 RECIPES = {
     "nocfg": Recipe(steps=800, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=700, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
+    "long": Recipe(steps=1000, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 16_000
-LONG_BATCH, LONG_CLIPS = 8, 1000  # clips of 33 frames at 128 x 128 in a batch; on disk
+LONG_BATCH, LONG_CLIPS = 8, 1200  # clips of 33 frames at 128 x 128 in a batch; on disk, each a third of a second
 
 
 def main() -> None:
@@ -103,8 +103,7 @@ def train_long(folder: Path, teacher: DiT, vae: VAE, text_encoder: TextEncoder, 
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        available = LONG_CLIPS + 2 * seed[1]
-        batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
+        batch, features = draw_batch(seed, dit, clips, LONG_CLIPS, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
             arguments = (batch.x, features.text, features.pooled, batch.t, features.mask)
             predicted = dit(*arguments, sampling.rope_scale)
