@@ -3,8 +3,9 @@
     pip install '.[parity]' -c constraints.txt && python benchmarks/convert.py [--folder DIR] [--repeats 3]
 
 The checkpoint is small but for its DiT, which has Lite's size in bf16 and random weights, in three shards. Every run
-is a process of its own; all runs start with the files in the page cache, and none waits for the disk at the end.
-Peak memory is the largest resident set of the process, mapped files included.
+is a process of its own, and all run in turn. A run starts with the files in the page cache, and ends when what it wrote
+is on the disk (the converter waits for that itself). Peak memory is the largest resident set of the process, mapped
+files included. The table goes to benchmarks/results/convert.md.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from compare import describe_machine, replace_file
+
+ROOT = Path(__file__).resolve().parent.parent
 TESTS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 
 BUILD = """
@@ -25,18 +28,20 @@ import sys, torch
 from diffusers import Kandinsky5Transformer3DModel
 from pathlib import Path
 from small_diffusers import build_small_pipeline, name_standard_tokenizer
+folder, blocks = sys.argv[1:]
 pipe = build_small_pipeline()
 torch.set_default_dtype(torch.bfloat16)
 lite = Kandinsky5Transformer3DModel(
     in_visual_dim=16, out_visual_dim=16, visual_cond=True, in_text_dim=64, in_text_dim2=32, time_dim=512,
-    model_dim=1792, ff_dim=7168, num_text_blocks=2, num_visual_blocks=32, axes_dims=(16, 24, 24))
+    model_dim=1792, ff_dim=7168, num_text_blocks=2, num_visual_blocks=int(blocks), axes_dims=(16, 24, 24))
 with torch.no_grad():
     for parameter in lite.parameters():
         parameter.normal_()
 pipe.register_modules(transformer=lite)
-pipe.save_pretrained(sys.argv[1])
-lite.save_pretrained(sys.argv[1] + "/transformer", max_shard_size="1500MB")
-name_standard_tokenizer(Path(sys.argv[1]))
+pipe.save_pretrained(folder)
+lite.save_pretrained(folder + "/transformer", max_shard_size="1500MB")
+name_standard_tokenizer(Path(folder))
+print(2 * sum(parameter.numel() for parameter in lite.parameters()))
 """
 
 RUNS = {
@@ -62,40 +67,68 @@ sys.exit(main(["to-diffusers", sys.argv[3], sys.argv[2], "--quiet"]))
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure all three and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write about 12 GB (default: the temporary folder)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--blocks", type=int, default=32, help="visual blocks (default: 32, as Lite has)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="RESULTS")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ["PYTHONPATH"] = os.pathsep.join(TESTS)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, native, out = (f"{folder}/{name}" for name in ("diffusers", "native", "out"))
-        run(BUILD, source)
+        nbytes = int(run(BUILD, source, str(options.blocks))["printed"])
         run(RUNS["weights_convert from-diffusers"], source, native)
         measured = {name: [] for name in RUNS}
         for _ in range(options.repeats):
             for name, code in RUNS.items():
                 measured[name].append(run(code, source, out, native))
                 shutil.rmtree(out)
-    nbytes = 2 * 2_007_702_848
-    print(f"| {nbytes / 1e9:.1f} GB DiT, {os.cpu_count()} cores, median of {options.repeats} | s | GB/s | peak MB |")
-    print("|---|---|---|---|")
+    table = build_table(measured, nbytes, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    replace_file(options.out / "convert.md", lambda path: path.write_text(table))
+    print(table)
+
+
+def build_table(measured: dict[str, list[dict]], nbytes: int, options: argparse.Namespace) -> str:
+    """Markdown, and below it where the figures come from; beside ours how they compare with diffusers' of that turn."""
+    lines = [
+        f"| {nbytes / 1e9:.1f} GB DiT | s | GB/s | peak MB | times faster | from to | part of the peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    theirs, *_ = measured.values()
     for name, runs in measured.items():
-        seconds, peak = (statistics.median(column) for column in zip(*runs, strict=True))
-        print(f"| {name} | {seconds:.1f} | {nbytes / seconds / 1e9:.2f} | {peak:,.0f} |")
+        seconds, peak = (statistics.median(run[key] for run in runs) for key in ("seconds", "peak"))
+        faster = [a["seconds"] / b["seconds"] for a, b in zip(theirs, runs, strict=True)]
+        part = statistics.median(b["peak"] / a["peak"] for a, b in zip(theirs, runs, strict=True))
+        compared = f"{statistics.median(faster):.2f} | {min(faster):.2f} to {max(faster):.2f} | {part:.3f}"
+        lines.append(f"| {name} | {seconds:.1f} | {nbytes / seconds / 1e9:.2f} | {peak:,.0f} | {compared} |")
+    machine = describe_machine(options.threads)
+    return "\n".join([
+        *lines,
+        "",
+        f"Medians of {options.repeats} turns, until all is on the disk. {machine['date']}, load {machine['load']}. "
+        f"{machine['machine']}.",
+        "",
+    ])  # fmt: skip
 
 
-def run(code: str, *arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident megabytes of `code` in a Python of its own."""
+def run(code: str, *arguments: str) -> dict:
+    """Seconds, peak resident megabytes, and what was printed, of `code` in a Python of its own."""
     os.sync()  # so that no run waits for what an earlier one wrote
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(TESTS)}
     start = time.perf_counter()
-    command = [sys.executable, "-c", code, *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read().decode()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    seconds = time.perf_counter() - start
     if status:
-        raise SystemExit(f"failed: {errors[-3000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+        raise SystemExit(f"failed: {printed[-3000:]}")
+    return {"seconds": seconds, "peak": usage.ru_maxrss / 1024, "printed": printed.splitlines()[-1]}
 
 
 if __name__ == "__main__":

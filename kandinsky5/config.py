@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import types
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -253,35 +254,51 @@ def save_config(config: PipelineConfig, path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> PipelineConfig:
-    """Read what `save_config` wrote. ValueError where the file is no JSON, or a name in it is not known."""
+    """Read what `save_config` wrote. ValueError where the file is no JSON, or a name or value in it is none of ours."""
     try:
-        return _from_dict(PipelineConfig, json.loads(Path(path).read_text()), where=str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        values = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a Kandinsky 5 configuration ({error}): convert the checkpoint again"
         ) from error
+    config = _from_dict(PipelineConfig, values, where=str(path))
+    if not config.tasks or {*config.tasks} - {"t2v", "i2v"}:
+        raise ValueError(f"{path}: tasks is {[*config.tasks]}; a model is for 't2v', 'i2v' or both: correct it")
+    return config
 
 
 def _from_dict(cls, values, where: str):
-    """Build the frozen dataclass `cls` from plain JSON values; nested dataclasses and tuples are restored."""
+    """Build the frozen dataclass `cls` from a JSON object."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected a table of {cls.__name__}'s fields, found {values!r}")
-    types = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(types))
+    kinds = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(kinds))
     if unknown:
         raise ValueError(
-            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types)}: "
+            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(kinds)}: "
             "correct it, or update this package if a newer one wrote the file"
         )
-    plain: dict[type, type | tuple[type, ...]] = {int: int, float: (int, float), str: str}
-    restored = {}
-    for name, value in values.items():
-        nested = next((t for t in (types[name], *typing.get_args(types[name])) if dataclasses.is_dataclass(t)), None)
-        if nested and value is not None:
-            value = _from_dict(nested, value, f"{where}: {name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        if not isinstance(value, plain.get(types[name], object)):
-            raise ValueError(f"{where}: {name} is {value!r}, which is no {types[name].__name__}: correct it")
-        restored[name] = value
-    return cls(**restored)
+    return cls(**{name: from_json(kinds[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def from_json(kind, value, what: str):
+    """A JSON value as a field of type `kind` has it: lists become tuples, tables dataclasses, and 5 may be a float.
+
+    ValueError, which begins with `what`, for a value of another type. No whole number is negative: all are sizes.
+    """
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else from_json(parts[0], value, what)
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, what)
+    if parts and isinstance(value, list):  # tuple[X, X, X], or tuple[X, ...]
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(parts) == len(value):
+            return tuple(from_json(part, item, what) for part, item in zip(parts, value, strict=True))
+    elif kind is float:
+        if type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
+            return float(value)
+    elif type(value) is kind and (kind is not int or 0 <= value < 2**31):
+        return value
+    name = "int (0 or more)" if kind is int else str(kind) if parts else kind.__name__
+    raise ValueError(f"{what} is {repr(value)[:80]}, which is no {name}: correct it")

@@ -169,6 +169,18 @@ def test_config_round_trip(config, tmp_path):
         ("[]", "expected a table"),
         ('{"dit": {"depth": 3}}', "DiTConfig has no field depth; its fields are dim, ff_dim"),
         ('{"sampling": {"shift": "five"}}', "sampling: shift is 'five', which is no float"),
+        ('{"sampling": {"shift": 1e400}}', "shift is inf, which is no float"),
+        ('{"sampling": {"height": -8}}', "height is -8, which is no int"),
+        ('{"sampling": {"rope_scale": [1, 2]}}', r"rope_scale is \[1, 2\], which is no tuple\[float, float, float\]"),
+        ('{"dit": null}', "dit: expected a table"),
+        ('{"dit": {"dim": true}}', "dim is True, which is no int"),
+        ('{"dit": {"nabla": {"window": 5}}}', r"nabla: window is 5, which is no tuple\[int, int, int\]"),
+        ('{"vae": {"channels": {}}}', "channels is {}, which is no tuple"),
+        ('{"vae": {"halves_time": [1]}}', "halves_time is 1, which is no bool"),
+        ('{"base": 5}', "base is 5, which is no str"),
+        ('{"tasks": "t2v"}', "tasks is 't2v', which is no tuple"),
+        ('{"tasks": ["t2i"]}', "a model is for 't2v', 'i2v' or both"),
+        ("[" * 100_000, "is not a Kandinsky 5 configuration"),
     ],
 )
 def test_damaged_configs(tmp_path, text, message):

@@ -81,16 +81,28 @@ def test_options_in_the_text_exist():
 
 
 def test_the_table_of_released_models_is_the_presets():
-    rows = re.findall(r"^\| `.2v-[^|]*\| `.2V-.*$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `.2v-[^|,]*\| \d+ \|.*×.*$", README, re.MULTILINE)
     expected = []
     for name, preset in PRESETS.items():
         sampling = preset.sampling
         expected.append(
-            f"| `{name}` | `{released_id(name)}` | {sampling.num_inference_steps} | {sampling.guidance_scale:g} | "
+            f"| `{name}` | {sampling.num_inference_steps} | {sampling.guidance_scale:g} | "
             f"{sampling.shift:g} | {sampling.height}×{sampling.width} | {sampling.num_frames} | "
             f"{sampling.rope_scale[1]:g} | {f'NABLA {preset.dit.nabla.P:g}' if preset.dit.nabla else 'full'} |"
         )
     assert rows == expected
+
+
+def test_each_preset_has_its_download_and_the_converter_line_after_it():
+    lines = []
+    for name in PRESETS:
+        folder = name.removesuffix("-sd").removesuffix("-hd")
+        download = (
+            f"hf download kandinskylab/Kandinsky-5.0-{released_id(folder)}-Diffusers --local-dir downloads/{folder}"
+        )
+        lines += [download] * (download not in lines)
+        lines.append(f"python -m weights_convert from-diffusers downloads/{folder} weights/{name} --preset {name}")
+    assert "```bash\n" + "\n".join(lines) + "\n```" in README
 
 
 def test_links_lead_somewhere():

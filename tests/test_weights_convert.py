@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from kandinsky5.dit import DiT
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
 from weights_convert.__main__ import main
-from weights_convert.read import read_weights
+from weights_convert.read import Stored, read_weights
 
 CONFIG = PipelineConfig(
     name="small",
@@ -218,6 +219,57 @@ def test_inspect_knows_every_layout(native, diffusers, tmp_path, capsys):
     assert "NABLA 0.5" in capsys.readouterr().out
 
 
+def test_inspect_knows_the_folder_of_the_authors_download_script(diffusers, tmp_path, capsys):
+    weights = diffusers / "transformer" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "model").mkdir()
+    for name in ("lite_5s", "lite_10s"):
+        shutil.copy(weights, tmp_path / "model" / f"{name}.safetensors")
+    assert [row["model"] for row in inspect(tmp_path)["models"]] == ["dit", "dit"]
+    for ours, theirs in (("vae", "vae"), ("text_encoder", "text_encoder"), ("text_encoder_2", "text_encoder2")):
+        shutil.copytree(diffusers / ours, tmp_path / theirs)
+    report = inspect(tmp_path)
+    assert report["layout"] == "official"
+    assert [row["model"] for row in report["models"]] == ["dit", "dit", "vae", "qwen", "clip"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "model/lite_10s.safetensors" in table and "attention not said" in table and "NABLA" not in table
+
+
+def test_inspect_names_the_presets_that_a_file_fits(tmp_path):
+    """A file of Lite's size that holds nothing: its header alone is read."""
+    shapes, _ = convert.describe_model("dit", PRESETS["i2v-lite-5s"].dit, "Lite")
+    stored = {n: Stored(tmp_path, 0, 0, shape, "BF16") for n, shape in shapes.items()}
+    part = write.Part("dit", stored, dict.fromkeys(stored, "BF16"), {})
+    header = write.build_header(part, list(stored), {})
+    with open(tmp_path / "dit.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + write.shard_size(part, list(stored)))
+    (report,) = inspect(tmp_path / "dit.safetensors")["models"]
+    assert report["parameters"] == 2_007_702_848 and report["dtypes"] == {"BF16": 2 * 2_007_702_848}
+    assert report["presets"] == [name for name in PRESETS if "lite" in name]  # nothing says attention or task
+
+
+def test_a_bare_file_is_what_the_preset_says(diffusers, tmp_path, monkeypatch):
+    preset = replace(PRESETS["i2v-lite-5s"], dit=CONFIG.dit)
+    monkeypatch.setitem(PRESETS, "i2v-lite-5s", preset)
+    bare = shutil.copy(diffusers / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path)
+    options = {"preset": "i2v-lite-5s", "only": "dit", "progress": False}
+    for found in (
+        from_diffusers(bare, tmp_path / "one", **options),
+        from_official(tmp_path / "other", dit=bare, **options),
+    ):
+        assert (found.tasks, found.dit, found.sampling) == (("i2v",), CONFIG.dit, preset.sampling)
+
+
+def test_what_is_left_out_is_said_even_without_a_bar(diffusers, tmp_path, capsys):
+    folder = Path(shutil.copytree(diffusers / "text_encoder", tmp_path / "qwen"))
+    file = next(folder.glob("*.safetensors"))
+    save_file(load_file(file) | {"lm_head.weight": torch.ones(1000, 1000), "visual.a": torch.ones(2)}, file)
+    assert main(["from-diffusers", str(folder), str(tmp_path / "dst"), "--only", "qwen", "--quiet"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "lm_head.* (1 tensors, 4.0 MB)" in said[0] and "visual.*" in said[1]
+
+
 # Interruption
 
 
@@ -263,13 +315,14 @@ def test_an_unfinished_run_is_not_resumed(resume, first, native, tmp_path, monke
     assert tensors(tmp_path / "dst" / "vae", "")["quant_conv.bias"].dtype == torch.float32
 
 
-def test_killed_at_any_moment_it_leaves_nothing_or_all_and_resumes_to_the_same_bytes(native, tmp_path):
+def test_killed_at_any_moment_it_leaves_nothing_or_all_and_resumes_to_the_same_bytes(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and for power cuts alone
     arguments = dict(max_shard_size=100_000, progress=False)
     to_diffusers(native, tmp_path / "whole", **arguments)
     steps = run_and_die(native, tmp_path / "counted", None, **arguments)
     shutil.rmtree(tmp_path / "counted")
     assert steps > 100
-    for step in random.Random(0).sample(range(steps), 20):
+    for step in random.Random(0).sample(range(1, steps), 20):  # before 0 there is no folder yet
         dst = tmp_path / f"killed at {step}"
         run_and_die(native, dst, step, **arguments)
         assert nothing_else_in(tmp_path, "whole", f".killed at {step}.partial")
@@ -313,6 +366,33 @@ def run_and_die(native: Path, dst: Path, step: int | None, **arguments) -> int:
     steps = int((dst.parent / "steps").read_text())
     (dst.parent / "steps").unlink()
     return steps
+
+
+def test_all_is_on_the_disk_before_anything_takes_its_name(native, tmp_path, monkeypatch):
+    """So that a power cut leaves no complete-looking folder with empty files in it."""
+    on_disk = set()
+
+    def fsync(handle):
+        found = os.fstat(handle)
+        on_disk.add((found.st_ino, found.st_size))
+
+    def is_on_disk(path):
+        return (path.stat().st_ino, path.stat().st_size) in on_disk
+
+    def renamed_after_fsync(rename):
+        def checked(source, target):
+            assert is_on_disk(source) and all(is_on_disk(path) for path in source.rglob("*"))
+            rename(source, target)
+            renamed.append(target)
+
+        return checked
+
+    renamed = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed_after_fsync(os.rename))
+    monkeypatch.setattr(os, "replace", renamed_after_fsync(os.replace))
+    to_diffusers(native, tmp_path / "dst", max_shard_size=10**6, progress=False)
+    assert len(renamed) > 6 and renamed[-1] == tmp_path / "dst" and is_on_disk(tmp_path)
 
 
 def assert_folders_equal(folder: Path, other: Path) -> None:
@@ -433,6 +513,19 @@ def damage_pickle_with_code(folder: Path, file: Path) -> None:
     torch.save({"state_dict": {"a": Code()}}, folder / "x.pt")
 
 
+def damage_bare_pickle_with_code(folder: Path, file: Path) -> None:
+    damage_pickle_with_code(folder, file)
+    with zipfile.ZipFile(folder / "x.pt") as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        (folder / "pytorch_model.bin").write_bytes(archive.read(name))
+    (folder / "x.pt").unlink()
+
+
+def damage_torchscript(folder: Path, file: Path) -> None:
+    file.unlink()
+    torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "x.pt")
+
+
 def damage_pt_that_is_no_zip(folder: Path, file: Path) -> None:
     file.unlink()
     (folder / "x.pt").write_bytes(os.urandom(1000))
@@ -458,6 +551,8 @@ BAD_INPUT = {
     damage_index_without_its_shard: "gone.safetensors is missing",
     damage_index_of_numbers: "no weight_map",
     damage_pickle_with_code: "code or objects, which are never run",
+    damage_bare_pickle_with_code: "File is not a zip file",
+    damage_torchscript: "it is a TorchScript program",
     damage_pt_that_is_no_zip: "cannot be read",
 }
 
@@ -469,6 +564,78 @@ def test_bad_input(damage, transformer, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and BAD_INPUT[damage] in message
     assert nothing_else_in(tmp_path, "transformer") and not (transformer / "code was run").exists()
+
+
+@pytest.mark.parametrize(
+    "model, odd, message",
+    [
+        ("vae", {"spatial_compression_ratio": [8]}, "spatial_compression_ratio is [8], which is no int"),
+        ("vae", {"temporal_compression_ratio": 16}, "temporal_compression_ratio 16; this code computes powers of two"),
+        ("vae", {"spatial_compression_ratio": 4}, "spatial_compression_ratio 4 and temporal_compression_ratio 4"),
+        ("vae", {"block_out_channels": [[16]]}, "block_out_channels is [16], which is no int"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor is 0; it must be more than 0"),
+        ("vae", {"scaling_factor": 10**400}, "which is no float"),
+        ("qwen", {"text_config": 5}, "text_config is 5, which is no dict"),
+        ("qwen", {"text_config": {"rope_parameters": [1]}}, "rope_parameters is [1], which is no dict"),
+        ("qwen", {"text_config": {"num_key_value_heads": 3}}, "no multiple of num_key_value_heads 3"),
+        ("clip", {"num_attention_heads": -2}, "num_attention_heads is -2, which is no int (0 or more)"),
+        ("clip", {"num_attention_heads": 5}, "hidden_size 24 is no multiple of num_attention_heads 5"),
+        ("clip", {"bos_token_id": [0]}, "bos_token_id is [0], which is no int"),
+        ("dit", {"attention_wT": "a"}, "attention_wT is 'a', which is no int"),
+        ("dit", {"attention_P": [0.9]}, "attention_P is [0.9], which is no float"),
+        ("dit", {"attention_P": 2}, "attention_P = 2.0; it is a share, at most 1"),
+        ("dit", {"attention_wH": None}, "attention_type = 'nabla' but no attention_wH"),
+        ("dit", {"attention_type": ["nabla"]}, "attention_type is ['nabla'], which is no str"),
+        ("dit", {"axes_dims": [16, 16]}, "axes_dims is [16, 16], which is no tuple[int, int, int]"),
+        ("dit", {"axes_dims": [7, 13, 12]}, "axes_dims [7, 13, 12] are not all even"),
+        ("dit", {"visual_cond": 1}, "visual_cond is 1, which is no bool"),
+    ],
+)
+def test_odd_values_in_a_config(model, odd, message, diffusers, tmp_path, capsys):
+    folder = Path(shutil.copytree(diffusers / convert.FOLDERS[model], tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | odd))
+    for command in (["from-diffusers", str(folder), str(tmp_path / "dst"), "--only", model], ["inspect", str(folder)]):
+        assert main(command) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: {folder}: ") and printed.count("\n") == 1 and message in printed
+    assert nothing_else_in(tmp_path, "model")
+
+
+def test_no_value_of_any_key_in_a_config_ends_in_anything_but_the_clear_error(diffusers):
+    odd = [None, -1, 0, 5, 2**40, 1.5, float("nan"), "a", True, [], [8], ["a"], [[8]], {}, {"a": 1}]
+    refused = 0
+    for model in MODELS:
+        weights = read_weights(diffusers / convert.FOLDERS[model])
+        shapes = {name: stored.shape for name, stored in weights.tensors.items()}
+        config = json.loads((diffusers / convert.FOLDERS[model] / "config.json").read_text())
+        for table in (config, config.get("text_config", {})):
+            for key, right in list(table.items()):
+                for table[key] in odd:
+                    try:
+                        convert.describe_model(model, convert.build_config(model, config, shapes, "x"), "x")
+                    except ValueError as error:
+                        refused += 1
+                        assert str(error).startswith("x: ")
+                table[key] = right
+    assert refused > 500
+
+
+@pytest.mark.parametrize(
+    "file, odd, message",
+    [
+        ("model_index.json", {"_class_name": []}, "model_index.json is for []"),
+        ("scheduler/scheduler_config.json", {"shift": [5]}, "scheduler_config.json says shift = [5]"),
+        ("kandinsky5.json", {"tasks": []}, "kandinsky5.json: tasks is []"),
+    ],
+)
+def test_odd_values_in_the_other_files(file, odd, message, diffusers, tmp_path, capsys):
+    folder = Path(shutil.copytree(diffusers, tmp_path / "diffusers"))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | odd))
+    assert main(["from-diffusers", str(folder), str(tmp_path / "dst")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and message in printed
+    assert nothing_else_in(tmp_path, "diffusers")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def write_random_lite(folder: Path) -> int:
     """Three shards of random bf16 and their index; returns the bytes of the largest tensor."""
     folder.mkdir()
     write_json(to_their_config("dit", LITE), folder / "config.json")
-    shapes, _ = convert.describe_model("dit", LITE)
+    shapes, _ = convert.describe_model("dit", LITE, "Lite")
     names = {convert.tables.theirs("dit", name): shape for name, shape in shapes.items()}
     tensors = {name: Stored(folder, 0, 0, shape, "BF16") for name, shape in names.items()}
     part = Part("diffusion_pytorch_model", tensors, dict.fromkeys(names, "BF16"), {})

@@ -79,7 +79,7 @@ def from_diffusers(
             tasks = config.tasks  # a model of ours may know both; model_index.json names one
         config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
     config = _with_sizes(config, sources)
-    config = use_preset(config, preset) if preset else config
+    config = use_preset(config, preset, task_known=whole) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
@@ -116,9 +116,7 @@ def from_official(
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
     config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst).name)
     config = _with_sizes(config, sources)
-    if preset:
-        chosen = find_preset(preset)
-        config = use_preset(replace(config, tasks=chosen.tasks), preset)
+    config = use_preset(config, preset, task_known=False) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
@@ -147,6 +145,7 @@ def to_diffusers(
         parts.append(
             build_part(model, getattr(config, model), weights, str, partial(tables.theirs, model), stem, settings)
         )
+        tell_dropped(model, weights)
 
     linked = {}
     if base:
@@ -202,8 +201,7 @@ def write_native(
             copy_tokenizer(tokenizer, folder / f"{model}_tokenizer")
 
     for model, source in sources.items():
-        if options.progress:
-            tell_dropped(model, source.weights)
+        tell_dropped(model, source.weights)
     write_folder(dst, parts, write_small_files, linked, options)
 
 
@@ -238,7 +236,7 @@ def build_part(
     """Give every tensor of our model its place in the output. The two functions turn our name of it into that of the
     source and that of the output. ValueError, with the full list, for tensors that are missing, unknown or misshapen.
     """
-    shapes, islands = describe_model(model, sizes)
+    shapes, islands = describe_model(model, sizes, str(weights.source))
     names = {ours: name_there(ours) for ours in shapes}
     known = {*names.values(), *dropped(model, weights)}
     problems = [f"{n} is missing" for n in names.values() if n not in weights.tensors]
@@ -260,7 +258,7 @@ def build_part(
     return Part(stem, tensors, dtypes, weights.metadata)
 
 
-def describe_model(model: str, sizes: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+def describe_model(model: str, sizes: ModelConfig, where: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Names and shapes of our model's tensors, in its order; and which stay in float32 in half precision.
 
     ValueError for sizes that no model can have.
@@ -268,8 +266,8 @@ def describe_model(model: str, sizes: ModelConfig) -> tuple[dict[str, tuple[int,
     try:
         with torch.device("meta"):
             built = CLASSES[model](sizes)
-    except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
-        raise ValueError(f"no {model} can have the sizes {sizes}: {error}") from error
+    except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{where}: no {model} can have the sizes {sizes}: {error}") from error
     islands = {
         f"{n}.{kind}" for n, m in built.named_modules() if isinstance(m, Float32Linear) for kind in ("weight", "bias")
     }
@@ -301,8 +299,9 @@ def check_models_fit(config: PipelineConfig, present: set[str]) -> None:
             raise ValueError(f"the DiT's {key} is {value}, {what} {theirs}: these models do not belong together")
 
 
-def use_preset(config: PipelineConfig, preset: str) -> PipelineConfig:
-    """`config` with all that a preset says: name, attention and sampling. ValueError for other sizes or tasks.
+def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> PipelineConfig:
+    """`config` with all that a preset says: name, task, attention and sampling. ValueError for other sizes, or where
+    the task is known to be another.
 
     The preset wins over the checkpoint's own NABLA and shift: one download serves an -sd and an -hd preset.
     """
@@ -311,9 +310,9 @@ def use_preset(config: PipelineConfig, preset: str) -> PipelineConfig:
     if theirs != ours:
         differences = [f"{field} {value}, not {ours[field]}" for field, value in theirs.items() if value != ours[field]]
         raise ValueError(f"preset {preset} has another DiT than the checkpoint: {'; '.join(differences)}")
-    if chosen.tasks != config.tasks:
+    if task_known and chosen.tasks != config.tasks:
         raise ValueError(f"preset {preset} is for {chosen.tasks[0]}, the checkpoint for {' and '.join(config.tasks)}")
-    return replace(config, name=preset, dit=chosen.dit, sampling=chosen.sampling)
+    return replace(config, name=preset, tasks=chosen.tasks, dit=chosen.dit, sampling=chosen.sampling)
 
 
 def presets_like(config: PipelineConfig) -> list[str]:
@@ -324,7 +323,7 @@ def presets_like(config: PipelineConfig) -> list[str]:
 def read_tasks(src: Path) -> tuple[str, ...]:
     """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class."""
     class_name = read_json(src / "model_index.json").get("_class_name")
-    if class_name not in TASKS:
+    if not isinstance(class_name, str) or class_name not in TASKS:
         raise ValueError(f"{src / 'model_index.json'} is for {class_name!r}; this code knows {' and '.join(TASKS)}")
     return (TASKS[class_name],)
 

@@ -9,7 +9,7 @@ COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
     "text_encoder_2": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "Qwen2VLProcessor"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],  # not Qwen2VLProcessor, which needs torchvision for its images
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "transformer": ["diffusers", "Kandinsky5Transformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
@@ -24,10 +24,6 @@ TOKENIZER_CONFIGS: dict[str, dict[str, dict]] = {
             "unk_token": None,
             "bos_token": None,
             "model_max_length": 131072,
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
         },
     },
     "clip": {

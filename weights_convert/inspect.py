@@ -1,5 +1,6 @@
 """What a checkpoint file or folder is: layout, models, sizes, precision, and the presets that it may be."""
 
+import os
 from collections import Counter
 from dataclasses import asdict, replace
 from math import prod
@@ -20,12 +21,15 @@ MARKS = {
     "clip": "position_embedding.weight",
 }
 
+# Beside model/, where the authors' download script puts the other three.
+OFFICIAL_FOLDERS = ("vae", "text_encoder", "text_encoder2")
+
 
 def inspect(path: str | Path) -> dict:
     """What `path` is, in plain values: {"path", "layout", "tasks", "models": [one dict for each]}.
 
-    path: a folder in the native or the Diffusers layout, the folder of one model, or one file of weights. ValueError
-    where it is none of these, or damaged.
+    path: a folder in the native, the Diffusers or the official layout, the folder of one model, or one file of weights.
+    ValueError where it is none of these, or damaged.
     """
     path, tasks = Path(path), None
     if not path.exists():
@@ -38,6 +42,9 @@ def inspect(path: str | Path) -> dict:
         layout, tasks = "native", config.tasks
         files = {m: sorted(find_part(path, m, config.base).glob(f"{m}.safetensors*"), reverse=True) for m in MODELS}
         rows = [inspect_model(found[0], tasks, getattr(config, m)) for m, found in files.items() if found]
+    elif official := sorted(path.glob("model/*.safetensors")):
+        layout = "official"
+        rows = [inspect_model(found) for found in (*official, *map(path.joinpath, OFFICIAL_FOLDERS)) if found.exists()]
     else:
         layout, rows = "one model", [inspect_model(path)]
     return {"path": str(path), "layout": layout, "tasks": tasks, "models": rows}
@@ -46,11 +53,14 @@ def inspect(path: str | Path) -> dict:
 def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: ModelConfig | None = None) -> dict:
     """One row. sizes: what a native config.json says; else the config.json with the weights and the weights say it."""
     model, names, weights = recognise(read_weights(path))
-    config = find_config(path) if names == "Diffusers" else None
+    config = find_config(path)
+    if sizes is None and config and names == "native":
+        sizes = getattr(load_config(config), model)
+    attention_known = bool(sizes or config)
     if sizes is None:
         shapes = {name: stored.shape for name, stored in weights.tensors.items()}
         sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
-    ours = {tables.theirs(model, name) for name in describe_model(model, sizes)[0]}
+    ours = {tables.theirs(model, name) for name in describe_model(model, sizes, str(path))[0]}
     used = [stored for name, stored in weights.tensors.items() if name in ours]
     nbytes: Counter[str] = Counter()
     for stored in weights.tensors.values():
@@ -64,7 +74,8 @@ def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: Model
         "other tensors": len(weights.tensors) - len(used),
         "missing tensors": len(ours - weights.tensors.keys()),
         "sizes": asdict(sizes),
-        "presets": presets_of(model, sizes, tasks, attention_known=config is not None or names == "native"),
+        "attention known": attention_known,
+        "presets": presets_of(model, sizes, tasks, attention_known),
     }
 
 
@@ -101,12 +112,14 @@ def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, at
 
 def as_table(report: dict) -> str:
     """The report for people."""
-    rows = [("model", "names", "stored as", "parameters", "sizes", "presets")]
+    rows = [("model", "file", "names", "stored as", "parameters", "sizes", "presets")]
+    folder = report["path"] if Path(report["path"]).is_dir() else Path(report["path"]).parent
     for row in report["models"]:
         dtypes = " + ".join(f"{dtype} {nbytes / 1e6:,.1f} MB" for dtype, nbytes in row["dtypes"].items())
         fitting = "all" if len(row["presets"]) == len(PRESETS) else ", ".join(row["presets"]) or "none"
-        rows.append((row["model"], row["names"], dtypes, f"{row['parameters']:,}", summary(row), fitting))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        file, parameters = os.path.relpath(row["file"], folder), f"{row['parameters']:,}"
+        rows.append((row["model"], file, row["names"], dtypes, parameters, summary(row), fitting))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
     tasks = f", {' and '.join(report['tasks'])}" if report["tasks"] else ""
     notes = []
@@ -123,6 +136,7 @@ def summary(row: dict) -> str:
     sizes = row["sizes"]
     if row["model"] == "dit":
         attention = f"NABLA {sizes['nabla']['P']:g}" if sizes["nabla"] else "full attention"
+        attention = attention if row["attention known"] else "attention not said"
         return f"dim {sizes['dim']}, {sizes['num_text_blocks']} + {sizes['num_visual_blocks']} blocks, {attention}"
     if row["model"] == "vae":
         return f"channels {', '.join(map(str, sizes['channels']))}"

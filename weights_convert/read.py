@@ -69,11 +69,11 @@ def read_weights(path: Path, stem: str = "*") -> Weights:
 
 
 def find_weights(folder: Path, stem: str = "*") -> Path:
-    """The file in `folder` that leads to all of a model's weights: an index, a safetensors file, or else a .pt file.
+    """The file in `folder` that leads to all of a model's weights: an index, a safetensors file, or else a pickle.
 
     ValueError where there is none, or more than one that it could be.
     """
-    for ending in (".safetensors.index.json", ".safetensors", ".pt"):
+    for ending in (".safetensors.index.json", ".safetensors", *PICKLES):
         found = sorted(p for p in folder.glob(stem + ending) if not p.name.startswith("."))
         if len(found) == 1:
             return found[0]
@@ -83,7 +83,8 @@ def find_weights(folder: Path, stem: str = "*") -> Path:
                 f"{folder} holds several sets of weights ({names}): give one of the files, or move the others away"
             )
     raise ValueError(
-        f"no weights in {folder}: looked for {stem}.safetensors, or shards with {stem}.safetensors.index.json"
+        f"no weights in {folder}: looked for {stem}.safetensors, shards with {stem}.safetensors.index.json, and "
+        f"{', '.join(PICKLES)}"
     )
 
 
@@ -143,6 +144,8 @@ def read_pt(path: Path) -> Weights:
     try:
         with zipfile.ZipFile(path) as archive:
             stored_plainly = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("it is a TorchScript program")
         # On the meta device nothing is read, and each storage knows where it would have been read from.
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged file can raise anything; code in it raises UnpicklingError

@@ -5,8 +5,10 @@ defaults of `kandinsky5.config`, which are those of the released models.
 """
 
 import math
+import typing
+from typing import Any
 
-from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig
+from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig, from_json
 
 # Our field: their key. Each row is read in both directions.
 KEYS = {
@@ -54,6 +56,24 @@ KEYS = {
         "end_token": "eos_token_id",
     },
 }
+# What else is read of theirs, and of which type it is.
+OTHER_KEYS: dict[str, dict[str, type]] = {
+    "dit": {
+        "attention_type": str,
+        "attention_P": float,
+        "attention_wT": int,
+        "attention_wH": int,
+        "attention_wW": int,
+    },
+    "vae": {
+        "spatial_compression_ratio": int,
+        "temporal_compression_ratio": int,
+        "time_compression_ratio": int,  # Tencent's name of the same
+    },
+    "qwen": {},
+    "clip": {},
+}
+MAY_BE_0 = ("num_text_blocks", "bos_token_id", "eos_token_id")
 ModelConfig = DiTConfig | VAEConfig | QwenConfig | CLIPConfig
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "qwen": QwenConfig, "clip": CLIPConfig}
 # What names the class to build.
@@ -85,44 +105,62 @@ def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], w
                 f"{where}: config.json says {KEYS[model][field]} = {said[field]}, its tensors have {value}: "
                 "use the config.json that belongs to these weights"
             )
-    return CONFIGS[model](**{**family, **certain, **said})
+    sizes = CONFIGS[model](**{**family, **certain, **said})
+    check_heads(sizes, where)
+    return sizes
+
+
+def check_heads(sizes: ModelConfig, where: str) -> None:
+    """ValueError where a head would have a part of a channel, or of a pair that rotates: no tensor's shape shows it."""
+    problem = ""
+    if isinstance(sizes, DiTConfig) and any(axis % 2 for axis in sizes.rope_axes):
+        problem = f"axes_dims {[*sizes.rope_axes]} are not all even"
+    if isinstance(sizes, QwenConfig | CLIPConfig) and sizes.dim % sizes.num_heads:
+        problem = f"hidden_size {sizes.dim} is no multiple of num_attention_heads {sizes.num_heads}"
+    if isinstance(sizes, QwenConfig) and sizes.num_heads % sizes.num_kv_heads:
+        problem = f"num_attention_heads {sizes.num_heads} is no multiple of num_key_value_heads {sizes.num_kv_heads}"
+    if problem:
+        raise ValueError(f"{where}: {problem}: use the config.json that belongs to these weights")
 
 
 def read_config(model: str, config: dict, where: str) -> dict:
     """Our fields as far as their config.json gives them; ValueError for what our models do not compute."""
-    if model in ("qwen", "clip"):
-        # Older configs have the text model's sizes at the top, newer ones (and whole CLIPs) in text_config.
-        config = {**config, **(config.get("text_config") or {})}
+    said = read_values(model, config, where)
+    fields = {field: said[key] for field, key in KEYS[model].items() if key in said}
+    if model == "dit":
+        fields["nabla"] = read_nabla(said, where)
+    if model == "vae" and config:
+        fields["halves_time"] = read_halvings(said, where)
+    if model == "clip" and config:
+        # Old configs have 0 and 2, which were never CLIP's: transformers reads them as the last two of the vocabulary.
+        vocabulary, old = said.get("vocab_size", CLIPConfig.vocab_size), said.get("eos_token_id", 2) == 2
+        if old:
+            fields["end_token"] = vocabulary - 1
+        if "start_token" not in fields or old and fields["start_token"] == 0:
+            fields["start_token"] = vocabulary - 2
+    return fields
+
+
+def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
+    """What we read of a config.json, by their keys; null is as good as not there. ValueError for values of other types,
+    and for those of `FIXED` that are not ours."""
+    for table in ("text_config", "rope_parameters"):  # newer configs have in these what older ones have at the top
+        if config.get(table) is not None:
+            inner = from_json(dict, config[table], f"{where}: config.json says {table}")
+            config = {**config, **{key: value for key, value in inner.items() if value is not None}}
+    config = {key: value for key, value in config.items() if value is not None}
+
     for key, value in FIXED[model].items():
         if config.get(key, value) != value:
             raise ValueError(f"{where}: config.json says {key} = {config[key]!r}; this code computes only {value!r}")
-    rope = config.get("rope_parameters") or {}
-    config = {"rope_theta": rope.get("rope_theta"), **{k: v for k, v in config.items() if v is not None}}
-
+    types = typing.get_type_hints(CONFIGS[model])
+    kinds = {key: types[field] for field, key in KEYS[model].items()} | OTHER_KEYS[model]
     said = {}
-    defaults = CONFIGS[model]()
-    for field, key in KEYS[model].items():
-        if config.get(key) is not None:
-            said[field] = _as_type_of(getattr(defaults, field), config[key], f"{where}: config.json says {key}")
-    if model == "dit":
-        said["nabla"] = read_nabla(config, where)
-    if model == "vae" and config:
-        # diffusers: the last stages of those that halve space halve time as well, but never the very last stage.
-        space = config.get("spatial_compression_ratio", 8)
-        time = config.get("temporal_compression_ratio", config.get("time_compression_ratio", 4))  # Tencent's key
-        if not {space, time} <= {1, 2, 4, 8, 16}:
-            raise ValueError(
-                f"{where}: config.json says compression ratios {space} and {time}; they are powers of two up to 16"
-            )
-        halvings, first = space.bit_length() - 1, len(said.get("channels", defaults.channels)) - time.bit_length()
-        said["halves_time"] = tuple(stage >= first for stage in range(halvings))
-    if model == "clip" and config:
-        # Old configs have 0 and 2, which were never CLIP's: transformers reads them as the last two of the vocabulary.
-        vocabulary, old = said.get("vocab_size", defaults.vocab_size), said.get("end_token", 2) == 2
-        if old:
-            said["end_token"] = vocabulary - 1
-        if "start_token" not in said or old and said["start_token"] == 0:
-            said["start_token"] = vocabulary - 2
+    for key in kinds.keys() & config.keys():
+        value = said[key] = from_json(kinds[key], config[key], f"{where}: config.json says {key}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if key not in MAY_BE_0 and any(type(number) in (int, float) and number <= 0 for number in numbers):
+            raise ValueError(f"{where}: config.json says {key} is {config[key]!r}; it must be more than 0: correct it")
     return said
 
 
@@ -167,20 +205,34 @@ def to_their_config(model: str, sizes) -> dict:
     return {**CLASS_KEYS[model], **config}
 
 
-def read_nabla(config: dict, where: str) -> NablaConfig | None:
+def read_nabla(said: dict[str, Any], where: str) -> NablaConfig | None:
     """NABLA's settings in the DiT's config.json, None for full attention; ValueError where they are incomplete."""
-    kind = config.get("attention_type", "regular")
+    kind = said.get("attention_type", "regular")
     if kind == "regular":
         return None
     if kind != "nabla":
         raise ValueError(f"{where}: config.json says attention_type = {kind!r}; this code knows 'regular' and 'nabla'")
-    missing = [
-        key for key in ("attention_P", "attention_wT", "attention_wH", "attention_wW") if config.get(key) is None
-    ]
+    missing = [key for key in OTHER_KEYS["dit"] if key not in said]
     if missing:
         raise ValueError(f"{where}: config.json says attention_type = 'nabla' but no {', '.join(missing)}")
-    window = tuple(config[f"attention_w{axis}"] for axis in "THW")
-    return NablaConfig(P=float(config["attention_P"]), window=window)
+    if said["attention_P"] > 1:
+        raise ValueError(f"{where}: config.json says attention_P = {said['attention_P']}; it is a share, at most 1")
+    return NablaConfig(P=said["attention_P"], window=tuple(said[f"attention_w{axis}"] for axis in "THW"))
+
+
+def read_halvings(said: dict[str, Any], where: str) -> tuple[bool, ...]:
+    """`VAEConfig.halves_time` from the compression ratios. In diffusers the first stages halve space, and the last of
+    all but the very last halve time. ValueError where some would halve time alone, which none of ours does."""
+    space = said.get("spatial_compression_ratio", 8)
+    time = said.get("temporal_compression_ratio", said.get("time_compression_ratio", 4))
+    first = len(said.get("block_out_channels", VAEConfig.channels)) - time.bit_length()
+    halves_time = tuple(stage >= first for stage in range(space.bit_length() - 1))
+    if (2 ** len(halves_time), 2 ** sum(halves_time)) != (space, time):
+        raise ValueError(
+            f"{where}: config.json says spatial_compression_ratio {space} and temporal_compression_ratio {time}; this "
+            "code computes powers of two, where no stage halves time alone, such as 8 and 4"
+        )
+    return halves_time
 
 
 class Shapes:
@@ -276,14 +328,3 @@ def see_clip(shapes: Shapes) -> tuple[dict, dict]:
 
 
 SEE = {"dit": see_dit, "vae": see_vae, "qwen": see_qwen, "clip": see_clip}
-
-
-def _as_type_of(default, value, what: str):
-    """A value from a JSON file as the type of our field; sizes are positive."""
-    if isinstance(default, tuple) and isinstance(value, (list, tuple)) and value:
-        return tuple(_as_type_of(default[0], item, what) for item in value)
-    if isinstance(default, float) and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if type(value) is type(default) and (isinstance(value, bool) or 0 <= value < 2**31):
-        return value
-    raise ValueError(f"{what} = {value!r}, which is no {type(default).__name__} as in {default!r}")

@@ -31,7 +31,7 @@ class Options:
     max_shard_size: int = 5 * 10**9  # bytes of a file, unless one tensor alone is larger
     resume: bool = False  # go on with the finished files of an interrupted run
     verify: bool = False  # read everything back and compare
-    progress: bool = True  # a bar, and what was left out, on stderr
+    progress: bool = True  # a bar on stderr; warnings, and what was left out, are said there anyway
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
         replace_text(partial / PLAN, json.dumps(plan))
         try:
             yield partial
+            sync(*partial.rglob("*"))
             os.unlink(partial / PLAN)
+            sync(partial)
             os.rename(partial, destination)
+            sync(destination.parent)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -184,6 +187,7 @@ def write_shard(path: Path, part: Part, names: list[str], advance: Callable[[int
                 say(f"warning: {name} of {part.tensors[name].path} holds NaN or infinity as {part.dtypes[name]}")
         file.seek(0)
         write_all(file, build_header(part, names, digests))
+    sync(partial)
     os.replace(partial, path)
 
 
@@ -256,7 +260,18 @@ def replace_text(path: Path, text: str) -> None:
     """Write a small file in one step."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
+    sync(partial)
     os.replace(partial, path)
+
+
+def sync(*paths: Path) -> None:
+    """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def say(text: str) -> None:

@@ -94,6 +94,19 @@ def test_what_takes_too_long_or_too_much_is_stopped(tmp_path, limit, said):
     assert f"| 4,096 | {said} | {said} |\n| 8,192 | {said} | {said} |" in (tmp_path / "growth.md").read_text()
 
 
+def test_converting_is_compared(tmp_path):
+    command = [sys.executable, BENCHMARKS / "convert.py", "--blocks", "1", "--repeats", "1", "--threads", "1"]
+    run = subprocess.run(
+        [*command, "--folder", tmp_path, "--out", tmp_path / "results"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    head, _, theirs, *ours = (tmp_path / "results" / "convert.md").read_text().splitlines()[:5]
+    assert head.startswith("| 0.3 GB DiT |") and "| 1.00 | 1.00 to 1.00 | 1.000 |" in theirs
+    for name, line in zip(("from-diffusers", "to-diffusers"), ours, strict=True):
+        assert line.startswith(f"| weights_convert {name} | ") and float(line.split(" | ")[-1].strip(" |")) < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
 def test_memory_is_what_was_allocated(tmp_path, compare, monkeypatch):
     """64 MB that are freed before the end, beside 32 MB that were there before."""
     before = torch.ones(8 * 2**20)
