@@ -57,10 +57,10 @@ dit: vae text ## nano's DiT, after these two
 	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/dit $(FROM)
 
 nocfg: dit ## nano without guidance, from nano
-	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(RUNS)/nocfg --teacher $(RUNS)/dit $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(RUNS)/nocfg --teacher $(RUNS)/dit --clips $(RUNS)/dit/clips $(FROM)
 
 distilled: nocfg ## nano in 16 steps, from that
-	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(RUNS)/distilled --teacher $(RUNS)/nocfg $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(RUNS)/distilled --teacher $(RUNS)/nocfg --clips $(RUNS)/dit/clips $(FROM)
 
 long: dit ## nano of twice the length and size with NABLA, from nano
-	$(PYTHON) -m kandinsky5.nano.distill long --folder $(RUNS)/long --teacher $(RUNS)/dit $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill long --folder $(RUNS)/long --teacher $(RUNS)/dit --clips $(RUNS)/long/clips $(FROM)

@@ -1,8 +1,8 @@
 """The last stages, all from `nano`: guidance in one pass, sixteen steps, and twice the length with NABLA.
 
-python -m kandinsky5.nano.distill nocfg     --folder runs/nocfg     --teacher runs/dit   --vae … --text …
-python -m kandinsky5.nano.distill distilled --folder runs/distilled --teacher runs/nocfg --vae … --text …
-python -m kandinsky5.nano.distill long      --folder runs/long      --teacher runs/dit   --vae … --text …
+python -m kandinsky5.nano.distill nocfg     --folder runs/nocfg     --teacher runs/dit   --clips runs/dit/clips …
+python -m kandinsky5.nano.distill distilled --folder runs/distilled --teacher runs/nocfg --clips runs/dit/clips …
+python -m kandinsky5.nano.distill long      --folder runs/long      --teacher runs/dit   --clips runs/long/clips …
 """
 
 import argparse
@@ -32,14 +32,14 @@ from kandinsky5.train import (
 from kandinsky5.vae import VAE
 
 RECIPES = {
-    "nocfg": Recipe(steps=800, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=1000, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
+    "nocfg": Recipe(steps=600, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "distilled": Recipe(steps=600, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "long": Recipe(steps=700, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
-DISTILLATION_CLIPS = 16_000
-LONG_BATCH, LONG_CLIPS = 8, 1200  # clips of 33 frames at 128 x 128 in a batch; on disk, each a third of a second
+DISTILLATION_CLIPS = 12_000
+LONG_BATCH, LONG_CLIPS = 8, 640  # clips of 33 frames at 128 x 128 in a batch; on disk, each a third of a second
 
 
 def main() -> None:
@@ -48,21 +48,21 @@ def main() -> None:
     parser.add_argument("stage", choices=RECIPES)
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the run to start from")
+    parser.add_argument("--clips", type=Path, required=True, help="folder of latents; drawn as far as needed")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
     arguments = parser.parse_args()
     vae = load_vae(arguments.vae)
     text_encoder = load_text_encoder(arguments.text)
     teacher = load_average(DiT(presets.DIT), arguments.teacher)
-    config, stage = CONFIGS[arguments.stage], arguments.stage
-    if stage == "long":
-        train_long(arguments.folder, teacher, vae, text_encoder, RECIPES[stage])
-    else:
-        distill(arguments.folder, config, teacher, vae, text_encoder, RECIPES[stage])
+    folder, config, recipe = arguments.folder, CONFIGS[arguments.stage], RECIPES[arguments.stage]
+    clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
+    stage = train_long if config is presets.LONG else distill
+    stage(folder, config, teacher, clips, text_encoder, recipe)
 
 
 def distill(
-    folder: Path, config: PipelineConfig, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe
+    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
 ) -> DiT:
     """Train a copy of `teacher` to answer in one pass what the teacher answers in more; returns its average.
 
@@ -70,7 +70,7 @@ def distill(
     nano-distilled16steps they are three steps of a teacher that needs no guidance, at one of the sixteen times.
     """
     torch.manual_seed(recipe.seed)
-    student, clips = start_from(teacher, config), ClipStore(folder / "clips", vae)
+    student = start_from(teacher, config)
     nothing = encode_text(text_encoder, [""])
     schedule = flow_schedule(config.sampling.num_inference_steps, config.sampling.shift)  # (17,)
 
@@ -91,25 +91,26 @@ def distill(
             predicted = student(batch.x, features.text, features.pooled, batch.t, features.mask)
         return flow_loss(predicted, target, batch.asked), {}
 
-    return train(student, loss, recipe, folder, _sampler(config, vae, text_encoder, folder), sample_every=500)
+    return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=300)
 
 
-def train_long(folder: Path, teacher: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe) -> DiT:
-    """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA."""
+def train_long(
+    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
+) -> DiT:
+    """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA; returns the average."""
     torch.manual_seed(recipe.seed)
-    sampling = presets.LONG.sampling
-    dit = start_from(teacher, presets.LONG)
-    clips = ClipStore(folder / "clips", vae, sampling.num_frames, sampling.height)
+    dit = start_from(teacher, config)
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch, features = draw_batch(seed, dit, clips, LONG_CLIPS, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
             arguments = (batch.x, features.text, features.pooled, batch.t, features.mask)
-            predicted = dit(*arguments, sampling.rope_scale)
+            predicted = dit(*arguments, config.sampling.rope_scale)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
-    return train(dit, loss, recipe, folder, _sampler(presets.LONG, vae, text_encoder, folder), sample_every=500)
+    sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
+    return train(dit, loss, recipe, folder, sample, sample_every=350)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
@@ -134,9 +135,9 @@ def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, sched
     return step_target(velocity, x, times)
 
 
-def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder: Path):
+def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder: Path, count: int = 32):
     def sample(dit: DiT, step: int) -> dict[str, float]:
-        return test(config, dit, vae, text_encoder, folder / f"sample_{step:06d}.png")
+        return test(config, dit, vae, text_encoder, folder / f"sample_{step:06d}.png", count)
 
     return sample
 
