@@ -501,7 +501,7 @@ def test_models_that_do_not_belong_together_are_refused(native, diffusers, tmp_p
     other = randomise(DiT(config.dit)).state_dict()
     names = {convert.tables.theirs("dit", name): tensor for name, tensor in other.items()}
     save_file(names, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="in_text_dim is 48, Qwen's hidden_size"):
+    with pytest.raises(ValueError, match=r"dit.text_dim 48, qwen.dim \d+: these models do not belong"):
         from_official(tmp_path / "dst", dit=tmp_path / "x.safetensors", base=native, progress=False)
 
 
