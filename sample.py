@@ -17,14 +17,19 @@ import hashlib
 import re
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import kandinsky5
 from kandinsky5 import Pipeline, magcache, preview, video_io
 from kandinsky5.attention import KERNELS
+from kandinsky5.checkpoint import fingerprint
+from kandinsky5.config_file import from_json
 from kandinsky5.offload import MODES as OFFLOAD
+from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.rope import scale_for_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,15 +39,47 @@ DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "officia
 FROM_CHECKPOINT = ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps")
 SAMPLING = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
             "schedule", "step_skipping", "rope_scale", "seed")  # fmt: skip
-# All that the file depends on, and so all that it carries.
-SETTINGS = ("prompt", *SAMPLING, "image", "image_sha256", "fps", "quality", "checkpoint", "model", "dtype", "device",
-            "attention", "compile", "tile_space", "version")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a file of `sample` depends on, and so all that it carries."""
+
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    shift: float
+    schedule: str
+    step_skipping: bool | magcache.StepSkipping
+    rope_scale: tuple[float, float, float]
+    seed: int
+    image: str | None
+    image_sha256: str | None
+    fps: int
+    quality: float
+    checkpoint: str
+    fingerprint: str  # of the checkpoint
+    model: str
+    dtype: Literal["bfloat16", "float16", "float32"]
+    device: str
+    attention: str
+    compile: bool
+    tile_space: bool
+    version: str
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns 0, 2 after one line about what is wrong with it, 130 after Ctrl-C."""
+    options = vars(parse_arguments(arguments))
     try:
-        print(sample(**vars(parse_arguments(arguments))))
+        print(sample(**options))
         return 0
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
@@ -58,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not words and not isinstance(error, MemoryError):
             raise
         reason = f"not enough memory ({words[0] if words else error}): ask for less --height, --width or --num-frames"
+    if "replay" in options and options["replay"] not in reason:  # what is wrong may stand there
+        reason = f"replaying {options['replay']}: {reason}"
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
     return 2
 
@@ -91,8 +130,15 @@ def sample(output: str, replay: str | None = None, **given) -> str:
 
     how = {name: settings[name] for name in ("attention", "offload", "compile", "tile_space")}
     pipe = Pipeline.load(settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]], **how)
-    if recorded and recorded["model"] != pipe.config.name:
-        print(f"note: {replay} was made by {recorded['model']}, this is {pipe.config.name}", file=sys.stderr)
+    settings |= {"model": pipe.config.name, "fingerprint": fingerprint(find_checkpoint(settings["checkpoint"]))}
+    if recorded and settings["fingerprint"] != recorded["fingerprint"] and "checkpoint" not in given:
+        raise ValueError(
+            f"{settings['checkpoint']} has changed since {replay} was made with it: bring the old weights back, "
+            f"or take these for another video with --checkpoint {settings['checkpoint']}"
+        )
+    made_by, this = (f"{s['model']} ({s['fingerprint'][:8]})" for s in (recorded or settings, settings))
+    if made_by != this:
+        print(f"note: {replay} was made by {made_by}, this is {this}", file=sys.stderr)
     if pipe.device.type == "meta":
         raise ValueError("device meta: it knows shapes and no pixels; choose cpu or cuda")
     for name in FROM_CHECKPOINT:
@@ -105,7 +151,7 @@ def sample(output: str, replay: str | None = None, **given) -> str:
 
     settings["height"], settings["width"] = frames.shape[1:3]
     settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
-    settings |= {"model": pipe.config.name, "device": pipe.device.type, "version": kandinsky5.__version__}
+    settings |= {"device": pipe.device.type, "version": kandinsky5.__version__}
     for name in ("image", "checkpoint"):  # the replay may start in another folder
         if settings[name] is not None and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
@@ -120,6 +166,11 @@ def read_settings(path: str, given: dict) -> dict:
     recorded = video_io.read_metadata(path)
     if missing := [name for name in SETTINGS if name not in recorded]:
         raise ValueError(f"{path} does not say its {', '.join(missing)}: give a file that sample.py wrote")
+    recorded = {name: recorded[name] for name in SETTINGS}
+    try:
+        recorded = dataclasses.asdict(from_json(Settings, recorded))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds damaged settings ({error}): give a file that sample.py wrote") from error
     for name in ("image", "checkpoint"):
         place = recorded[name]
         if name not in given and place is not None and Path(place).is_absolute() and not Path(place).exists():
@@ -127,7 +178,7 @@ def read_settings(path: str, given: dict) -> dict:
     if recorded["version"] != kandinsky5.__version__:
         versions = f"version {recorded['version']}, this is {kandinsky5.__version__}: they may draw it differently"
         print(f"note: {path} was made by {versions}", file=sys.stderr)
-    return {name: recorded[name] for name in SETTINGS}
+    return recorded
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

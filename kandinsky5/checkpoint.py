@@ -8,6 +8,7 @@ does not hold may come from another one, which config.json names as `base`. Weig
 stay where they are: the files are mapped into memory, not copied through it.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -24,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kandinsky5.config import PipelineConfig, save_config
+from kandinsky5.config import PipelineConfig
+from kandinsky5.config_file import load_config, save_config
 
 MODELS = ("dit", "vae", "qwen", "clip")
 
@@ -64,6 +66,32 @@ def find_part(folder: Path, part: str, base: str | None) -> Path:
     """The folder that holds `part` ("vae", "clip_tokenizer", …): `folder` itself, or its `base`, relative to it."""
     here = any((folder / f"{part}{end}").exists() for end in ("", ".safetensors", ".safetensors.index.json"))
     return folder if here or base is None else folder / base
+
+
+def fingerprint(folder: Path) -> str:
+    """A text that changes when a native checkpoint would make another video, for the price of reading a little of it.
+
+    SHA-256 of the sizes in config.json, the tokenizers' files, and of each tensor its name, precision, shape and first
+    16 kB, with the SHA-256 of all of it where the converter has written that into the file's header. So other weights,
+    more training or a merged adapter are seen. Not seen is a change that spares the first 16 kB of every tensor and the
+    header: a few rows of an embedding, edited in place, or a damaged disk (`weights_convert --verify` sees that).
+    Defaults of sampling do not count, as a video carries its own.
+    """
+    config = load_config(folder / "config.json")
+    sizes = [getattr(config, name) for name in (*MODELS, "text", "tiling")]
+    digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
+    for name in MODELS:
+        files = TensorFiles(find_part(folder, name, config.base), name, read_only=True)
+        headers = {(file.metadata() or {}).get("sha256", "") for file in files.files.values()}
+        digest.update(repr(sorted(headers)).encode())
+        for tensor_name in sorted(files.files):
+            tensor = files[tensor_name]
+            start = tensor.flatten()[: 2**14 // tensor.itemsize].view(torch.uint8)
+            digest.update(repr((tensor_name, tensor.dtype, tuple(tensor.shape))).encode() + start.numpy().tobytes())
+    for name in ("qwen_tokenizer", "clip_tokenizer"):
+        for path in sorted((find_part(folder, name, config.base) / name).glob("*.*")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def check_shapes(file: str, wanted: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 6) -> None:

@@ -6,14 +6,9 @@ them written down. Presets are written as differences from the Lite text-to-vide
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 # The spelling mistakes are the authors': the models were trained with exactly these words.
 TEMPLATE = """\
@@ -246,59 +241,3 @@ def find_preset(name: str) -> PipelineConfig:
         hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(names)}"
         raise ValueError(f"{name!r} is neither a folder nor a preset: {hint}")
     return PRESETS[name]
-
-
-def save_config(config: PipelineConfig, path: str | Path) -> None:
-    """Write `config` as JSON."""
-    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
-
-
-def load_config(path: str | Path) -> PipelineConfig:
-    """Read what `save_config` wrote. ValueError where the file is no JSON, or a name or value in it is none of ours."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a Kandinsky 5 configuration ({error}): convert the checkpoint again"
-        ) from error
-    config = _from_dict(PipelineConfig, values, where=str(path))
-    if not config.tasks or {*config.tasks} - {"t2v", "i2v"}:
-        raise ValueError(f"{path}: tasks is {[*config.tasks]}; a model is for 't2v', 'i2v' or both: correct it")
-    return config
-
-
-def _from_dict(cls, values, where: str):
-    """Build the frozen dataclass `cls` from a JSON object."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a table of {cls.__name__}'s fields, found {values!r}")
-    kinds = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(kinds))
-    if unknown:
-        raise ValueError(
-            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(kinds)}: "
-            "correct it, or update this package if a newer one wrote the file"
-        )
-    return cls(**{name: from_json(kinds[name], value, f"{where}: {name}") for name, value in values.items()})
-
-
-def from_json(kind, value, what: str):
-    """A JSON value as a field of type `kind` has it: lists become tuples, tables dataclasses, and 5 may be a float.
-
-    ValueError, which begins with `what`, for a value of another type. No whole number is negative: all are sizes.
-    """
-    parts = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):  # X | None
-        return None if value is None else from_json(parts[0], value, what)
-    if dataclasses.is_dataclass(kind):
-        return _from_dict(kind, value, what)
-    if parts and isinstance(value, list):  # tuple[X, X, X], or tuple[X, ...]
-        parts = parts[:1] * len(value) if parts[-1] is ... else parts
-        if len(parts) == len(value):
-            return tuple(from_json(part, item, what) for part, item in zip(parts, value, strict=True))
-    elif kind is float:
-        if type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
-            return float(value)
-    elif type(value) is kind and (kind is not int or 0 <= value < 2**31):
-        return value
-    name = "int (0 or more)" if kind is int else str(kind) if parts else kind.__name__
-    raise ValueError(f"{what} is {repr(value)[:80]}, which is no {name}: correct it")

@@ -21,7 +21,8 @@ from kandinsky5 import attention as attentions
 from kandinsky5 import checkpoint, magcache, sampler, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
 from kandinsky5.compile import compile_models
-from kandinsky5.config import PipelineConfig, find_preset, load_config
+from kandinsky5.config import PipelineConfig, find_preset
+from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
 from kandinsky5.heap import keep_freed_memory
 from kandinsky5.offload import awake, check_mode, rest
@@ -65,21 +66,12 @@ class Pipeline:
         ValueError where there is no such device, kernel or mode, the folder is in another layout, or weights and
         config.json do not fit.
         """
-        device, folder = _check_device(device), Path(folder_or_preset)
+        device = _check_device(device)
         attentions.check_kernel(attention, device)
         check_mode(offload)
-        if not folder.exists() and (SHIPPED / folder).is_dir():
-            folder = SHIPPED / folder
-        if not folder.exists():
-            if os.sep in str(folder_or_preset):
-                raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")
-            preset = find_preset(str(folder_or_preset))
-            raise ValueError(
-                f"the weights of preset {preset.name!r} are not part of this package: download them, convert them, "
-                "and give the converted folder (README, section Released models)"
-            )
-        checkpoint.check_layout(folder)
+        folder = find_checkpoint(folder_or_preset)
         config = load_config(folder / "config.json")
+        check_models_fit(config)
         if tile_space:
             config = replace(config, tiling=replace(config.tiling, space=True))
         with torch.device("meta"):
@@ -334,6 +326,23 @@ class Pipeline:
         if num_frames < 1 or num_frames % time != 1:
             low = max(num_frames - 1, 0) // time * time + 1
             raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
+
+
+def find_checkpoint(folder_or_preset: str | Path) -> Path:
+    """The native checkpoint folder of that path, or of that name in this package; ValueError where there is none."""
+    folder = Path(folder_or_preset)
+    if not folder.exists() and (SHIPPED / folder).is_dir():
+        folder = SHIPPED / folder
+    if not folder.exists():
+        if os.sep in str(folder_or_preset):
+            raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")
+        preset = find_preset(str(folder_or_preset))
+        raise ValueError(
+            f"the weights of preset {preset.name!r} are not part of this package: download them, convert them, "
+            "and give the converted folder (README, section Released models)"
+        )
+    checkpoint.check_layout(folder)
+    return folder
 
 
 def _check_device(device: str | torch.device) -> torch.device:

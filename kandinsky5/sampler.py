@@ -22,8 +22,8 @@ def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
     shifts again, so that its last steps are much smaller; use it to compare with Kandinsky5T2VPipeline, whose rule is
     FlowMatchEulerDiscreteScheduler.set_timesteps. ValueError for steps, shift or rule that cannot be.
     """
-    if steps < 1:
-        raise ValueError(f"{steps} steps: sampling takes at least 1 step")
+    if not 1 <= steps <= 10**6:
+        raise ValueError(f"{steps} steps: sampling takes at least 1 step and at most a million")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift {shift}: it must be positive and finite; the models use 5 or 10, 1 changes nothing")
     if rule not in RULES:

@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
             # A wrong crop would eat the prompt's first words or leak the template's last, without any other sign.
             raise ValueError(
                 f"the template has {prefix} tokens before the prompt, but {config.dropped_tokens} are dropped: "
-                "the tokenizer in qwen_tokenizer/ is not the one that this checkpoint was made for"
+                "the tokenizer in qwen_tokenizer/, or text in config.json, is not what this checkpoint was made with"
             )
 
     @torch.inference_mode()

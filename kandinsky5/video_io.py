@@ -171,7 +171,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
                 comment = container.metadata.get("comment", "")
     try:
         metadata = json.loads(comment)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number or a nesting that nobody wrote
         metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} carries no settings: was it written by sample.py? Give the original file")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kandinsky5 import Pipeline, checkpoint
-from kandinsky5.checkpoint import save_checkpoint
-from kandinsky5.config import PRESETS, PRO, find_preset, load_config, save_config
+from kandinsky5.checkpoint import fingerprint, save_checkpoint
+from kandinsky5.config import PRESETS, PRO, find_preset
+from kandinsky5.config_file import load_config, save_config
 from random_weights import (
     SMALL,
     SMALL_DIT,
@@ -166,27 +168,70 @@ def test_config_round_trip(config, tmp_path):
     "text, message",
     [
         ("{", "is not a Kandinsky 5 configuration"),
-        ("[]", "expected a table"),
+        ("[]", r"it is \[\] and should be a table of PipelineConfig"),
         ('{"dit": {"depth": 3}}', "DiTConfig has no field depth; its fields are dim, ff_dim"),
-        ('{"sampling": {"shift": "five"}}', "sampling: shift is 'five', which is no float"),
-        ('{"sampling": {"shift": 1e400}}', "shift is inf, which is no float"),
-        ('{"sampling": {"height": -8}}', "height is -8, which is no int"),
-        ('{"sampling": {"rope_scale": [1, 2]}}', r"rope_scale is \[1, 2\], which is no tuple\[float, float, float\]"),
-        ('{"dit": null}', "dit: expected a table"),
-        ('{"dit": {"dim": true}}', "dim is True, which is no int"),
-        ('{"dit": {"nabla": {"window": 5}}}', r"nabla: window is 5, which is no tuple\[int, int, int\]"),
-        ('{"vae": {"channels": {}}}', "channels is {}, which is no tuple"),
-        ('{"vae": {"halves_time": [1]}}', "halves_time is 1, which is no bool"),
-        ('{"base": 5}', "base is 5, which is no str"),
-        ('{"tasks": "t2v"}', "tasks is 't2v', which is no tuple"),
-        ('{"tasks": ["t2i"]}', "a model is for 't2v', 'i2v' or both"),
-        ("[" * 100_000, "is not a Kandinsky 5 configuration"),
+        ('{"sampling": {"shift": "five"}}', r"\(sampling.shift is 'five' and should be a finite number\): correct it"),
     ],
 )
 def test_damaged_configs(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.json")
+
+
+def test_fingerprint_is_that_of_the_content_wherever_it_lies(saved, copy):
+    config = load_config(copy / "config.json")
+    (copy / "config.json").unlink()
+    defaults = replace(config.sampling, shift=2.0, num_inference_steps=7, negative_prompt="rain")
+    save_config(replace(config, name="other", sampling=defaults), copy / "config.json")
+    assert fingerprint(copy) == fingerprint(saved)
+
+
+@pytest.mark.parametrize("what", ["value", "last value", "name", "precision", "tokenizer", "scale", "converter's hash"])
+def test_fingerprint_sees(saved, copy, what):
+    path, config = copy / "vae.safetensors", load_config(saved / "config.json")
+    state, metadata = load_file(path), None
+    name = min(state, key=lambda name: state[name].numel())
+    assert state[name].nbytes <= 2**14
+    if what == "value":
+        state[name].view(-1)[0] += 1
+    elif what == "last value":
+        state[name].view(-1)[-1] += 1
+    elif what == "name":
+        state["other"] = state.pop(name)
+    elif what == "precision":
+        state[name] = state[name].bfloat16()
+    elif what == "tokenizer":
+        (copy / "clip_tokenizer").unlink()
+        shutil.copytree(saved / "clip_tokenizer", copy / "clip_tokenizer")
+        with open(copy / "clip_tokenizer" / "merges.txt", "a") as file:
+            file.write("\n")
+    elif what == "scale":
+        config = replace(config, vae=replace(config.vae, scaling_factor=0.5))
+    else:
+        metadata = {"sha256": "{}"}
+    path.unlink()
+    save_file(state, path, metadata)
+    (copy / "config.json").unlink()
+    save_config(config, copy / "config.json")
+    assert fingerprint(copy) != fingerprint(saved)
+
+
+def test_fingerprint_reads_the_models_of_the_base(saved, tmp_path):
+    config, models = replace(SMALL, base=os.path.relpath(saved, tmp_path / "variant")), build_small_models()
+    save_checkpoint(tmp_path / "variant", config, {"dit": models["dit"]}, {})
+    assert fingerprint(tmp_path / "variant") == fingerprint(saved)
+
+
+def test_fingerprint_reads_little(tmp_path, saved, copy):
+    """Its docstring says what it cannot see: the rest of a large tensor, where no converter wrote its hash."""
+    large = load_file(saved / "vae.safetensors")
+    name = max(large, key=lambda name: large[name].numel())
+    assert large[name].nbytes > 2**14
+    large[name].view(-1)[-1] += 1
+    (copy / "vae.safetensors").unlink()
+    save_file(large, copy / "vae.safetensors")
+    assert fingerprint(copy) == fingerprint(saved)
 
 
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 import kandinsky5
 import sample
 from kandinsky5 import video_io
-from kandinsky5.config import TextConfig, load_config, save_config
+from kandinsky5.checkpoint import fingerprint
+from kandinsky5.config import TextConfig
+from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
 from kandinsky5.magcache import StepSkipping
 from kandinsky5.magcache.__main__ import save
@@ -136,6 +140,7 @@ def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(c
         "fps": 24,
         "quality": 8.0,
         "checkpoint": str(here / "small"),
+        "fingerprint": fingerprint(here / "small"),
         "model": "small",
         "dtype": "bfloat16",
         "device": "cpu" if not torch.cuda.is_available() else "cuda",
@@ -268,8 +273,9 @@ def test_replay_with_another_checkpoint_takes_its_rope_scale_and_says_so(cli, ch
     scaled = replace(CONFIG, name="other", sampling=replace(SMALL.sampling, rope_scale=(1.0, 2.0, 2.0)))
     save_config(scaled, "other/config.json")
     assert cli(*FOX)[0] == 0
+    made_by = video_io.read_metadata("out.mp4")["fingerprint"][:8]
     assert cli("--replay", "out.mp4", "--checkpoint", "other", "-o", "again.mp4")[2] == [
-        "note: out.mp4 was made by small, this is other"
+        f"note: out.mp4 was made by small ({made_by}), this is other ({made_by})"
     ]
     assert cli("a fox", "--checkpoint", "other", "-o", "direct.mp4")[0] == 0
     assert Path("again.mp4").read_bytes() == Path("direct.mp4").read_bytes()
@@ -289,6 +295,23 @@ def test_replay_says_what_is_not_as_it_was(cli, refused, here):
     Path("small").rename("moved")
     refused(replay, f"the checkpoint {here / 'small'}, which is gone: say where it is, --checkpoint")
     assert cli(*replay, "--checkpoint", "moved")[0] == 0
+
+
+def test_replay_with_other_weights_is_refused_unless_they_are_asked_for(cli, refused, here):
+    assert cli(*FOX)[0] == 0
+    old, replay = Path("small/dit.safetensors").resolve(), ["--replay", "out.mp4", "-o", "again.mp4"]
+    state = {name: tensor * 1.01 for name, tensor in load_file(old).items()}  # as after more training
+    Path("small/dit.safetensors").unlink()
+    save_file(state, "small/dit.safetensors")
+    remedy = f"or take these for another video with --checkpoint {here / 'small'}"
+    refused(replay, f"{here / 'small'} has changed since out.mp4 was made with it: bring the old weights back", remedy)
+    code, _, lines = cli(*replay, "--checkpoint", "small")
+    before, now = (video_io.read_metadata(name)["fingerprint"][:8] for name in ("out.mp4", "again.mp4"))
+    assert code == 0 and lines == [f"note: out.mp4 was made by small ({before}), this is small ({now})"]
+    assert before != now and not video_io.read_video("again.mp4")[0].equal(video_io.read_video("out.mp4")[0])
+    Path("small/dit.safetensors").unlink()
+    Path("small/dit.safetensors").symlink_to(old)
+    assert cli(*replay)[0] == 0 and Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
 
 
 def test_replay_of_another_version_is_a_note(cli, monkeypatch):
@@ -414,7 +437,11 @@ DAMAGES = {
     "empty": ("clip.safetensors", b"", "small/clip.safetensors is no complete safetensors file"),
     "half a config": ("config.json", b'{"name": ', "small/config.json is not a Kandinsky 5 configuration"),
     "unknown field": ("config.json", b'{"flavour": 3}', "PipelineConfig has no field flavour; its fields are name"),
-    "wrong type": ("config.json", b'{"name": 3}', "small/config.json: name is 3, which is no str"),
+    "wrong type": (
+        "config.json",
+        b'{"name": 3}',
+        "config.json is not a Kandinsky 5 configuration (name is 3 and should be",
+    ),
     "no tokenizer": ("qwen_tokenizer", None, "there is no tokenizer folder small/qwen_tokenizer"),
 }
 
@@ -435,6 +462,117 @@ def test_weights_of_another_size_are_named_with_both_shapes(refused):
     save_file(larger.state_dict(), "small/dit.safetensors")
     words = "time_embedder.linear_in.weight: the configuration wants (32, 64), the file has (32, 96)"
     refused(FOX, "small/dit.safetensors does not fit", words, "more. Use the config.json that was written with")
+
+
+WRONG = [None, True, -1, 0, 7, 2**25, -(2**63), 10**30, 0.5, -1e300, 5e-324, float("nan"), float("inf"), "five", "",
+         "{}", "a\0b", "9" * 5000, [], [0], [None], ["a"], [1, 2, 3], [[]], {}, {"a": 1}]  # fmt: skip
+
+
+def damaged(values: dict, seed: int) -> dict:
+    """`values` with one entry, anywhere inside, replaced, doubled, renamed or gone."""
+    chance, values = random.Random(seed), json.loads(json.dumps(values))
+    places = []
+
+    def visit(inside):
+        for key, value in inside.items() if isinstance(inside, dict) else enumerate(inside):
+            places.append((inside, key))
+            if isinstance(value, (dict, list)):
+                visit(value)
+
+    visit(values)
+    inside, key = chance.choice(places)
+    if chance.random() < 0.7 or isinstance(inside[key], dict):
+        inside[key] = chance.choice(WRONG)
+    elif type(inside[key]) is int:
+        inside[key] *= 2
+    elif isinstance(inside, dict) and chance.random() < 0.5:
+        inside["flavour"] = inside.pop(key)
+    else:
+        del inside[key]
+    return values
+
+
+def test_250_damaged_configs_give_one_line_or_a_video(here, cli):
+    """Each is a config.json that people who edit files by hand could write; none may end in a traceback."""
+    good, codes = json.loads(Path("small/config.json").read_text()), Counter()
+    Path("small/config.json").unlink()
+    for seed in range(250):
+        Path("small/config.json").write_text(json.dumps(damaged(good, seed)))
+        codes[expect_one_line_or_a_video(cli, FOX)] += 1
+    assert codes[2] > 150 and codes[0] > 10
+
+
+def test_250_damaged_settings_give_one_line_or_a_video(here, cli, monkeypatch):
+    monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: None)
+    assert cli(*FOX, "-o", "good.mp4")[0] == 0
+    good, codes = video_io.read_metadata("good.mp4"), Counter()
+    for seed in range(250):
+        video_io.write_video("bad.png", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), metadata=damaged(good, seed))
+        codes[expect_one_line_or_a_video(cli, ["--replay", "bad.png"], "bad.png")] += 1
+    assert codes[2] > 150 and codes[0] > 10
+
+
+def expect_one_line_or_a_video(cli, arguments, *words) -> int:
+    code, out, lines = cli(*arguments)
+    lines = [line for line in lines if not line.startswith("note: ")]
+    if code == 2:
+        assert len(lines) == 1 and lines[0].startswith("error: ") and all(word in lines[0] for word in words), lines
+        assert not Path("out.mp4").exists()
+    else:
+        assert (code, lines) == (0, [])
+        Path("out.mp4").unlink()
+    return code
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dit": {"dim": -64}}, "dit.dim is -64 and should be above 0"),
+        ({"dit": {"num_visual_blocks": 2.0}}, "dit.num_visual_blocks is 2.0 and should be a whole number"),
+        ({"dit": {"num_visual_blocks": 10**7}}, "num_visual_blocks 10000000, vae"),
+        ({"dit": {"rope_axes": [8, 12, "12"]}}, "dit.rope_axes is '12' and should be a whole number"),
+        ({"dit": {"rope_axes": [8, 24]}}, "dit.rope_axes is [8, 24] and should be a list of 3 times a whole number"),
+        ({"dit": {"nabla": []}}, "dit.nabla is [] and should be a table of NablaConfig's fields or null"),
+        ({"dit": {"nabla": {"P": 1.5}}}, "dit.nabla.P 1.5: a share is at most 1"),
+        ({"vae": None}, "vae is None and should be a table of VAEConfig's fields"),
+        ({"vae": {"channels": [16, 32, 32, 30]}}, "vae.norm_groups 8: groups divide channels"),
+        ({"clip": {"num_heads": 5}}, "clip.dim 24, clip.num_heads 5: the number of heads divides dim"),
+        ({"clip": {"dim": 48}}, "dit.pooled_dim 24, clip.dim 48: these models do not belong together"),
+        ({"text": {"template": "<|im_start|>"}}, "text.template '<|im_start|>': the prompt stands in it once, at {}"),
+        ({"tiling": {"frame_stride": 6}}, "windows hold whole latent frames"),
+        ({"sampling": {"guidance_scale": float("inf")}}, "sampling.guidance_scale is inf and should be a finite"),
+        ({"tasks": ["t2i"]}, "tasks ('t2i',): tasks are t2v, i2v or both"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_config_json_is_named_with_its_rule(refused, change, words):
+    values = json.loads(Path("small/config.json").read_text())
+    for name, new in change.items():
+        values[name] = values[name] | new if isinstance(new, dict) else new
+    Path("small/config.json").unlink()
+    Path("small/config.json").write_text(json.dumps(values))
+    refused(FOX, "config.json", words)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("height", "512", "bad.mp4 holds damaged settings (height is '512' and should be a whole number): give a file"),
+        ("height", -16, "replaying bad.mp4: height -16: a side is a multiple of 16"),
+        ("num_inference_steps", 10**30, "0 steps: sampling takes at least 1 step and at most a million"),
+        ("rope_scale", [1, 2], "rope_scale is [1, 2] and should be a list of 3 times a finite number"),
+        ("prompt", None, "prompt is None and should be a text"),
+        ("dtype", "int8", "dtype is 'int8' and should be one of bfloat16, float16, float32"),
+        ("compile", 0, "compile is 0 and should be true or false"),
+        ("step_skipping", {"conditional": [1.0, None]}, "step_skipping.conditional is None and should be a finite"),
+        ("step_skipping", {}, "missing 1 required positional argument: 'conditional'"),
+    ],
+)
+def test_a_wrong_value_in_a_replayed_file_is_named_with_its_rule(cli, refused, name, value, words):
+    assert cli(*FOX, "-o", "good.mp4")[0] == 0
+    settings = video_io.read_metadata("good.mp4") | {name: value}
+    video_io.write_video("bad.mp4", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), metadata=settings)
+    refused(["--replay", "bad.mp4"], "bad.mp4", words)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kandinsky5.checkpoint import MODELS, save_checkpoint
-from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, load_config, save_config
+from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig
+from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
@@ -569,26 +570,26 @@ def test_bad_input(damage, transformer, tmp_path, capsys):
 @pytest.mark.parametrize(
     "model, odd, message",
     [
-        ("vae", {"spatial_compression_ratio": [8]}, "spatial_compression_ratio is [8], which is no int"),
+        ("vae", {"spatial_compression_ratio": [8]}, "spatial_compression_ratio is [8] and should be a whole number"),
         ("vae", {"temporal_compression_ratio": 16}, "temporal_compression_ratio 16; this code computes powers of two"),
         ("vae", {"spatial_compression_ratio": 4}, "spatial_compression_ratio 4 and temporal_compression_ratio 4"),
-        ("vae", {"block_out_channels": [[16]]}, "block_out_channels is [16], which is no int"),
+        ("vae", {"block_out_channels": [[16]]}, "block_out_channels is [16] and should be a whole number"),
         ("vae", {"scaling_factor": 0}, "scaling_factor is 0; it must be more than 0"),
-        ("vae", {"scaling_factor": 10**400}, "which is no float"),
-        ("qwen", {"text_config": 5}, "text_config is 5, which is no dict"),
-        ("qwen", {"text_config": {"rope_parameters": [1]}}, "rope_parameters is [1], which is no dict"),
+        ("vae", {"scaling_factor": 10**400}, "and should be a finite number"),
+        ("qwen", {"text_config": 5}, "text_config is 5 and should be a table"),
+        ("qwen", {"text_config": {"rope_parameters": [1]}}, "rope_parameters is [1] and should be a table"),
         ("qwen", {"text_config": {"num_key_value_heads": 3}}, "no multiple of num_key_value_heads 3"),
-        ("clip", {"num_attention_heads": -2}, "num_attention_heads is -2, which is no int (0 or more)"),
+        ("clip", {"num_attention_heads": -2}, "num_attention_heads is -2; it must be more than 0"),
         ("clip", {"num_attention_heads": 5}, "hidden_size 24 is no multiple of num_attention_heads 5"),
-        ("clip", {"bos_token_id": [0]}, "bos_token_id is [0], which is no int"),
-        ("dit", {"attention_wT": "a"}, "attention_wT is 'a', which is no int"),
-        ("dit", {"attention_P": [0.9]}, "attention_P is [0.9], which is no float"),
+        ("clip", {"bos_token_id": [0]}, "bos_token_id is [0] and should be a whole number"),
+        ("dit", {"attention_wT": "a"}, "attention_wT is 'a' and should be a whole number"),
+        ("dit", {"attention_P": [0.9]}, "attention_P is [0.9] and should be a finite number"),
         ("dit", {"attention_P": 2}, "attention_P = 2.0; it is a share, at most 1"),
         ("dit", {"attention_wH": None}, "attention_type = 'nabla' but no attention_wH"),
-        ("dit", {"attention_type": ["nabla"]}, "attention_type is ['nabla'], which is no str"),
-        ("dit", {"axes_dims": [16, 16]}, "axes_dims is [16, 16], which is no tuple[int, int, int]"),
+        ("dit", {"attention_type": ["nabla"]}, "attention_type is ['nabla'] and should be a text"),
+        ("dit", {"axes_dims": [16, 16]}, "axes_dims is [16, 16] and should be a list of 3 times a whole number"),
         ("dit", {"axes_dims": [7, 13, 12]}, "axes_dims [7, 13, 12] are not all even"),
-        ("dit", {"visual_cond": 1}, "visual_cond is 1, which is no bool"),
+        ("dit", {"visual_cond": 1}, "visual_cond is 1 and should be true or false"),
     ],
 )
 def test_odd_values_in_a_config(model, odd, message, diffusers, tmp_path, capsys):
@@ -626,7 +627,7 @@ def test_no_value_of_any_key_in_a_config_ends_in_anything_but_the_clear_error(di
     [
         ("model_index.json", {"_class_name": []}, "model_index.json is for []"),
         ("scheduler/scheduler_config.json", {"shift": [5]}, "scheduler_config.json says shift = [5]"),
-        ("kandinsky5.json", {"tasks": []}, "kandinsky5.json: tasks is []"),
+        ("kandinsky5.json", {"tasks": []}, "(tasks (): tasks are t2v, i2v or both)"),
     ],
 )
 def test_odd_values_in_the_other_files(file, odd, message, diffusers, tmp_path, capsys):
@@ -668,7 +669,7 @@ def test_models_that_do_not_belong_together_are_refused(native, diffusers, tmp_p
     other = randomise(DiT(config.dit)).state_dict()
     names = {convert.tables.theirs("dit", name): tensor for name, tensor in other.items()}
     save_file(names, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="in_text_dim is 48, Qwen's hidden_size"):
+    with pytest.raises(ValueError, match=r"dit.text_dim 48, qwen.dim \d+: these models do not belong"):
         from_official(tmp_path / "dst", dit=tmp_path / "x.safetensors", base=native, progress=False)
 
 

@@ -16,7 +16,8 @@ import torch
 
 from kandinsky5.checkpoint import MODELS, find_part
 from kandinsky5.clip import CLIPText
-from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset, load_config, save_config
+from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
+from kandinsky5.config_file import check_models_fit, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import Tokenizer
@@ -285,18 +286,6 @@ def tell_dropped(model: str, weights: Weights) -> None:
         sizes = [stored.nbytes for name, stored in weights.tensors.items() if name.startswith(start)]
         if sizes:
             say(f"left out of {weights.source}: {start}* ({len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB)")
-
-
-def check_models_fit(config: PipelineConfig, present: set[str]) -> None:
-    """ValueError where one model's output is not the other's input, of the models that are present."""
-    dit = config.dit
-    for other, what, theirs, key, value in (
-        ("qwen", "Qwen's hidden_size", config.qwen.dim, "in_text_dim", dit.text_dim),
-        ("clip", "CLIP's hidden_size", config.clip.dim, "in_text_dim2", dit.pooled_dim),
-        ("vae", "the VAE's latent_channels", config.vae.latent_channels, "in_visual_dim", dit.in_channels),
-    ):
-        if {"dit", other} <= present and theirs != value:
-            raise ValueError(f"the DiT's {key} is {value}, {what} {theirs}: these models do not belong together")
 
 
 def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> PipelineConfig:

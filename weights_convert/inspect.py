@@ -7,7 +7,8 @@ from math import prod
 from pathlib import Path
 
 from kandinsky5.checkpoint import MODELS, find_part
-from kandinsky5.config import PRESETS, DiTConfig, load_config
+from kandinsky5.config import PRESETS, DiTConfig
+from kandinsky5.config_file import load_config
 from weights_convert import tables
 from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
 from weights_convert.read import Weights, read_json, read_weights

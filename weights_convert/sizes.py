@@ -8,7 +8,8 @@ import math
 import typing
 from typing import Any
 
-from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig, from_json
+from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig
+from kandinsky5.config_file import from_json
 
 # Our field: their key. Each row is read in both directions.
 KEYS = {
@@ -146,7 +147,7 @@ def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
     and for those of `FIXED` that are not ours."""
     for table in ("text_config", "rope_parameters"):  # newer configs have in these what older ones have at the top
         if config.get(table) is not None:
-            inner = from_json(dict, config[table], f"{where}: config.json says {table}")
+            inner = read_value(dict, config[table], table, where)
             config = {**config, **{key: value for key, value in inner.items() if value is not None}}
     config = {key: value for key, value in config.items() if value is not None}
 
@@ -157,11 +158,19 @@ def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
     kinds = {key: types[field] for field, key in KEYS[model].items()} | OTHER_KEYS[model]
     said = {}
     for key in kinds.keys() & config.keys():
-        value = said[key] = from_json(kinds[key], config[key], f"{where}: config.json says {key}")
+        value = said[key] = read_value(kinds[key], config[key], key, where)
         numbers = value if isinstance(value, tuple) else (value,)
         if key not in MAY_BE_0 and any(type(number) in (int, float) and number <= 0 for number in numbers):
             raise ValueError(f"{where}: config.json says {key} is {config[key]!r}; it must be more than 0: correct it")
     return said
+
+
+def read_value(kind, value, key: str, where: str):
+    """A value of a config.json as the type `kind` has it; ValueError that names file, key and value for another."""
+    try:
+        return from_json(kind, value, key)
+    except ValueError as error:
+        raise ValueError(f"{where}: config.json says {error}: correct it") from error
 
 
 def to_their_config(model: str, sizes) -> dict:

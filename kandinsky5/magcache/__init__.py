@@ -19,6 +19,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from kandinsky5.config_file import from_json
 from kandinsky5.dit import DiT
 
 FOLDER = Path(__file__).parent
@@ -86,7 +87,7 @@ def plan_skips(
 def load(path: str | Path) -> StepSkipping:
     """Read a file of `python -m kandinsky5.magcache`; ValueError if it is none."""
     try:
-        return StepSkipping(**json.loads(Path(path).read_text()))
+        return from_json(StepSkipping, json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {path} ({reason}): give a file that `{COMMAND}` wrote") from error

@@ -15,7 +15,8 @@ from transformers import CLIPConfig as WholeCLIPConfig  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
 from kandinsky5 import Pipeline  # noqa: E402
-from kandinsky5.config import NablaConfig, load_config  # noqa: E402
+from kandinsky5.config import NablaConfig
+from kandinsky5.config_file import load_config  # noqa: E402
 from random_weights import randomise  # noqa: E402
 from small_diffusers import PIPELINES, build_qwen, load_qwen_tokenizer, save_small_checkpoint  # noqa: E402
 from weights_convert import from_diffusers, from_official, inspect, to_diffusers  # noqa: E402

@@ -1,0 +1,153 @@
+"""config.json of a native checkpoint: a `PipelineConfig` written down, and read with every value checked.
+
+A value of another type, a number that no model can have, or two that do not go together end in one line that names
+the field, the value and the rule, before anything of the size that they say is built.
+"""
+
+import dataclasses
+import json
+import reprlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from kandinsky5.config import PipelineConfig
+
+
+def save_config(config: PipelineConfig, path: str | Path) -> None:
+    """Write `config` as JSON."""
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+
+
+def load_config(path: str | Path) -> PipelineConfig:
+    """Read what `save_config` wrote. ValueError, in one line, where the file is no JSON or `check_config` objects."""
+    try:
+        config = from_json(PipelineConfig, json.loads(Path(path).read_text()))
+        check_config(config)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a Kandinsky 5 configuration ({error}): correct it, convert the checkpoint again, or update "
+            "this package if a newer one wrote the file"
+        ) from error
+    return config
+
+
+def from_json(kind, value, key: str = ""):
+    """`value`, as json.loads gives it, as an annotation says: dataclass, tuple, union, Literal, bool, int, float, str.
+
+    key: the names that lead to the value, for messages. ValueError for a value of another type, for infinite numbers,
+    and for a name that is no field of the dataclass.
+    """
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        origin, inside = typing.get_origin(option), typing.get_args(option)
+        if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
+            hints = typing.get_type_hints(option)
+            if unknown := sorted(value.keys() - hints.keys()):
+                names = f"{', '.join(unknown)}; its fields are {', '.join(hints)}"
+                raise ValueError(f"{option.__name__} has no field {names}")
+            return option(**{n: from_json(hints[n], v, f"{key}.{n}".removeprefix(".")) for n, v in value.items()})
+        if origin is tuple and isinstance(value, list):
+            items = inside[:1] * len(value) if inside[-1] is ... else inside
+            if len(items) == len(value):
+                return tuple(from_json(item, v, key) for item, v in zip(items, value, strict=True))
+        if option is float and type(value) in (int, float):
+            if abs(value) <= sys.float_info.max:  # NaN is not
+                return float(value)
+        elif type(value) is option or origin is typing.Literal and value in inside:
+            return value
+    raise ValueError(f"{key or 'it'} is {reprlib.repr(value)} and should be {_in_words(kind)}")
+
+
+def _in_words(kind) -> str:
+    inside = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_in_words(option) for option in inside)
+    if typing.get_origin(kind) is tuple:
+        count = "" if inside[-1] is ... else f"{len(inside)} times "
+        return f"a list of {count}{_in_words(inside[0])}"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(inside)}"
+    words = {
+        dict: "a table",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text",
+        type(None): "null",
+    }
+    return words.get(kind) or f"a table of {kind.__name__}'s fields"
+
+
+MAY_BE_ZERO = ("num_text_blocks", "dropped_tokens", "start_token", "end_token", "guidance_scale")  # others are above
+MOST = 2**24  # of a whole number; products of a few of them are still sizes that PyTorch can say
+
+# What else a configuration must be: the fields, whether they may be so, and the rule in words.
+RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
+    ("tasks", lambda tasks: bool(tasks) and {*tasks} <= {"t2v", "i2v"}, "tasks are t2v, i2v or both"),
+    ("dit.rope_axes", lambda axes: not any(n % 2 for n in axes), "channels rotate in pairs"),
+    ("dit.dim dit.rope_axes", lambda dim, axes: dim % sum(axes) == 0, "the axes' sum, one head, divides dim"),
+    ("dit.patch_size", lambda patch: patch[0] == 1 and max(patch) <= 64, "one frame, at most 64 latents a side"),
+    ("dit.in_channels dit.out_channels", lambda a, b: a == b, "the velocity has the channels of the latents"),
+    ("dit.nabla.P", lambda P: P <= 1, "a share is at most 1"),
+    ("vae.channels vae.norm_groups", lambda channels, n: not any(c % n for c in channels), "groups divide channels"),
+    ("vae.channels vae.halves_time", lambda a, b: len(a) >= max(len(b), 1), "each halving has its stage"),
+    ("vae.image_channels", lambda n: n == 3, "pictures are red, green and blue"),
+    ("qwen.dim qwen.num_heads", lambda dim, n: dim % (2 * n) == 0, "a head has an even number of channels"),
+    ("qwen.num_heads qwen.num_kv_heads", lambda n, kv: n % kv == 0, "each key head serves as many query heads"),
+    ("clip.dim clip.num_heads", lambda dim, n: dim % n == 0, "the number of heads divides dim"),
+    ("clip.start_token clip.end_token clip.vocab_size", lambda a, b, n: max(a, b) < n, "tokens are in the vocabulary"),
+    ("clip.max_positions", lambda n: n >= 2, "there is room for the start and the end token"),
+    ("text.template", lambda text: text.count("{}") == 1, "the prompt stands in it once, at {}"),
+    ("tiling.frames tiling.frame_stride", lambda n, stride: stride <= n, "windows leave no gap"),
+    ("tiling.pixels tiling.pixel_stride", lambda n, stride: stride <= n, "tiles leave no gap"),
+    (
+        "vae.halves_time tiling.time tiling.frames tiling.frame_stride",
+        lambda halves, time, *n: not time or not any(k % 2 ** sum(halves) for k in n),
+        "windows hold whole latent frames",
+    ),
+    (
+        "vae.halves_time tiling.pixels tiling.pixel_stride",
+        lambda halves, *n: not any(k % 2 ** len(halves) for k in n),
+        "tiles hold whole latents",
+    ),
+    (
+        "dit.num_text_blocks dit.num_visual_blocks vae.blocks_per_stage qwen.num_layers clip.num_layers",
+        lambda *n: max(n) <= 1000,
+        "no model has more than 1000 blocks of a kind",
+    ),
+)
+
+
+def check_config(config: PipelineConfig) -> None:
+    """ValueError, with names and values, for numbers that no model can have or that do not go together."""
+    values = _flatten(dataclasses.asdict(config))
+    for key, value in values.items():
+        numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if type(n) in (int, float)]
+        if any(n < 0 or n == 0 and not key.endswith(MAY_BE_ZERO) for n in numbers):
+            raise ValueError(f"{key} is {value} and should be {'at least' if key.endswith(MAY_BE_ZERO) else 'above'} 0")
+        if any(type(n) is int and n > MOST for n in numbers):
+            raise ValueError(f"{key} is {reprlib.repr(value)} and should be at most {MOST}")
+    for keys, holds, rule in RULES:
+        found = {key: values[key] for key in keys.split() if key in values}
+        if found and not holds(*found.values()):
+            raise ValueError(f"{', '.join(f'{key} {reprlib.repr(value)}' for key, value in found.items())}: {rule}")
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat: dict = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def check_models_fit(config: PipelineConfig, present: Collection[str] = ("dit", "vae", "qwen", "clip")) -> None:
+    """ValueError where one model's output is not the other's input, of the models that are present."""
+    for other, key, theirs in (("qwen", "text_dim", "dim"), ("clip", "pooled_dim", "dim"),
+                               ("vae", "in_channels", "latent_channels")):  # fmt: skip
+        wants, has = getattr(config.dit, key), getattr(getattr(config, other), theirs)
+        if {"dit", other} <= {*present} and wants != has:
+            raise ValueError(
+                f"config.json says dit.{key} {wants}, {other}.{theirs} {has}: these models do not belong together"
+            )
