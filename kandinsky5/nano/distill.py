@@ -32,9 +32,9 @@ from kandinsky5.train import (
 from kandinsky5.vae import VAE
 
 RECIPES = {
-    "nocfg": Recipe(steps=600, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "distilled": Recipe(steps=600, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=700, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
+    "nocfg": Recipe(steps=400, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "distilled": Recipe(steps=450, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "long": Recipe(steps=400, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
@@ -91,7 +91,7 @@ def distill(
             predicted = student(batch.x, features.text, features.pooled, batch.t, features.mask)
         return flow_loss(predicted, target, batch.asked), {}
 
-    return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=300)
+    return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=400)
 
 
 def train_long(
@@ -110,7 +110,7 @@ def train_long(
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
-    return train(dit, loss, recipe, folder, sample, sample_every=350)
+    return train(dit, loss, recipe, folder, sample, sample_every=400)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
