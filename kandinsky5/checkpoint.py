@@ -185,9 +185,21 @@ def map_read_only(path: Path) -> dict[str, Tensor]:
 
 def check_layout(folder: Path) -> None:
     """ValueError, with the command to run, where `folder` is no native checkpoint folder."""
-    if folder.is_dir() and (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    place = folder if folder.is_dir() else folder.parent
+    has_config = (place / "config.json").is_file()
+    is_part = has_config and not any(place.glob("dit.safetensors*"))  # such as transformer/
+    diffusers = place.parent if is_part and (place.parent / "model_index.json").is_file() else place
+    if (diffusers / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is in the Diffusers layout; convert it once: "
+            f"python -m weights_convert from-diffusers {diffusers} NEW_FOLDER"
+        )
+    if has_config and not folder.is_dir():
+        raise ValueError(f"{folder} is one file of a checkpoint: give its folder, {place}")
+    if has_config:
         return
-    official = folder if folder.suffix == ".safetensors" else next(folder.glob("model/*.safetensors"), None)
+    inside = "*.safetensors" if folder.name == "model" else "model/*.safetensors"
+    official = folder if folder.suffix == ".safetensors" else next(folder.glob(inside), None)
     if official:
         raise ValueError(
             f"{folder} is in the official layout; convert it once: python -m weights_convert from-official "
@@ -195,11 +207,6 @@ def check_layout(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one that python -m weights_convert wrote")
-    if (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{folder} is in the Diffusers layout; convert it once: "
-            f"python -m weights_convert from-diffusers {folder} NEW_FOLDER"
-        )
     raise ValueError(
         f"{folder} holds no config.json, so it is no converted checkpoint; make one from the Diffusers layout: "
         "python -m weights_convert from-diffusers DIFFUSERS_FOLDER NEW_FOLDER"

@@ -7,12 +7,14 @@ This is the one place that checks what a user asks for; everything below it may 
 """
 
 import math
+import operator
 import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +35,7 @@ from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
 ONE_PASS = 8192  # latent positions of a batch below which both passes of guidance go as one; see benchmarks/
+LONGEST_SIDE = 16384  # pixels: x264's limit
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
 
 
@@ -154,6 +157,7 @@ class Pipeline:
         num_inference_steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance_scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
         shift = sampling.shift if shift is None else shift
+        seed = operator.index(seed)  # of NumPy too
         rope_scale = rope_scale or sampling.rope_scale or scale_for_size(height, width)
         guided = abs(guidance_scale - 1) > 1e-6
         negatives = _check_negative_prompts(negative_prompt, sampling.negative_prompt, len(prompts))
@@ -202,7 +206,9 @@ class Pipeline:
             def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
                 bar.update()
                 _check_finite(x, f"after step {step + 1} of {num_inference_steps} the latents")
-                return callback(step, t, x) if callback else None
+                answer = callback(step, t, x) if callback else None
+                _check_answer(answer, x, f"after step {step + 1} of {num_inference_steps} the callback")
+                return answer
 
             latents = sampler.euler_sample(velocity, latents, times, first_frame, after_step)
         if first_frame is not None and sampling.normalise_first_frames:
@@ -219,7 +225,7 @@ class Pipeline:
         """
         if output_type not in ("uint8", "float"):
             raise ValueError(f"output_type {output_type!r}: latents decode to uint8 or float")
-        if latents.ndim != 5 or latents.shape[-1] != self.config.vae.latent_channels:
+        if latents.ndim != 5 or 0 in latents.shape or latents.shape[-1] != self.config.vae.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
         z = (latents.to(self.device) / self.config.vae.scaling_factor).to(self.dtype)
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
@@ -272,12 +278,13 @@ class Pipeline:
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(batch)]
         if latents is None:
             latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        elif tuple(latents.shape) != (batch, *shape):
+        latents = torch.as_tensor(latents)
+        if tuple(latents.shape) != (batch, *shape):
             raise ValueError(
                 f"latents {tuple(latents.shape)}: this prompt and size need {(batch, *shape)}, (B, T, H/8, W/8, 16)"
             )
-        else:
-            _check_finite(latents, "the given latents")
+        if not latents.is_meta and not torch.isfinite(latents).all():
+            raise ValueError("the given latents contain NaN or infinity: give finite numbers, such as torch.randn's")
         return latents.float().to(self.device), generators
 
     def _encode_image(self, image: Tensor, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
@@ -323,6 +330,8 @@ class Pipeline:
                     else f"a side is a multiple of {divisor}"
                 )
                 raise ValueError(f"{name} {side}: {rule}; try {low} or {low + divisor}")
+            if side > LONGEST_SIDE:
+                raise ValueError(f"{name} {side}: an mp4 holds sides up to {LONGEST_SIDE}; give --height and --width")
         if num_frames < 1 or num_frames % time != 1:
             low = max(num_frames - 1, 0) // time * time + 1
             raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
@@ -385,8 +394,8 @@ def _check_negative_prompts(negative: str | list[str] | None, default: str, coun
 def _check_counts(
     num_videos: int, max_sequence_length: int, output_type: str, guidance_scale: float, rope_scale: tuple
 ) -> None:
-    if num_videos < 1:
-        raise ValueError(f"num_videos_per_prompt {num_videos}: it must be at least 1")
+    if not 1 <= num_videos <= 10**4:
+        raise ValueError(f"num_videos_per_prompt {num_videos}: it must be at least 1 and at most 10,000")
     if max_sequence_length < 1:
         raise ValueError(
             f"max_sequence_length {max_sequence_length}: it must be at least 1; the models were trained with 256"
@@ -395,22 +404,32 @@ def _check_counts(
         raise ValueError(f"output_type {output_type!r}: choose uint8, float or latents")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale {guidance_scale}: it must be a finite number; 1 turns guidance off")
-    if len(rope_scale) != 3 or not all(s > 0 for s in rope_scale):
+    if len(rope_scale) != 3 or not all(0 < s < math.inf for s in rope_scale):
         raise ValueError(f"rope_scale {rope_scale}: give three positive numbers for T, H, W, such as (1, 2, 2)")
 
 
 def _as_image(image: str | Path | Tensor) -> Tensor:
-    """Path or array → uint8 tensor (H, W, 3)."""
+    """Path, array or picture of Pillow's → uint8 tensor (H, W, 3)."""
     if isinstance(image, (str, Path)):
         return video_io.read_image(image)
-    image = torch.as_tensor(image)
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    image = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image is {image.dtype} {tuple(image.shape)}: give a path, or uint8 (height, width, 3)")
     return image
 
 
 def _to_cpu(x: Tensor) -> Tensor:
     return x if x.is_meta else x.cpu()
+
+
+def _check_answer(answer: Tensor | bool | None, x: Tensor, who: str) -> None:
+    """What a callback may return when it was given the latents x (B, T, H, W, 16)."""
+    if isinstance(answer, Tensor):
+        if answer.shape != x.shape:
+            raise ValueError(f"{who} returned latents {tuple(answer.shape)}: they must stay {tuple(x.shape)}")
+        _check_finite(answer, f"{who}'s latents")
+    elif answer is not None and not isinstance(answer, bool):
+        raise ValueError(f"{who} returned a {type(answer).__name__}: return a tensor, False to stop, or nothing")
 
 
 def _check_finite(x: Tensor, what: str) -> None:

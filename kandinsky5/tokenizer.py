@@ -48,8 +48,9 @@ class Tokenizer:
 
         ValueError for half of a surrogate pair, which no encoding can write.
         """
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{text[:80]!r} holds half of a surrogate pair, which is no text: remove it")
+        if half := re.search("[\ud800-\udfff]", text):
+            near = text[max(0, half.start() - 40) : half.end() + 40]
+            raise ValueError(f"{near!r} holds half of a surrogate pair, which is no text: remove it")
         return self._encode(text)
 
     def decode(self, ids: list[int]) -> str:

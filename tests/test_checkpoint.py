@@ -139,7 +139,7 @@ def test_other_layouts_name_the_command_to_run(tmp_path, saved):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=f"weights_convert from-diffusers {tmp_path}"):
         Pipeline.load(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match=f"is one file of a checkpoint: give its folder, {saved}"):
         Pipeline.load(saved / "config.json")
     (tmp_path / "release" / "model").mkdir(parents=True)
     file = tmp_path / "release" / "model" / "lite.safetensors"

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,8 +168,22 @@ def test_nabla_pipeline():
         ({"output_type": "pil"}, "output_type 'pil': choose uint8, float or latents"),
         ({"rope_scale": (1.0, 2.0)}, "give three positive numbers"),
         ({"latents": torch.zeros(1, 2, 4, 4, 16)}, r"latents \(1, 2, 4, 4, 16\): this prompt and size need"),
-        ({"latents": torch.full((1, 2, 4, 6, 16), torch.nan)}, "the given latents contain NaN"),
+        (
+            {"latents": torch.full((1, 2, 4, 6, 16), torch.nan)},
+            "the given latents contain NaN or infinity: give",
+        ),
+        ({"latents": [[0.0]]}, r"latents \(1, 1\): this prompt and size need"),
+        ({"width": 16400}, "width 16400: an mp4 holds sides up to 16384; give --height and --width"),
+        ({"num_videos_per_prompt": 2**40}, "num_videos_per_prompt 1099511627776: it must be .* at most 10,000"),
+        ({"rope_scale": (1.0, 2.0, float("inf"))}, "give three positive numbers"),
+        (
+            {"callback": lambda step, t, x: x[:, :1]},
+            r"step 1 of 2 the callback returned latents \(1, 1, 4, 6, 16",
+        ),
+        ({"callback": lambda step, t, x: x.numpy()}, "callback returned a ndarray: return a tensor, False to stop, or"),
         ({"image": torch.zeros(3, 8, 8)}, "give a path, or uint8"),
+        ({"image": torch.zeros(0, 8, 3, dtype=torch.uint8)}, "give a path, or uint8"),
+        ({"image": torch.zeros(1, 10**6, 3, dtype=torch.uint8).numpy()}, "width 39184: an mp4 holds sides up to 16384"),
         ({"image": "no/such/file.png"}, "no/such/file.png"),
         ({"seed": -1}, "seed -1"),
     ],
@@ -177,6 +192,13 @@ def test_mistakes_are_answered_in_one_line(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(pipe, **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_numpy_is_as_good_as_torch(pipe):
+    image, latents = torch.randint(0, 256, (40, 70, 3), dtype=torch.uint8), torch.randn(1, 2, 4, 8, 16)
+    upside_down = image.flip(0).numpy()[::-1]  # a view, as arrays from cameras and mirrored ones are
+    same = run(pipe, image=upside_down, latents=latents.numpy(), seed=np.int64(3), width=64)
+    assert same.equal(run(pipe, image=image, latents=latents, seed=3, width=64))
 
 
 def test_task_of_the_checkpoint():
@@ -191,7 +213,7 @@ def test_nan_is_named_with_its_step(pipe):
     def damage(step, t, x):
         return torch.full_like(x, torch.nan) if step == 1 else None
 
-    with pytest.raises(ValueError, match="after step 3 of 4 the latents contain NaN"):
+    with pytest.raises(ValueError, match="after step 2 of 4 the callback's latents contain NaN"):
         run(pipe, num_inference_steps=4, callback=damage)
 
 

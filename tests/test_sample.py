@@ -370,9 +370,9 @@ def test_replay_of_a_strangers_file_is_refused(refused):
         ("--preview missing/a.png", "cannot write missing/a.png (No such file or directory)"),
         ("--offload disk", "--offload: invalid choice: 'disk'"),
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
-        ("--height 1600000000 --width 1600000000", "not enough memory (tried to allocate"),
-        ("--height 16000000000000000 --width 16000000000000000", "not enough memory (Storage size"),
-        ("--height 100000000000000000000", "not enough memory (Overflow"),
+        ("--height 16400", "height 16400: an mp4 holds sides up to 16384; give --height and --width"),
+        ("--height 1600000000 --width 1600000000", "height 1600000000: an mp4 holds sides up to 16384"),
+        ("--image ribbon.png", "width 24784: an mp4 holds sides up to 16384; give --height and --width"),
         ("--image missing.png", "cannot read missing.png (No such file or directory): give a whole JPEG"),
         ("--image text.jpg", "cannot read text.jpg (it is no such image): give a whole JPEG, PNG or WebP"),
         ("--image half.png", "cannot read half.png"),
@@ -389,6 +389,7 @@ def test_replay_of_a_strangers_file_is_refused(refused):
 def test_a_bad_option_is_answered_in_one_line(refused, options, words):
     Path("text.jpg").write_text("no picture")
     Path("half.png").write_bytes(Path("image.png").read_bytes()[:4000])
+    video_io.write_video("ribbon.png", torch.zeros(1, 1, 400000, 3, dtype=torch.uint8))
     Path("folder").mkdir()
     Path("folder.mp4").mkdir()
     refused([*FOX, *options.split()], words)
@@ -413,6 +414,9 @@ def test_a_place_that_is_no_checkpoint(refused, here):
         Path(folder).mkdir(parents=True)
     Path("diffusers/model_index.json").write_text("{}")
     Path("official/model/lite.safetensors").touch()
+    Path("diffusers/text_encoder").mkdir()
+    Path("diffusers/text_encoder/config.json").write_text("{}")
+    Path("diffusers/text_encoder/model.safetensors").touch()
     for place, words in {
         "t2v-light-sft-5s": "'t2v-light-sft-5s' is neither a folder nor a preset: did you mean t2v-lite-sft-5s",
         "t2v-lite-sft-5s": "the weights of preset 't2v-lite-sft-5s' are not part of this package: download them",
@@ -420,6 +424,10 @@ def test_a_place_that_is_no_checkpoint(refused, here):
         "empty": "empty holds no config.json",
         "image.png": "image.png is not a folder",
         "diffusers": "Diffusers layout; convert it once: python -m weights_convert from-diffusers diffusers NEW_FOLDER",
+        "diffusers/text_encoder": "Diffusers layout; convert it once: python -m weights_convert from-diffusers",
+        "diffusers/text_encoder/model.safetensors": "python -m weights_convert from-diffusers diffusers NEW_FOLDER",
+        "small/vae.safetensors": "small/vae.safetensors is one file of a checkpoint: give its folder, small",
+        "official/model": "python -m weights_convert from-official --dit official/model/lite.safetensors",
         "official": "official layout; convert it once: python -m weights_convert from-official --dit official/model/",
         "official/model/lite.safetensors": "python -m weights_convert from-official --dit official/model/lite.",
     }.items():

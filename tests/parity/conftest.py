@@ -1,9 +1,11 @@
 """Both sides of every comparison: `theirs`, the references' models, and `ours`, the same weights converted.
 
 By default the weights are small and random. With `pytest tests/parity --checkpoint SRC` they are those of a real
-Diffusers folder, and a table of the errors is printed at the end.
+Diffusers folder, and a table of the errors is printed at the end. The references compute all cases first and go before
+ours are loaded, so that only one side is in memory.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 
 pytest.importorskip("diffusers", reason="the parity suite needs the extra: pip install .[parity] -c constraints.txt")
 
+import cases  # noqa: E402
 import theirs as reference  # noqa: E402
 from kandinsky5 import Pipeline  # noqa: E402
+from kandinsky5.config import load_config  # noqa: E402
 from small_diffusers import save_small_checkpoint  # noqa: E402
 from weights_convert import from_diffusers  # noqa: E402
 
@@ -22,7 +26,8 @@ ERRORS: list[tuple[str, str, float, float]] = []  # case, precision, error, tole
 
 def pytest_addoption(parser):
     group = parser.getgroup("parity")
-    group.addoption("--checkpoint", type=Path, metavar="SRC", help="a Diffusers folder to compare on")
+    need = "Lite needs about 45 GB of memory, 22 with --precision bfloat16, and 20 GB in --basetemp; Pro 115, 58, 54"
+    group.addoption("--checkpoint", type=Path, metavar="SRC", help=f"a Diffusers folder to compare on; {need}")
     group.addoption("--device", default="cpu", help="where both sides run (default: cpu)")
     group.addoption("--precision", choices=DTYPES, help="only this one (default: both)")
 
@@ -59,18 +64,23 @@ def converted(source, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def theirs(source, dtype, device) -> dict:
-    return reference.load_components(source, dtype, device)
+def theirs(request, source, converted, dtype, device) -> dict:
+    """What the references compute in each case that will run: their models are gone when this returns."""
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    inputs = cases.build_inputs(load_config(converted / "config.json"))
+    parts = reference.load_components(source, dtype, device)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        reference.make_comparable(monkeypatch)
+        names = [name for name in inputs if name in wanted and cases.is_compared(name, dtype)]
+        results = {name: reference.compute(name, parts, inputs[name]) for name in names}
+    parts.clear()
+    gc.collect()
+    return results
 
 
 @pytest.fixture(scope="session")
-def ours(converted, dtype, device) -> Pipeline:
+def ours(theirs, converted, dtype, device) -> Pipeline:
     return Pipeline.load(converted, device=device, dtype=dtype)
-
-
-@pytest.fixture
-def comparable(monkeypatch) -> None:
-    reference.make_comparable(monkeypatch)
 
 
 @pytest.fixture
