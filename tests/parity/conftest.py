@@ -26,7 +26,7 @@ ERRORS: list[tuple[str, str, float, float]] = []  # case, precision, error, tole
 
 def pytest_addoption(parser):
     group = parser.getgroup("parity")
-    need = "Lite needs about 45 GB of memory, 22 with --precision bfloat16, and 20 GB in --basetemp; Pro 115, 58, 54"
+    need = "Lite needs about 45 GB of memory, 22 with --precision bfloat16, and 20 GB of disk; Pro 115, 58, 54"
     group.addoption("--checkpoint", type=Path, metavar="SRC", help=f"a Diffusers folder to compare on; {need}")
     group.addoption("--device", default="cpu", help="where both sides run (default: cpu)")
     group.addoption("--precision", choices=DTYPES, help="only this one (default: both)")
