@@ -34,7 +34,6 @@ def test_pages_of_freed_tensors_are_used_again_inside_and_given_back_at_the_end(
         held = resident()
         assert pages_of_five_blocks() < BLOCK // PAGE  # not even one of the five anew
     assert resident() < held - BLOCK // 2
-    assert pages_of_five_blocks() >= 5 * BLOCK // PAGE
 
 
 def test_the_pipeline_samples_inside_it(monkeypatch):
