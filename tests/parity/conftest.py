@@ -16,7 +16,7 @@ pytest.importorskip("diffusers", reason="the parity suite needs the extra: pip i
 import cases  # noqa: E402
 import theirs as reference  # noqa: E402
 from kandinsky5 import Pipeline  # noqa: E402
-from kandinsky5.config import load_config  # noqa: E402
+from kandinsky5.config_file import load_config  # noqa: E402
 from small_diffusers import save_small_checkpoint  # noqa: E402
 from weights_convert import from_diffusers  # noqa: E402
 
