@@ -29,6 +29,7 @@ goldens: ## the references' results in tests/data, computed again: the same byte
 
 benchmarks: ## beside diffusers, into benchmarks/results; takes long, alone on the machine (extra `parity`)
 	$(PYTHON) benchmarks/compare.py
+	$(PYTHON) benchmarks/growth.py
 	$(PYTHON) benchmarks/convert.py
 	$(PYTHON) benchmarks/magcache.py
 

@@ -70,7 +70,7 @@ def main() -> None:
     seconds = [{name: measure_time(pipe, call) for name, call in calls.items()} for _ in range(options.rounds + 1)][1:]
     for name, row in rows.items():
         row["ratio"] = statistics.median(times["50 steps"] / times[name] for times in seconds)
-    table = build_table(rows, options)
+    table = build_table(rows, pipe.config.sampling.guidance_scale, options)
     options.out.mkdir(parents=True, exist_ok=True)
     replace_file(options.out / "magcache.md", lambda path: path.write_text(table))
     print(table)
@@ -95,10 +95,10 @@ def measure_time(pipe: Pipeline, call: dict) -> float:
     return time.perf_counter() - start
 
 
-def build_table(rows: dict, options: argparse.Namespace) -> str:
+def build_table(rows: dict, guidance: float, options: argparse.Namespace) -> str:
     """Markdown, and below it where the figures come from."""
     lines = [
-        "| nano, 50 steps, guidance 3 | steps computed | times faster | error of the latents | PSNR | judged right |",
+        f"| nano, 50 steps, guidance {guidance:g} | steps computed | faster | error of latents | PSNR | judged right |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():

@@ -234,7 +234,7 @@ def call_their_dit(dit, config: DiTConfig, x: Tensor, text: Tensor, pooled: Tens
 
 def load_dit(side: str, tiny: bool, folder: Path) -> Work:
     """From the files of `write_dit` to the end of a first forward on a tiny input."""
-    config = load_config(tiny)
+    config = loaded_dit_config(tiny)
     inputs = dit_inputs(config, (1, 4, 4))
     if side == "theirs":
         from diffusers import Kandinsky5Transformer3DModel as Theirs
@@ -257,7 +257,7 @@ def write_dit(tiny: bool, folder: Path) -> None:
     """A DiT in bf16 (its `Float32Linear`s in float32) in both layouts."""
     if (folder / "ours").exists():
         return
-    config = load_config(tiny)
+    config = loaded_dit_config(tiny)
     weights = build("ours", "dit", config, torch.bfloat16).state_dict()
     for side in ("ours", "theirs"):
         (folder / side).mkdir()
@@ -267,7 +267,7 @@ def write_dit(tiny: bool, folder: Path) -> None:
     write_json(to_their_config("dit", config), folder / "theirs" / "config.json")
 
 
-def load_config(tiny: bool) -> DiTConfig:
+def loaded_dit_config(tiny: bool) -> DiTConfig:
     return TINY_DIT if tiny else DiTConfig(num_visual_blocks=28)  # 4.0 GB
 
 
@@ -346,7 +346,7 @@ def text(side: str, tiny: bool, prompts: list[str], head: bool = True) -> Work:
         assert lengths == {20}, f"the prompts have {lengths} tokens"
 
         def encode(*batches: list[str]) -> list[tuple[Tensor, Tensor]]:  # the pipeline encodes all texts at once
-            features = encoder.encode([text for batch in batches for text in batch])
+            features = encoder.encode([prompt for batch in batches for prompt in batch])
             starts = range(0, len(features.mask), len(prompts))
             parts = [features.select(start, start + len(prompts)) for start in starts]
             return [(part.text, part.pooled) for part in parts]
@@ -398,7 +398,7 @@ class Row(NamedTuple):
     name: str
     work: str  # what stands in the table
     run: Callable[[str, bool, Path], Work]
-    wanted: float | None  # the least ratio theirs / ours (issue 4)
+    wanted: float | None  # the least ratio theirs / ours that we want
     tolerance: float | None  # the largest relative error of the results; None: there is none to compare
     # "load": time in a fresh process; "memory": peak over the resting process; "file": the same against the files of
     # folder/ours

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -71,14 +72,18 @@ def find_part(folder: Path, part: str, base: str | None) -> Path:
 def fingerprint(folder: Path) -> str:
     """A text that changes when a native checkpoint would make another video, for the price of reading a little of it.
 
-    SHA-256 of the sizes in config.json, the tokenizers' files, and of each tensor its name, precision, shape and first
-    16 kB, with the SHA-256 of all of it where the converter has written that into the file's header. So other weights,
-    more training or a merged adapter are seen. Not seen is a change that spares the first 16 kB of every tensor and the
+    SHA-256 of what in config.json is not as usual, the tokenizers' files, and of each tensor its name, precision, shape
+    and first 16 kB, with the SHA-256 of all of it where the converter has written that into the file's header. So other
+    weights, more training or a merged adapter are seen. Not seen is a change that spares all these beginnings and the
     header: a few rows of an embedding, edited in place, or a damaged disk (`weights_convert --verify` sees that).
     Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")
-    sizes = [getattr(config, name) for name in (*MODELS, "text", "tiling")]
+    usual, ours = asdict(PipelineConfig()), asdict(config)  # a field that later versions add has its usual value
+    sizes = [
+        {field: value for field, value in ours[name].items() if value != usual[name].get(field)}
+        for name in (*MODELS, "text", "tiling")
+    ]
     digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
     for name in MODELS:
         files = TensorFiles(find_part(folder, name, config.base), name, read_only=True)

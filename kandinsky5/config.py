@@ -230,13 +230,13 @@ PRESETS: dict[str, PipelineConfig] = {
 }
 
 
-SHIPPED = ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s")  # small models that come with the package
+NANO_NAMES = ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s")  # small models that come with the package
 
 
 def find_preset(name: str) -> PipelineConfig:
     """`PRESETS[name]`, or a ValueError that offers the closest names."""
     if name not in PRESETS:
-        names = (*PRESETS, *SHIPPED)
+        names = (*PRESETS, *NANO_NAMES)
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(names)}"
         raise ValueError(f"{name!r} is neither a folder nor a preset: {hint}")

@@ -47,6 +47,9 @@ def from_json(kind, value, key: str = ""):
             if unknown := sorted(value.keys() - hints.keys()):
                 names = f"{', '.join(unknown)}; its fields are {', '.join(hints)}"
                 raise ValueError(f"{option.__name__} has no field {names}")
+            needed = [f.name for f in dataclasses.fields(option) if f.default is f.default_factory]  # both are MISSING
+            if missing := [name for name in needed if name not in value]:
+                raise ValueError(f"{key or option.__name__} does not say its {', '.join(missing)}")
             return option(**{n: from_json(hints[n], v, f"{key}.{n}".removeprefix(".")) for n, v in value.items()})
         if origin is tuple and isinstance(value, list):
             items = inside[:1] * len(value) if inside[-1] is ... else inside

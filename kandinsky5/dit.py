@@ -25,7 +25,7 @@ from kandinsky5.rope import apply_rope, build_angles, build_angles_3d
 
 
 class DiT(nn.Module):
-    """The whole network; see `DiTConfig` for its sizes."""
+    """The whole network; see `DiTConfig` for its sizes. (T, H, W) are latents up to `patchify`, then tokens."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()

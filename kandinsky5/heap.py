@@ -1,4 +1,4 @@
-"""Memory that is freed and wanted again at once, kept instead of given back to the system.
+"""Memory that is freed and wanted again at once, kept instead of given back to the system; for CPUs.
 
 glibc asks the system anew for every block above 32 MB, and gives it back as soon as it is freed. The system hands
 memory out a page of 4 KB at a time, each filled with zeros: at Lite's width one float32 activation of 5,000 tokens is
@@ -19,10 +19,11 @@ USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20
 
 @contextlib.contextmanager
 def keep_freed_memory(device: torch.device) -> Iterator[None]:
-    """Inside, what a CPU computation frees stays with the process for the next tensor; at the end all goes back.
+    """Inside, what a CPU computation frees stays with the process for the next tensor; at the end its pages go back.
 
     The peak grows by the holes between what is in use (a DiT of 0.5 GB, 4,992 tokens: from 1.0 to 1.35 GB). Only where
-    the C library is glibc and `device` is a CPU; elsewhere nothing changes. It acts on the whole process.
+    the C library is glibc, `device` is a CPU and the caller the main thread (glibc gives others small heaps of their
+    own); elsewhere nothing changes. It acts on the whole process, and replaces what MALLOC_… variables have set.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield

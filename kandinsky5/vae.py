@@ -84,7 +84,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(lay_out(x))  # (B, 128, F, H, W)
         for stage in self.stages:
-            x = stage(x)  # (B, 256, F, H/2, W/2), (B, 512, F/2, H/4, W/4), (B, 512, T, h, w), the same
+            x = stage(x)  # (B, 128, F, H/2, W/2), (B, 256, F/2, H/4, W/4), (B, 512, T, h, w), the same
         x = self.mid(x)
         return self.conv_out(silu(self.norm_out(x)))  # (B, 32, T, h, w)
 
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         for stage in self.stages:
             for block in stage.children():  # one by one, so that no stage's input is held until its end
                 x = block(x)
-            # (B, 512, T, 2h, 2w), (B, 512, 2T, 4h, 4w), (B, 256, F, H, W), (B, 128, F, H, W)
+            # (B, 512, T, 2h, 2w), (B, 512, 2T − 1, 4h, 4w), (B, 256, F, H, W), (B, 128, F, H, W)
         return self.conv_out(silu(self.norm_out(x)))  # (B, 3, F, H, W)
 
 
@@ -271,7 +271,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        T, step = x.shape[2], max(2, PIECE // x[0, :, 0].numel())
+        T, step = x.shape[2], max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
         if torch.is_grad_enabled() or self.stride != (1, 1, 1):
             return super().forward(_pad(x, past=2))
         in_pairs = x.dtype == torch.float32 and x.device.type == "cpu"

@@ -80,7 +80,7 @@ def vae_memory(
     inside = window * height * width * max(2 * before + last, 3 * last)
     frame = height * width * before
     # Padded, and what comes out; float32 also in the kernel's layout (`vae.lay_out`).
-    copies = (2 if dtype.itemsize == 2 else 3) * frame * min(window + 2, max(2, PIECE // frame) + 2)
+    copies = (2 if dtype.itemsize == 2 else 3) * frame * min(window + 2, max(2, PIECE // frame // 2 * 2) + 2)
     put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
     video = 2 * frames * (space * h) * (space * w) * config.image_channels
     return batch * (dtype.itemsize * (inside + copies + put_together) + video)

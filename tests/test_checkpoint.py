@@ -217,6 +217,19 @@ def test_fingerprint_sees(saved, copy, what):
     assert fingerprint(copy) != fingerprint(saved)
 
 
+def test_fingerprint_stays_when_a_field_with_a_default_is_added(saved, monkeypatch):
+    before = fingerprint(saved)
+    plain = checkpoint.asdict
+
+    def with_one_more_field(config):
+        values = plain(config)
+        values["dit"]["text_norm"] = False
+        return values
+
+    monkeypatch.setattr(checkpoint, "asdict", with_one_more_field)
+    assert fingerprint(saved) == before
+
+
 def test_fingerprint_reads_the_models_of_the_base(saved, tmp_path):
     config, models = replace(SMALL, base=os.path.relpath(saved, tmp_path / "variant")), build_small_models()
     save_checkpoint(tmp_path / "variant", config, {"dit": models["dit"]}, {})

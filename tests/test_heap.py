@@ -2,6 +2,7 @@
 
 import platform
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,14 @@ def pages_of_five_blocks() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FOUR_KILOBYTES = not (HUGE_PAGES.is_file() and "[always]" in HUGE_PAGES.read_text())
+counted = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not FOUR_KILOBYTES, reason="mallopt is glibc's, and pages of 2 MB are few"
+)
+
+
+@counted
 def test_pages_of_freed_tensors_are_used_again_inside_and_given_back_at_the_end():
     def resident() -> int:
         with open("/proc/self/statm") as file:
@@ -30,12 +38,14 @@ def test_pages_of_freed_tensors_are_used_again_inside_and_given_back_at_the_end(
 
     assert pages_of_five_blocks() >= 5 * BLOCK // PAGE
     with keep_freed_memory(CPU):
-        pages_of_five_blocks()
+        for _ in range(3):  # the heap grows to what five blocks need
+            pages_of_five_blocks()
         held = resident()
         assert pages_of_five_blocks() < BLOCK // PAGE  # not even one of the five anew
     assert resident() < held - BLOCK // 2
 
 
+@counted
 def test_the_pipeline_samples_inside_it(monkeypatch):
     inside = []
 
@@ -45,5 +55,5 @@ def test_the_pipeline_samples_inside_it(monkeypatch):
 
     predict = Pipeline._predict
     monkeypatch.setattr(Pipeline, "_predict", watch)
-    Pipeline.load("nano")("a red circle moves left", num_inference_steps=2, output_type="latents", progress=False)
-    assert inside[-1] or platform.libc_ver()[0] != "glibc"
+    Pipeline.load("nano")("a red circle moves left", num_inference_steps=5, output_type="latents", progress=False)
+    assert inside[-1]

@@ -44,6 +44,19 @@ class Mutation(NamedTuple):
 
 # fmt: off
 MUTATIONS = [Mutation(*row) for row in (
+    # the VAE's fast convolutions
+    ("last frame of a pair added", "vae_decode",
+     vae.conv_in_pairs, "x_1 - x_3, -w_2", "x_1 - x_3, w_2"),
+    ("difference of a pair added twice", "vae_encode",
+     vae.conv_in_pairs, "out[:, :, t + 1] -= both", "out[:, :, t + 1] += both"),
+    ("half difference of the wrong frames", "vae_decode",
+     vae.conv_in_pairs, "(w_0 - w_1 + w_2) / 2", "(w_0 + w_1 - w_2) / 2"),
+    ("odd last frame from the first three", "vae_decode",
+     vae.conv_in_pairs, "x[:, :, -3:]", "x[:, :, :3]"),
+    ("upsampling adds the wrong two weights", "vae_decode",
+     vae._merge, "if odd else", "if not odd else"),
+    ("upsampling reads even rows only", "vae_decode",
+     vae.conv_of_repeated, "slice(odd_row, odd_row + H + 1)", "slice(0, H + 1)"),
     # the diffusion transformer
     ("shift and scale swapped", "dit",
      dit.modulate, "* (1 + scale) + shift", "* (1 + shift) + scale"),

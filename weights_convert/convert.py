@@ -17,7 +17,7 @@ import torch
 from kandinsky5.checkpoint import MODELS, find_part
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
-from kandinsky5.config_file import check_models_fit, load_config, save_config
+from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import Tokenizer
@@ -194,6 +194,7 @@ def write_native(
         ours = tuple(f"{model}{end}" for model in sources for end in (".safetensors", "-")) + ("config.json",)
         ours += tuple(f"{model}_tokenizer" for model in tokenizers)
         linked = list_files(Path(base), lambda place: not place.parts[0].startswith(ours))
+    check_config(config)  # what could not be loaded again is not written
     check_models_fit(config, {*sources, *(place.split(".")[0].split("-")[0] for place in linked)})
 
     def write_small_files(folder: Path) -> None:

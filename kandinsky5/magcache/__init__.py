@@ -88,7 +88,7 @@ def load(path: str | Path) -> StepSkipping:
     """Read a file of `python -m kandinsky5.magcache`; ValueError if it is none."""
     try:
         return from_json(StepSkipping, json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {path} ({reason}): give a file that `{COMMAND}` wrote") from error
 
