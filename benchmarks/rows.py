@@ -33,6 +33,7 @@ from kandinsky5.config import (
 )
 from kandinsky5.dit import DiT
 from kandinsky5.heap import keep_freed_memory
+from kandinsky5.pipeline import ONE_PASS
 from weights_convert import tables
 from weights_convert.read import write_json
 from weights_convert.sizes import to_their_config
@@ -171,6 +172,29 @@ def attention_long(side: str, tiny: bool, folder: Path) -> Work:
     share = max(0.0, 0.15 - window.float().mean().item()) / (1 - window.float().mean().item() + 1e-9)
     kept = (torch.rand(1, heads, *window.shape, generator=generator) < share) | window
     return lambda: attention.attention(q, k, v, block_map=kept)
+
+
+def guidance_short(side: str, tiny: bool, folder: Path) -> Work:
+    """Guidance for 2,688 latent positions: one batch of two, as the pipeline asks; theirs: two passes."""
+    return guidance(side, *((TINY_DIT, (2, 8, 12)) if tiny else (SMALL.dit, (7, 16, 24))))
+
+
+def guidance_long(side: str, tiny: bool, folder: Path) -> Work:
+    """The same for 19,968 positions at Lite's width: two passes, as the pipeline asks; theirs: one batch of two."""
+    return guidance(side, *((TINY_DIT, (12, 32, 32)) if tiny else (DiTConfig(num_visual_blocks=1), (13, 32, 48))))
+
+
+def guidance(side: str, config: DiTConfig, grid: tuple[int, int, int]) -> Work:
+    """Ours is what the pipeline chooses for this size, "theirs" our other way."""
+    inputs, dit = dit_inputs(config, grid), build("ours", "dit", config, torch.bfloat16)
+    both = {name: torch.cat([x, x]) for name, x in inputs.items()}
+    together = (math.prod(grid) < ONE_PASS) == (side == "ours")
+
+    def run() -> Tensor:
+        with keep_freed_memory(inputs["x"].device):
+            return dit(**both) if together else torch.cat([dit(**inputs), dit(**inputs)])
+
+    return run
 
 
 def dit_forward(side: str, config: DiTConfig, grid: tuple[int, int, int], peaked: float | None = None) -> Work:
@@ -426,6 +450,8 @@ ROWS = [
         "nabla-long", "DiT forward, 1 block, 31×64×64, NABLA, 15 % of the tiles; our own dense", dit_nabla_long, 3, None
     ),
     Row("attention-long", "of that the attention alone; our own dense", attention_long, None, None),
+    Row("guidance-short", "guidance, 7×16×24, in one pass; in two", guidance_short, None, 2e-2),
+    Row("guidance-long", "guidance, 13×32×48, Lite width, 1 block, in two passes; in one", guidance_long, None, 2e-2),
     Row("share", "DiT forward, share of the bf16 matmul rate", dit_matmul_share, 0.6, None),
     Row("decode32", "VAE decode 5×16×24, float32", vae_decode_float32, 1.35, 1e-5),
     Row("decode16", "VAE decode 5×16×24, bf16", vae_decode_bfloat16, 1.35, 2e-2),

@@ -34,7 +34,8 @@ from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
-ONE_PASS = 8192  # latent positions of a batch below which both passes of guidance go as one; see benchmarks/
+# Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py).
+ONE_PASS = 8192
 LONGEST_SIDE = 16384  # pixels: x264's limit
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
 
