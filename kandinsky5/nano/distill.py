@@ -34,7 +34,7 @@ from kandinsky5.vae import VAE
 RECIPES = {
     "nocfg": Recipe(steps=400, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "distilled": Recipe(steps=450, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=400, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
+    "long": Recipe(steps=240, learning_rate=5e-4, warmup=100, ema=0.995, accumulate=2, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
@@ -110,7 +110,7 @@ def train_long(
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
-    return train(dit, loss, recipe, folder, sample, sample_every=400)
+    return train(dit, loss, recipe, folder, sample, sample_every=240)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
