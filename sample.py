@@ -14,6 +14,7 @@ the checkpoint's own default.
 import argparse
 import dataclasses
 import hashlib
+import math
 import re
 import signal
 import sys
@@ -144,7 +145,7 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     for name in FROM_CHECKPOINT:
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
-    every = max(1, settings["num_inference_steps"] // 10)
+    every = math.ceil(settings["num_inference_steps"] / 10)  # 10 pictures or fewer
     callback = preview.build_callback(pipe.vae, show, every) if show else None
     options = {name: settings.get(name) for name in SAMPLING}
     frames = pipe(settings["prompt"], image, callback=callback, **options)[0]  # (F, H, W, 3)
@@ -209,7 +210,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of the models (default: bfloat16)")
     add("--attention", choices=KERNELS, help="how the DiT computes it; sdpa is the closest in bf16 (default: auto)")
-    shown = "the middle frame, ten times while it takes shape, in the terminal or in a file"
+    shown = "the middle frame, at most ten times while it takes shape, in the terminal or in a file"
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)
     add("--offload", choices=OFFLOAD, help="keep on the device only the model that works, or of it only the block")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")

@@ -193,6 +193,16 @@ def test_a_preview_is_no_part_of_the_video(cli):
     assert video_io.read_image("preview.png").shape == (32, 48, 3)
 
 
+@pytest.mark.parametrize(
+    "steps, shown", [(2, [1]), (10, [*range(1, 10)]), (16, [*range(1, 16, 2)]), (31, [*range(3, 31, 4)])]
+)
+def test_a_preview_is_shown_at_most_ten_times(cli, monkeypatch, steps, shown):
+    seen = []
+    monkeypatch.setattr(sample.preview, "open_place", lambda place: lambda step, picture: seen.append(step))
+    assert cli(*FOX, "--steps", steps, "--preview")[0] == 0
+    assert seen == shown
+
+
 # --- replay
 
 
