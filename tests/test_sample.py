@@ -324,6 +324,18 @@ def test_replay_with_other_weights_is_refused_unless_they_are_asked_for(cli, ref
     assert cli(*replay)[0] == 0 and Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
 
 
+def test_another_video_does_not_take_the_replayed_files_place(cli, refused):
+    """The same video may: it is the same file."""
+    assert cli(*FOX)[0] == 0
+    Path("link.mp4").symlink_to("out.mp4")
+    words = "with other options out.mp4 would be lost: say where the new video goes, -o FILE"
+    refused(["--replay", "out.mp4", "--seed", "4"], words)
+    refused(["--replay", "out.mp4", "--checkpoint", "small", "-o", "link.mp4"], words)
+    before = Path("out.mp4").read_bytes()
+    assert cli("--replay", "out.mp4", "--offload", "model")[0] == 0 and Path("out.mp4").read_bytes() == before
+    assert cli("--replay", "out.mp4", "--seed", "4", "-o", "other.mp4")[0] == 0
+
+
 def test_replay_of_another_version_is_a_note(cli, monkeypatch):
     assert cli(*FOX)[0] == 0
     monkeypatch.setattr(kandinsky5, "__version__", "9.9")
