@@ -186,6 +186,15 @@ def test_links_lead_somewhere():
     assert [link for link in local if not ((ROOT / link).exists() if link[0] != "#" else link[1:] in titles)] == []
 
 
+def test_each_file_has_its_row_in_the_reading_order():
+    rows = re.findall(r"^\| \[`([\w/]+\.py)`\]\(\1\) \| [A-Zt][^|]+\. \|$", README, re.MULTILINE)
+    files = [path for package in ("kandinsky5", "weights_convert") for path in (ROOT / package).rglob("*.py")]
+    names = {
+        str(path.relative_to(ROOT)) for path in files if path.read_text().count("\n") > 10
+    }  # not those that only name
+    assert len(rows) == len(set(rows)) and set(rows) == names | {"sample.py"}
+
+
 @pytest.fixture(scope="module")
 def download(tmp_path_factory) -> Path:
     """What stands in for a download: nano in the Diffusers layout."""
