@@ -17,9 +17,7 @@ import hashlib
 import re
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -27,52 +25,89 @@ import kandinsky5
 from kandinsky5 import Pipeline, magcache, preview, video_io
 from kandinsky5.attention import KERNELS
 from kandinsky5.checkpoint import fingerprint
-from kandinsky5.config_file import from_json
 from kandinsky5.offload import MODES as OFFLOAD
 from kandinsky5.pipeline import find_checkpoint
+from kandinsky5.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
 from kandinsky5.rope import scale_for_size
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
             "step_skipping": False, "dtype": "bfloat16", "attention": "auto",
             "compile": False, "offload": None, "tile_space": False}  # fmt: skip
-FROM_CHECKPOINT = ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps")
-SAMPLING = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
-            "schedule", "step_skipping", "rope_scale", "seed")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that a file of `sample` depends on, and so all that it carries."""
+def sample(output: str, replay: str | None = None, **given) -> str:
+    """Make the video and write it to `output`; returns a line that says what was made.
 
-    prompt: str
-    negative_prompt: str
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int
-    guidance_scale: float
-    shift: float
-    schedule: str
-    step_skipping: bool | magcache.StepSkipping
-    rope_scale: tuple[float, float, float]
-    seed: int
-    image: str | None
-    image_sha256: str | None
-    fps: int
-    quality: float
-    checkpoint: str
-    fingerprint: str  # of the checkpoint
-    model: str
-    dtype: Literal["bfloat16", "float16", "float32"]
-    device: str
-    attention: str
-    compile: bool
-    tile_space: bool
-    version: str
+    replay: a file of before, whose settings hold where nothing else is `given`. ValueError or OSError, in one line,
+    for settings that cannot be.
+    """
+    recorded = {}
+    if replay:
+        recorded = read_settings(replay, given)
+        check_output(replay, output, given)
+    settings = DEFAULTS | recorded | given
+    if given.keys() & {"height", "width", "checkpoint"}:
+        settings.pop("rope_scale", None)  # it went with those
+    if "prompt" not in settings:
+        raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
+    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    # Twice: here what was asked for, before models are loaded for nothing, and below with what the checkpoint says.
+    video_io.check_writable(output, settings.get("num_frames", 1), settings.get("fps", 24), settings["quality"])
+    if isinstance(settings["step_skipping"], str):  # the file may change: what is in it is what a replay needs
+        settings["step_skipping"] = dataclasses.asdict(magcache.load(settings["step_skipping"]))
+    show = preview.open_place(settings["preview"]) if "preview" in settings else None
 
+    image = None
+    settings["image_sha256"] = None
+    if settings["image"] is not None:
+        image = video_io.read_image(settings["image"])  # (H, W, 3)
+        settings["image_sha256"] = hashlib.sha256(Path(settings["image"]).read_bytes()).hexdigest()
+        if "image" not in given:
+            check_image(replay, settings, recorded)
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+    pipe = Pipeline.load(
+        settings["checkpoint"],
+        settings["device"],
+        getattr(torch, settings["dtype"]),
+        attention=settings["attention"],
+        offload=settings["offload"],
+        compile=settings["compile"],
+        tile_space=settings["tile_space"],
+    )
+    settings["model"] = pipe.config.name
+    settings["fingerprint"] = fingerprint(find_checkpoint(settings["checkpoint"]))
+    if replay:
+        check_checkpoint(replay, settings, recorded, given)
+    if pipe.device.type == "meta":
+        raise ValueError("device meta: it knows shapes and no pixels; choose cpu or cuda")
+    for name in ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps"):
+        settings.setdefault(name, getattr(pipe.config.sampling, name))
+    video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
+
+    every = (settings["num_inference_steps"] + 9) // 10  # rounded up: 10 pictures or fewer
+    frames = pipe(
+        settings["prompt"],
+        image,
+        settings["negative_prompt"],
+        height=settings.get("height"),
+        width=settings.get("width"),
+        num_frames=settings["num_frames"],
+        num_inference_steps=settings["num_inference_steps"],
+        guidance_scale=settings["guidance_scale"],
+        shift=settings["shift"],
+        schedule=settings["schedule"],
+        step_skipping=settings["step_skipping"],
+        rope_scale=settings.get("rope_scale"),
+        seed=settings["seed"],
+        callback=preview.build_callback(pipe.vae, show, every) if show else None,
+    )[0]  # (F, H, W, 3)
+
+    settings["height"], settings["width"] = frames.shape[1:3]
+    settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
+    settings |= {"device": pipe.device.type, "version": kandinsky5.__version__}
+    video_io.write_video(output, frames, settings["fps"], settings["quality"], to_metadata(settings))
+    plural = "s" if len(frames) > 1 else ""
+    return f"{output}: {len(frames)} frame{plural} of {frames.shape[1]}x{frames.shape[2]}, seed {settings['seed']}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,86 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
-def sample(output: str, replay: str | None = None, **given) -> str:
-    """Make the video and write it to `output`; returns a line that says what was made.
-
-    replay: a file of before, whose settings hold where nothing else is `given`. ValueError or OSError, in one line,
-    for settings that cannot be.
-    """
-    recorded = read_settings(replay, given) if replay else {}
-    settings = DEFAULTS | recorded | given
-    if given.keys() & {"height", "width", "checkpoint"}:
-        settings.pop("rope_scale", None)  # it went with those
-    if "prompt" not in settings:
-        raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
-    settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    video_io.check_writable(output, settings.get("num_frames", 1), settings.get("fps", 24), settings["quality"])
-    if isinstance(settings["step_skipping"], str):  # the file may change: what is in it is what a replay needs
-        settings["step_skipping"] = dataclasses.asdict(magcache.load(settings["step_skipping"]))
-    show = preview.open_place(settings["preview"]) if "preview" in settings else None
-    image = settings["image_sha256"] = None
-    if settings["image"] is not None:
-        image = video_io.read_image(settings["image"])  # (H, W, 3)
-        settings["image_sha256"] = hashlib.sha256(Path(settings["image"]).read_bytes()).hexdigest()
-        if "image" not in given and settings["image_sha256"] != recorded["image_sha256"]:
-            raise ValueError(
-                f"{settings['image']} has changed since {replay} was made from it: bring the old image back, "
-                "or take this one with --image"
-            )
-
-    how = {name: settings[name] for name in ("attention", "offload", "compile", "tile_space")}
-    pipe = Pipeline.load(settings["checkpoint"], settings["device"], DTYPES[settings["dtype"]], **how)
-    settings |= {"model": pipe.config.name, "fingerprint": fingerprint(find_checkpoint(settings["checkpoint"]))}
-    if recorded and settings["fingerprint"] != recorded["fingerprint"] and "checkpoint" not in given:
-        raise ValueError(
-            f"{settings['checkpoint']} has changed since {replay} was made with it: bring the old weights back, "
-            f"or take these for another video with --checkpoint {settings['checkpoint']}"
-        )
-    made_by, this = (f"{s['model']} ({s['fingerprint'][:8]})" for s in (recorded or settings, settings))
-    if made_by != this:
-        print(f"note: {replay} was made by {made_by}, this is {this}", file=sys.stderr)
-    if pipe.device.type == "meta":
-        raise ValueError("device meta: it knows shapes and no pixels; choose cpu or cuda")
-    for name in FROM_CHECKPOINT:
-        settings.setdefault(name, getattr(pipe.config.sampling, name))
-    video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
-    every = max(1, settings["num_inference_steps"] // 10)
-    callback = preview.build_callback(pipe.vae, show, every) if show else None
-    options = {name: settings.get(name) for name in SAMPLING}
-    frames = pipe(settings["prompt"], image, callback=callback, **options)[0]  # (F, H, W, 3)
-
-    settings["height"], settings["width"] = frames.shape[1:3]
-    settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
-    settings |= {"device": pipe.device.type, "version": kandinsky5.__version__}
-    for name in ("image", "checkpoint"):  # the replay may start in another folder
-        if settings[name] is not None and Path(settings[name]).exists():
-            settings[name] = str(Path(settings[name]).resolve())
-    metadata = {name: settings[name] for name in SETTINGS}
-    video_io.write_video(output, frames, settings["fps"], settings["quality"], metadata)
-    plural = "s" if len(frames) > 1 else ""
-    return f"{output}: {len(frames)} frame{plural} of {frames.shape[1]}x{frames.shape[2]}, seed {settings['seed']}"
-
-
-def read_settings(path: str, given: dict) -> dict:
-    """What `sample` wrote into the file at `path`; ValueError if that, or a file that it needs, is not there."""
-    recorded = video_io.read_metadata(path)
-    if missing := [name for name in SETTINGS if name not in recorded]:
-        raise ValueError(f"{path} does not say its {', '.join(missing)}: give a file that sample.py wrote")
-    recorded = {name: recorded[name] for name in SETTINGS}
-    try:
-        recorded = dataclasses.asdict(from_json(Settings, recorded))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds damaged settings ({error}): give a file that sample.py wrote") from error
-    for name in ("image", "checkpoint"):
-        place = recorded[name]
-        if name not in given and place is not None and Path(place).is_absolute() and not Path(place).exists():
-            raise ValueError(f"{path} was made with the {name} {place}, which is gone: say where it is, --{name}")
-    if recorded["version"] != kandinsky5.__version__:
-        versions = f"version {recorded['version']}, this is {kandinsky5.__version__}: they may draw it differently"
-        print(f"note: {path} was made by {versions}", file=sys.stderr)
-    return recorded
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The options that were given, and no others: what they default to is decided in `sample`."""
     parser = argparse.ArgumentParser(
@@ -207,9 +162,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--fps", type=int, metavar="N", help="frames per second of the file; changes the speed, not the frames")
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=DTYPES, help="precision of the models (default: bfloat16)")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="precision of the models (default: bfloat16)")
     add("--attention", choices=KERNELS, help="how the DiT computes it; sdpa is the closest in bf16 (default: auto)")
-    shown = "the middle frame, ten times while it takes shape, in the terminal or in a file"
+    shown = "the middle frame, at most ten times while it takes shape, in the terminal or in a file"
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)
     add("--offload", choices=OFFLOAD, help="keep on the device only the model that works, or of it only the block")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")

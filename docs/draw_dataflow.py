@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 INK, DATA, MODEL, LOOP = "#1f2933", "#f3f4f6", "#dbe7f6", "#fdebd3"
-figure, axes = plt.subplots(figsize=(14, 5.6))
-axes.set(xlim=(0, 140), ylim=(0, 56))
+figure, axes = plt.subplots(figsize=(15, 6.4))
+axes.set(xlim=(0, 150), ylim=(0, 64))
 axes.axis("off")
 
 
@@ -24,45 +24,61 @@ def box(x, y, width, height, title, detail="", color=MODEL):
     axes.text(x, y - 1.3, detail, ha="center", va="center", fontsize=8.5, linespacing=1.35, color=INK)
 
 
-def arrow(start, end, label="", at=None, bend=0.0):
-    style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "connectionstyle": f"arc3,rad={bend}"}
-    axes.annotate("", end, start, arrowprops=style)
+def arrow(*points, label="", at=(0, 0)):
+    """Straight lines from point to point, with a head at the last."""
+    for start, end in zip(points[:-2], points[1:-1], strict=True):
+        axes.plot(*zip(start, end, strict=True), color=INK, linewidth=1.3, solid_capstyle="round")
+    head = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", points[-1], points[-2], arrowprops=head)
     if label:
         axes.text(*at, label, ha="center", va="center", fontsize=8.5, color=INK, family="monospace")
 
 
-box(1, 42, 16, 8, "prompt", color=DATA)
-box(25, 46, 24, 7.5, "Qwen2.5-VL", "28 layers; template cut off")
-box(25, 35.5, 24, 7.5, "CLIP ViT-L/14", "12 layers; one vector")
-arrow((17, 47), (25, 49.5))
-arrow((17, 45), (25, 40))
-box(1, 22, 16, 8, "image", "if there is one", DATA)
-box(25, 22, 24, 8, "VAE encoder", "causal 3D convolutions")
-arrow((17, 26), (25, 26))
-box(1, 8, 16, 8, "seed", "noise from the CPU", DATA)
+box(1, 47, 16, 8, "prompt", color=DATA)
+box(25, 52, 24, 8, "Qwen2.5-VL", "28 layers; template cut off")
+box(25, 39, 24, 8, "CLIP ViT-L/14", "12 layers; one vector")
+arrow((17, 52), (25, 55))
+arrow((17, 50), (25, 44))
+box(1, 25, 16, 8, "image", "if there is one", DATA)
+box(25, 25, 24, 8, "VAE encoder", "causal 3D convolutions")
+arrow((17, 29), (25, 29))
+box(1, 14, 16, 8, "seed", "noise from the CPU", DATA)
 
-box(72, 4, 38, 51, "", color=LOOP)
+box(72, 4.5, 51, 58.5, "", color=LOOP)
 axes.text(
-    91, 52.6, "× steps, from t = 1 (noise) to 0", ha="center", va="center", fontsize=10, color=INK, style="italic"
+    97, 61.2, "× steps, from t = 1 (noise) to 0", ha="center", va="center", fontsize=10, color=INK, style="italic"
 )
-box(76, 40, 30, 10, "text blocks × 2", "self-attention, 1D RoPE\nfeed-forward")
-box(76, 20.5, 30, 14, "visual blocks × 32", "self-attention, 3D RoPE; NABLA\ncross-attention to the text\nfeed-forward")
-box(76, 6.5, 30, 8, "Euler step", "x ← x + (t′ − t) · velocity")
-arrow((91, 40), (91, 34.5))
-arrow((91, 20.5), (91, 14.5), "velocity", (96, 17.5))
-arrow((76, 9), (76, 23), "x", (71.2, 16), bend=-0.5)
+box(94, 49.5, 27, 9.5, "text blocks × 2", "self-attention, 1D RoPE\nfeed-forward")
+box(74, 40, 15, 7, "vec", "= time + pooled")
+box(
+    94,
+    26,
+    27,
+    18,
+    "visual blocks × 32",
+    "self-attention, 3D RoPE; NABLA\ncross-attention to the text\nfeed-forward; final layer",
+)
+box(74, 15, 17, 17, "DiT input", "16 channels of x\n+ 16 zeros + 1 mask\n(B,T,H/8,W/8,33)")
+box(94, 6.5, 27, 8, "Euler step", "x ← x + (t′ − t) · velocity")
+arrow((82, 36.3), (82, 40), label="t", at=(82, 35))
+arrow((89, 43.5), (92, 43.5), (92, 52), (94, 52))
+arrow((92, 43.5), (92, 40), (94, 40))
+arrow((107.5, 49.5), (107.5, 44))
+arrow((91, 29.5), (94, 29.5))
+arrow((107.5, 26), (107.5, 14.5), label="velocity", at=(112.5, 20.5))
+arrow((94, 10.5), (82, 10.5), (82, 15), label="x", at=(80.5, 12))
 
-arrow((49, 49.5), (76, 46), "text (B,S,3584)", (60.5, 50.2))
-arrow((49, 39.2), (76, 31.5), "pooled (B,768)", (61, 38.6))
-arrow((49, 26), (76, 27.5), "first frame (B,1,h,w,16)", (60.5, 28.9))
-arrow((17, 12), (76, 24.5), "noise (B,T,h,w,16)", (40, 14.2))
+arrow((49, 56), (94, 56), label="text (B,S,3584)", at=(60.5, 57.5))
+arrow((49, 43.5), (74, 43.5), label="pooled (B,768)", at=(60.5, 45))
+arrow((49, 29), (74, 29), label="frame 0 (B,1,H/8,W/8,16)", at=(60.5, 30.5))
+arrow((17, 18), (74, 18), label="noise (B,T,H/8,W/8,16)", at=(60.5, 19.5))
 
-box(117, 20.5, 22, 14, "VAE decoder", "windows of 17 frames,\nblended")
-arrow((106, 10.5), (128, 20.5), "latents", (121, 13.2))
-box(119, 41, 18, 8, "video", "(B,F,H,W,3)", DATA)
-arrow((128, 34.5), (128, 41))
+box(127, 24, 20, 14, "VAE decoder", "windows of 17 frames,\nblended")
+arrow((121, 10.5), (137, 10.5), (137, 24), label="latents\n(B,T,H/8,W/8,16)", at=(136, 7.2))
+box(128, 47, 18, 8, "video", "(B,F,H,W,3)", DATA)
+arrow((137, 38), (137, 47))
 axes.text(
-    70, 1.2, "Lite, 5 seconds: 512 × 768 pixels × 121 frames  =  31 × 64 × 96 latents  =  47,616 tokens of width 1792",
+    72, 1.5, "Lite, 5 seconds: 512 × 768 pixels × 121 frames  =  31 × 64 × 96 latents  =  47,616 tokens of width 1792",
     ha="center", va="center", fontsize=9.5, color=INK,
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Execute the notebooks: every `NN_name.py` here becomes `NN_name.ipynb`, with its outputs.
 
     python notebooks/build.py              # all of them; or name some: 01 05
-    python notebooks/build.py --check      # execute all, write nothing, fail on the first error
+    python notebooks/build.py --check      # execute all, write nothing, fail on the first error or after ten minutes
 
 The `.py` files (jupytext's percent format) are what is written and reviewed; the `.ipynb` files are made from them.
 Each runs in a kernel of its own, with one thread, in this folder; as many at a time as there are cores.
@@ -21,6 +21,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+LIMIT = 600  # seconds in which --check wants them all to be done
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
         list(pool.map(partial(build, check=options.check), paths))  # the first error ends it
     finally:
         pool.shutdown(cancel_futures=True)
-    print(f"all {len(paths)}: {time.monotonic() - began:.0f} s")
+    seconds = time.monotonic() - began
+    print(f"all {len(paths)}: {seconds:.0f} s")
+    if options.check and seconds > LIMIT:
+        sys.exit(f"too slow: the notebooks took {seconds:.0f} s, and {LIMIT} s are allowed: make the slowest do less")
 
 
 def build(source: Path, check: bool = False) -> None:
@@ -108,4 +112,4 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -99,3 +99,17 @@ def test_notebook_uses_the_package_and_defines_no_model_of_it_again(source):
     defined = {node.name for node in ast.walk(ast.parse(code_of(source))) if isinstance(node, ast.ClassDef)}
     package = "".join(path.read_text() for path in FOLDER.parent.glob("kandinsky5/*.py"))
     assert not defined & set(re.findall(r"^class (\w+)", package, flags=re.MULTILINE))
+
+
+def test_check_fails_where_the_notebooks_take_too_long(monkeypatch):
+    for library in ("jupytext", "nbclient"):
+        pytest.importorskip(library)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    build = importlib.import_module("build")
+    assert build.LIMIT == 600
+    monkeypatch.setattr(build, "build", lambda source, check: None)
+    build.main(["--check"])
+    monkeypatch.setattr(build, "LIMIT", -1)
+    build.main([])  # whoever writes them may wait
+    with pytest.raises(SystemExit, match="^too slow: the notebooks took 0 s, and -1 s are allowed"):
+        build.main(["--check"])

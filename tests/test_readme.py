@@ -7,6 +7,7 @@ Commands run in this process, in a folder of their own, with options added that 
 import argparse
 import importlib
 import itertools
+import math
 import re
 import shlex
 import shutil
@@ -18,13 +19,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 import weights_convert.__main__
 from kandinsky5 import PRESETS
+from kandinsky5.clip import CLIPText
+from kandinsky5.dit import DiT
 from kandinsky5.magcache import __main__ as magcache
 from kandinsky5.nano import judge, presets
 from kandinsky5.pipeline import SHIPPED
+from kandinsky5.qwen import Qwen
+from kandinsky5.vae import VAE
+from kandinsky5.vae_tiling import vae_memory
 from weights_convert import from_diffusers, to_diffusers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +100,71 @@ def test_the_table_of_released_models_is_the_presets():
     assert rows == expected
 
 
+def test_tokens_and_decoding_of_what_a_video_costs_are_computed_from_the_presets():
+    rows = re.findall(
+        r"^\| (`.2v-[^|]*) \| ([\d,]+) \| .* \| (same|[\d.]+ GB, [\d.]+ in tiles) \|$", README, re.MULTILINE
+    )
+    named, said = [], ""
+    for names, tokens, decoding in rows:
+        said = said if decoding == "same" else decoding  # as in the row above
+        for name in re.findall(r"`([^`]+)`", names):
+            named.append(name)
+            config, sampling = PRESETS[name], PRESETS[name].sampling
+            time, space = config.vae.time_factor, config.vae.space_factor
+            size = (1 + sampling.num_frames // time, sampling.height // space, sampling.width // space)
+            assert int(tokens.replace(",", "")) == math.prod(size) // math.prod(config.dit.patch_size), name
+            tilings = (config.tiling, replace(config.tiling, space=True))
+            whole, tiled = (vae_memory(config.vae, size, torch.bfloat16, tiling) / 1e9 for tiling in tilings)
+            assert said == f"{whole:.1f} GB, {tiled:.1f} in tiles", name
+    assert sorted(named) == sorted(PRESETS)
+
+
+def test_what_the_weights_need_is_computed_from_the_models():
+    (pro, pro_two, pro_copies), (lite, lite_two, lite_copies) = map(memory, ("t2v-pro-sft-5s-sd", "t2v-lite-sft-5s"))
+    others = ", ".join(f"{title} {pro[title.lower()]:.1f}" for title in ("Qwen", "VAE", "CLIP"))
+    streamed = f"of Qwen and of CLIP; the DiT {pro_two['dit']:.1f} (Lite {lite_two['dit']:.1f})"
+    for row in (
+        f"| all there | {sum(pro.values()):.1f} GB | {sum(lite.values()):.1f} GB "
+        f"| DiT {pro['dit']:.1f} (Lite {lite['dit']:.1f}), {others} |",
+        f"| `--offload model` | {largest(pro):.1f} GB | {largest(lite):.1f} GB | Pro: the DiT; Lite: Qwen and CLIP |",
+        f"| `--offload blocks` | {largest(pro_two):.1f} GB | {largest(lite_two):.1f} GB "
+        f"| embedding and two blocks {streamed} |",
+        f" | {pro_copies[0]:.1f} GB (the float32 copies) | {lite_copies[0]:.1f} GB |",
+        f"| `--offload blocks` | {pro_copies[1]:.1f} GB | {lite_copies[1]:.1f} GB |",
+    ):
+        assert row in README, row
+
+
+def memory(preset: str) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """GB in bf16 of each model; of each with two blocks; of the DiT's float32 tensors with all blocks and with two."""
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        models = {"dit": DiT(config.dit), "qwen": Qwen(config.qwen), "clip": CLIPText(config.clip)}
+        models["vae"] = VAE(config.vae)
+    whole = {name: model.bfloat16().state_dict() for name, model in models.items()}
+    rest = re.compile(r"text_blocks|(visual_)?blocks\.([2-9]|\d\d)")
+    two = {
+        name: {key: x for key, x in state.items() if not rest.match(key)}
+        for name, state in whole.items()
+        if name != "vae"  # is never streamed
+    }
+    copies = [{key: x for key, x in state["dit"].items() if x.dtype == torch.float32} for state in (whole, two)]
+    return (
+        {name: gigabytes(state) for name, state in whole.items()},
+        {name: gigabytes(state) for name, state in two.items()},
+        [gigabytes(state) for state in copies],
+    )
+
+
+def gigabytes(state: dict[str, torch.Tensor]) -> float:
+    return sum(x.nbytes for x in state.values()) / 1e9
+
+
+def largest(models: dict[str, float]) -> float:
+    """What is on the device at once: Qwen and CLIP while they read the prompt, later the DiT."""
+    return max(models["dit"], models["qwen"] + models["clip"])
+
+
 def test_each_preset_has_its_download_and_the_converter_line_after_it():
     lines = []
     for name in PRESETS:
@@ -112,6 +184,15 @@ def test_links_lead_somewhere():
     local = [link for link in links if not link.startswith("https://")]
     assert len(local) > 20
     assert [link for link in local if not ((ROOT / link).exists() if link[0] != "#" else link[1:] in titles)] == []
+
+
+def test_each_file_has_its_row_in_the_reading_order():
+    rows = re.findall(r"^\| \[`([\w/]+\.py)`\]\(\1\) \| [A-Z][^|]+\. \|$", README, re.MULTILINE)
+    files = [path for package in ("kandinsky5", "weights_convert") for path in (ROOT / package).rglob("*.py")]
+    names = {
+        str(path.relative_to(ROOT)) for path in files if path.read_text().count("\n") > 10
+    }  # not those that only name
+    assert len(rows) == len(set(rows)) and set(rows) == names | {"sample.py"}
 
 
 @pytest.fixture(scope="module")

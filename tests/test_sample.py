@@ -193,6 +193,16 @@ def test_a_preview_is_no_part_of_the_video(cli):
     assert video_io.read_image("preview.png").shape == (32, 48, 3)
 
 
+@pytest.mark.parametrize(
+    "steps, shown", [(2, [1]), (10, [*range(1, 10)]), (16, [*range(1, 16, 2)]), (31, [*range(3, 31, 4)])]
+)
+def test_a_preview_is_shown_at_most_ten_times(cli, monkeypatch, steps, shown):
+    seen = []
+    monkeypatch.setattr(sample.preview, "open_place", lambda place: lambda step, picture: seen.append(step))
+    assert cli(*FOX, "--steps", steps, "--preview")[0] == 0
+    assert seen == shown
+
+
 # --- replay
 
 
@@ -312,6 +322,18 @@ def test_replay_with_other_weights_is_refused_unless_they_are_asked_for(cli, ref
     Path("small/dit.safetensors").unlink()
     Path("small/dit.safetensors").symlink_to(old)
     assert cli(*replay)[0] == 0 and Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+
+
+def test_another_video_does_not_take_the_replayed_files_place(cli, refused):
+    """The same video may: it is the same file."""
+    assert cli(*FOX)[0] == 0
+    Path("link.mp4").symlink_to("out.mp4")
+    words = "with other options out.mp4 would be lost: say where the new video goes, -o FILE"
+    refused(["--replay", "out.mp4", "--seed", "4"], words)
+    refused(["--replay", "out.mp4", "--checkpoint", "small", "-o", "link.mp4"], words)
+    before = Path("out.mp4").read_bytes()
+    assert cli("--replay", "out.mp4", "--offload", "model")[0] == 0 and Path("out.mp4").read_bytes() == before
+    assert cli("--replay", "out.mp4", "--seed", "4", "-o", "other.mp4")[0] == 0
 
 
 def test_replay_of_another_version_is_a_note(cli, monkeypatch):

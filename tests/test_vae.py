@@ -13,8 +13,6 @@ from kandinsky5.config import Tiling, VAEConfig
 from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, Posterior, Upsample, repeat
 from random_weights import SMALL_VAE, randomise, relative_error
 
-ONE_PIECE = Tiling(time=False)
-
 
 @pytest.fixture(scope="module")
 def vae():
