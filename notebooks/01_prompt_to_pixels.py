@@ -59,7 +59,7 @@ print("pooled", tuple(features.pooled.shape), "(B, dim)")
 sampling, vae = pipe.config.sampling, pipe.config.vae
 F, H, W = sampling.num_frames, sampling.height, sampling.width
 shape = ((F - 1) // vae.time_factor + 1, H // vae.space_factor, W // vae.space_factor, vae.latent_channels)
-noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
+noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))[None]
 print(f"{F} frames of {H} × {W} pixels: {F * H * W * 3:,} numbers")
 print(f"latents (B, T, h, w, C) = {tuple(noise.shape)}: {noise.numel():,} numbers")
 
@@ -138,7 +138,7 @@ play({prompt: frames[0]})
 # rounded in another order: after 50 steps a few pixels may differ by a level or so of 255, and no more.
 
 # %%
-same = pipe(prompt, seed=3, progress=False)
+same = pipe(prompt, seed=0, progress=False)
 difference = (same.int() - frames.int()).abs()
 print(f"largest difference {difference.max()} of 255, mean {difference.float().mean():.5f}")
 assert difference.float().mean() < 0.1

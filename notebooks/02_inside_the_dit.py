@@ -22,7 +22,7 @@ from kandinsky5.rope import apply_rope, build_angles, build_angles_3d
 
 pipe = Pipeline.load("nano")
 config, sampling = pipe.config.dit, pipe.config.sampling
-prompt, seed = "a yellow triangle moves up", 8
+prompt, seed = "a yellow triangle moves up", 0
 T, H, W = GRID = (5, 4, 4)  # latents 5 × 8 × 8 in patches of 1 × 2 × 2
 print(f"{T * H * W} video tokens of {config.dim} channels in {config.num_visual_blocks} visual blocks,")
 print(f"{config.num_heads} heads of {config.head_dim}; rotary channels for time, height, width: {config.rope_axes}")
@@ -64,8 +64,9 @@ grid({prompt: frames}, columns=7, title="The video that this notebook looks into
 # $$x \leftarrow x + \mathrm{gate}\cdot f\bigl(\mathrm{norm}(x)\,(1 + \mathrm{scale}) + \mathrm{shift}\bigr),$$
 #
 # and shift, scale and gate depend on nothing but the flow time and the prompt's CLIP vector. Below, how large the gates
-# are on the way from noise (left) to data (right). A gate near 0 means that the block leaves the tokens alone at that
-# time; look for layers that work early (where things are) and for layers that work late (edges).
+# are on the way from noise (left) to data (right). At a gate of 0 a sub-layer would leave the tokens alone; here none comes
+# near it. Cross-attention's gates are the smallest, and fall a little towards the data; most others rise, and the
+# feed-forward of block 0 doubles.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), sharey=True)
@@ -75,7 +76,7 @@ for i, (ax, sub_layer) in enumerate(zip(axes, sub_layers, strict=True)):
         ax.plot(times, gates, label=f"block {block}")
     ax.set(title=sub_layer.replace("_", " "), xlabel="flow time t (noise → data)", xlim=(1, 0))
 axes[0].set(ylabel="gate, root mean square", ylim=(0, None))
-axes[-1].legend(fontsize=8)
+axes[1].legend(fontsize=8, ncols=2)
 figure.suptitle("How much each sub-layer may add")
 plt.show()
 
@@ -83,9 +84,9 @@ plt.show()
 # ## The residual stream
 #
 # What the sub-layers really add, gate included, is told by the tokens themselves. Left: the size of the tokens after each
-# block. Right: each sub-layer's output (before its gate) at the beginning, in the middle and at the end of sampling.
-# LayerNorm in front of every sub-layer makes the size of the stream itself harmless: only what a sub-layer adds *relative*
-# to it counts.
+# block, at the beginning, in the middle and at the end of sampling; shaded is the range from the smallest token to the
+# largest. Right: each sub-layer's output (before its gate), in the middle of sampling. LayerNorm in front of every sub-layer
+# makes the size of the stream itself harmless: only what a sub-layer adds *relative* to it counts.
 
 # %%
 moments = {"first step": 0, "middle": len(times) // 2, "last step": len(times) - 1}
@@ -160,8 +161,10 @@ plt.show()
 #
 # Every video token attends to the tokens of the text. Rows below are the tokens that Qwen made of the prompt (the last one
 # ends the template and has read the whole prompt before it), columns the five latent frames: how much weight each of the
-# 4 × 4 video tokens of a frame gives to that word, averaged over the heads. Look for words whose map follows the object.
-# On the right the mean over all video tokens, block by block; dotted is where all words would be alike.
+# 4 × 4 video tokens of a frame gives to that word, averaged over the heads. The maps of "yellow",
+# "triangle" and "up" follow the object, although the picture is still mostly noise; the last token's is darker there. On the
+# right the mean over all video tokens, block by block; dotted is where all words would be alike. In every block most goes to
+# the last token.
 
 # %%
 encoder = pipe.text_encoder
@@ -201,8 +204,8 @@ plt.show()
 # ## Where a video token looks in the video
 #
 # The same for self-attention, which is how frames agree with each other. One token, marked by a red square, and the weight
-# that it gives to all 80, for each block (mean over heads). Look for blocks that stay near the token, and for blocks that
-# follow the same place through time.
+# that it gives to all 80, for each block (mean over heads). Block 0 spreads it over nearly all tokens; the largest
+# weights of block 3 are at and beside the token; those of block 4 go up with the object from frame to frame.
 
 # %%
 query = (2, 2, 1)  # latent frame, row, column
@@ -226,8 +229,8 @@ plt.show()
 #
 # `kandinsky5/dit.py` calls small functions by their names: `modulate`, `add_gated`, `apply_rope`, `attention`. `patch.multiple`
 # puts another one in their place while it lasts. The weights stay those that were trained with the right ones, and the
-# noise is the same. Some changes ruin the video, some are hardly seen: **edit a line of `changes`, or add one, and run the
-# cell again.**
+# noise is the same. RMS instead of layer norm is hardly seen; without RoPE only the background is left; without gates or
+# modulation not even that. **Edit a line of `changes`, or add one, and run the cell again.**
 
 # %%
 changes = {
@@ -252,7 +255,7 @@ play(videos)
 
 # %% [markdown]
 # "RoPE backwards" gives the first token the angles of the last one: every token still knows how far away the others are,
-# but takes left for right, above for below and before for after.
+# but takes left for right, above for below and before for after. The triangle falls to pieces.
 #
 # **Try:** drop the gates of one sub-layer only (`add_gated` is called three times per block); scale `gate` by 0.5 or 2;
 # replace `attention` by a function that returns the mean of `v`. Next: [NABLA](03_nabla.ipynb).

@@ -216,7 +216,7 @@ for ax, (where, kinds), dim, unit in zip(axes, cuts.items(), (4, 2), ("column", 
         for border in borders:
             ax.axvline(border, color=colour, ls=":", lw=1)
     ax.set(title=f"Cut in {where}", xlabel=unit, ylabel="jump of the error, levels of 255", ylim=(0, 1.35 * ax.dataLim.ymax))
-    ax.legend(fontsize=8, loc="upper right")
+    ax.legend(fontsize=8, loc="upper right", frameon=True, framealpha=1, edgecolor="none")
 plt.show()
 
 # %% [markdown]
