@@ -33,6 +33,8 @@ from kandinsky5.rope import scale_for_size
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
             "step_skipping": False, "dtype": "bfloat16", "attention": "auto",
             "compile": False, "offload": None, "tile_space": False}  # fmt: skip
+FROM_CHECKPOINT = {"negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift",
+                   "fps"}  # fmt: skip
 
 
 def sample(output: str, replay: str | None = None, **given) -> str:
@@ -78,9 +80,12 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     settings["fingerprint"] = fingerprint(find_checkpoint(settings["checkpoint"]))
     if replay:
         check_checkpoint(replay, settings, recorded, given)
+        if settings["model"] != recorded["model"]:  # its steps, guidance and size would be wrong for this one
+            for name in FROM_CHECKPOINT - given.keys():
+                settings.pop(name)
     if pipe.device.type == "meta":
         raise ValueError("device meta: it knows shapes and no pixels; choose cpu or cuda")
-    for name in ("negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps"):
+    for name in FROM_CHECKPOINT - {"height", "width"}:  # those may follow from the image
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
 

@@ -73,9 +73,8 @@ def fingerprint(folder: Path) -> str:
     """A text that changes when a native checkpoint would make another video, for the price of reading a little of it.
 
     SHA-256 of what in config.json is not as usual, the tokenizers' files, and of each tensor its name, precision, shape
-    and first 16 kB, with the SHA-256 of all of it where the converter has written that into the file's header. So other
-    weights, more training or a merged adapter are seen. Not seen is a change that spares all these beginnings and the
-    header: a few rows of an embedding, edited in place, or a damaged disk (`weights_convert --verify` sees that).
+    and first 16 kB. So other weights, more training or a merged adapter are seen. Not seen is a change that spares all
+    these beginnings: a few rows of an embedding, edited in place, or a damaged disk (`weights_convert --verify` does).
     Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")
@@ -87,8 +86,6 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
     for name in MODELS:
         files = TensorFiles(find_part(folder, name, config.base), name, read_only=True)
-        headers = {(file.metadata() or {}).get("sha256", "") for file in files.files.values()}
-        digest.update(repr(sorted(headers)).encode())
         for tensor_name in sorted(files.files):
             tensor = files[tensor_name]
             start = tensor.flatten()[: 2**14 // tensor.itemsize].view(torch.uint8)

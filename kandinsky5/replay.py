@@ -96,7 +96,8 @@ def check_checkpoint(path: str, settings: dict, recorded: dict, given: dict) -> 
     made_by = f"{recorded['model']} ({recorded['fingerprint'][:8]})"
     this = f"{settings['model']} ({settings['fingerprint'][:8]})"
     if made_by != this:
-        print(f"note: {path} was made by {made_by}, this is {this}", file=sys.stderr)
+        own = "; its own steps, guidance, shift and size hold" * (recorded["model"] != settings["model"])
+        print(f"note: {path} was made by {made_by}, this is {this}{own}", file=sys.stderr)
 
 
 def to_metadata(settings: dict) -> dict:

@@ -205,8 +205,9 @@ def download(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, download) -> Callable[[str], None]:
-    """Runs commands, in an empty working folder; in it, presets have nano's sizes and take two steps."""
+    """Runs commands, in a working folder that is empty but for docs/; presets have nano's sizes and take two steps."""
     monkeypatch.chdir(tmp_path)
+    Path("docs").symlink_to(ROOT / "docs")
     for name, preset in PRESETS.items():
         like = presets.LONG if preset.dit.nabla else presets.NANO
         small = replace(like, name=name, sampling=replace(like.sampling, num_inference_steps=2, num_frames=5))

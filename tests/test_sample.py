@@ -277,15 +277,20 @@ def test_an_option_beside_replay_wins_and_the_rest_stays(cli, options):
     assert Path("b.png").read_bytes() == Path("direct.png").read_bytes() != Path("a.png").read_bytes()
 
 
-def test_replay_with_another_checkpoint_takes_its_rope_scale_and_says_so(cli, checkpoint):
+def test_replay_with_another_model_takes_its_own_steps_and_scales_and_says_so(cli, checkpoint):
     shutil.copytree("small", "other", symlinks=True)
     Path("other/config.json").unlink()
-    scaled = replace(CONFIG, name="other", sampling=replace(SMALL.sampling, rope_scale=(1.0, 2.0, 2.0)))
+    scaled = replace(
+        CONFIG,
+        name="other",
+        sampling=replace(SMALL.sampling, num_inference_steps=3, guidance_scale=1.0, rope_scale=(1.0, 2.0, 2.0)),
+    )
     save_config(scaled, "other/config.json")
     assert cli(*FOX)[0] == 0
     made_by = video_io.read_metadata("out.mp4")["fingerprint"][:8]
     assert cli("--replay", "out.mp4", "--checkpoint", "other", "-o", "again.mp4")[2] == [
-        f"note: out.mp4 was made by small ({made_by}), this is other ({made_by})"
+        f"note: out.mp4 was made by small ({made_by}), this is other ({made_by}); "
+        "its own steps, guidance, shift and size hold"
     ]
     assert cli("a fox", "--checkpoint", "other", "-o", "direct.mp4")[0] == 0
     assert Path("again.mp4").read_bytes() == Path("direct.mp4").read_bytes()

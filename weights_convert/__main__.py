@@ -7,7 +7,7 @@ import signal
 import sys
 
 from kandinsky5.checkpoint import MODELS
-from kandinsky5.config import PipelineConfig
+from kandinsky5.config import NANO_NAMES, PipelineConfig
 from weights_convert import convert
 from weights_convert.inspect import as_table, inspect
 from weights_convert.write import Options
@@ -61,7 +61,7 @@ def print_config(config: PipelineConfig, options: dict) -> None:
         f"{options['dst']}: {config.name}, {' and '.join(config.tasks)}, {attention}; by default "
         f"{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, shift {sampling.shift:g}"
     )
-    if not options["preset"]:
+    if not options["preset"] and config.name not in NANO_NAMES:
         like = ", ".join(convert.presets_like(config)) or "none"
         print(
             f"Presets with this DiT, attention and task: {like}. A distilled or no-CFG checkpoint needs other steps "
