@@ -104,13 +104,18 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
             scores = _scaled_scores(q[here], k[here[0]])  # (heads, rows, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask[here], -torch.inf)
-            out[here] = torch.softmax(scores, dim=-1) @ v[here[0]]
+            out[here] = _softmax(scores) @ v[here[0]]
     return out.unflatten(0, (B, N))
 
 
 def _scaled_scores(q: Tensor, k: Tensor) -> Tensor:
     """q kᵀ / √D for (heads, L, D) and (heads, S, D), scaled before it is rounded to the precision of q."""
     return torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; in the memory of `scores`, which are still in the cache, unless gradients need them."""
+    return torch.softmax(scores, dim=-1, out=None if torch.is_grad_enabled() else scores)
 
 
 def expand_block_map(block_map: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, f
         if fused:
             out[n, i] = F.scaled_dot_product_attention(queries, keys, values)[0]
         else:
-            out[n, i] = (torch.softmax(_scaled_scores(queries, keys), dim=-1) @ values)[0]
+            out[n, i] = (_softmax(_scaled_scores(queries, keys)) @ values)[0]
     return out.view(B, N, L, -1)
 
 

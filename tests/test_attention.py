@@ -49,7 +49,13 @@ def test_chunked_equals_dense(scores, masked, monkeypatch):
     monkeypatch.setattr(module, "SCORES", scores)  # one head at a time, a few, all at once
     q, k, v = (x[..., :n, :] for x, n in zip(random_qkv(2, 3, 600, 16), (600, 70, 70), strict=True))
     mask = (torch.rand(2, 1, 1, 70) < 0.5) if masked else None
-    assert relative_error(chunked_attention(q, k, v, mask), dense_attention(q, k, v, mask)) < 1e-6
+    expected = dense_attention(q, k, v, mask)
+    with torch.no_grad():  # the probabilities take the place of the scores
+        assert relative_error(chunked_attention(q, k, v, mask), expected) < 1e-6
+    with torch.enable_grad():
+        out = chunked_attention(q.requires_grad_(), k, v, mask)
+    assert out.requires_grad
+    assert relative_error(out.detach(), expected) < 1e-6
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])

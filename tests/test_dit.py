@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 
 from kandinsky5.config import LITE, PRO
-from kandinsky5.dit import DiT, Float32Linear, RMSNorm, add_gated, modulate, patchify, unpatchify
+from kandinsky5.dit import DiT, Float32Linear, RMSNorm, add_gated, modulate, modulate_in_one_pass, patchify, unpatchify
 from kandinsky5.rope import apply_rope
 from random_weights import SMALL_DIT, SMALL_NABLA, randomise, relative_error
 
@@ -99,17 +99,29 @@ def test_float32_linear_can_be_moved_and_widened():
     assert Float32Linear(3, 4, device="meta").to_empty(device="cpu").weight.device.type == "cpu"
 
 
-@pytest.mark.parametrize("island", [modulate, add_gated, RMSNorm, apply_rope], ids=lambda island: island.__name__)
+@pytest.mark.parametrize(
+    "island", [modulate, modulate_in_one_pass, add_gated, RMSNorm, apply_rope], ids=lambda island: island.__name__
+)
 def test_float32_islands_round_once_at_their_end(island):
     """In a bf16 model each computes exactly what it computes in float32, rounded."""
     x, out = (torch.randn(2, 3, 5, 16).bfloat16() for _ in range(2))
-    shift, scale = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 1, 16)
+    shift, scale = torch.randn(2, 1, 1, 16), torch.randn(2, 1, 1, 16)
     norm = randomise(RMSNorm(16)).bfloat16()
     compute = {
         modulate: lambda x, out: modulate(x, shift, scale),
+        modulate_in_one_pass: lambda x, out: modulate_in_one_pass(x, shift, scale),
         add_gated: lambda x, out: add_gated(x, scale, out),
         RMSNorm: lambda x, out: norm(x),
         apply_rope: lambda x, out: apply_rope(x, 100 * torch.rand(5, 8, generator=torch.Generator().manual_seed(1))),
     }[island]
     assert compute(x, out).dtype == torch.bfloat16
     assert compute(x, out).equal(compute(x.float(), out.float()).bfloat16())
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_modulation_in_one_pass_equals_the_definition(B):
+    x, (shift, scale) = 5 * torch.randn(B, 7, 16) + 3, torch.randn(2, B, 1, 16)
+    with torch.enable_grad():  # there the definition is what computes
+        expected = modulate(x.requires_grad_(), shift, scale)
+    assert expected.grad_fn is not None and not expected.equal(x)
+    assert relative_error(modulate_in_one_pass(x.detach(), shift, scale), expected.detach()) < 1e-6
