@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kandinsky5.config import VAEConfig
 
 PIECE = 2**23  # numbers that a convolution takes at a time: 16 MB in bf16, a frame of 256 × 256 at 128 channels
+PAIRS_FROM = 2**18  # numbers of a frame from which two frames at a time are faster; with fewer they are slower
 
 
 class Posterior(NamedTuple):
@@ -264,7 +265,7 @@ class CausalConv3d(nn.Conv3d):
     (B, C, T, H, W) → (B, C', T', H', W'), each size divided by its stride and rounded up.
 
     Without gradients a few frames are computed at a time: the copies that padding and the kernel make of a whole
-    clip would be most of the memory that decoding takes. On a CPU in float32 they are computed two by two.
+    clip would be most of the memory that decoding takes. On a CPU large ones are computed two by two.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int, int] = 1):
@@ -274,7 +275,7 @@ class CausalConv3d(nn.Conv3d):
         T, step = x.shape[2], max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
         if torch.is_grad_enabled() or self.stride != (1, 1, 1):
             return super().forward(_pad(x, past=2))
-        in_pairs = x.dtype == torch.float32 and x.device.type == "cpu"
+        in_pairs = x.device.type == "cpu" and x[0, :, 0].numel() >= PAIRS_FROM
         conv = functools.partial(conv_in_pairs, conv=self) if in_pairs else super().forward
         if step >= T:
             return conv(_pad(x, past=2))
@@ -291,24 +292,23 @@ def conv_in_pairs(x: Tensor, conv: nn.Conv3d) -> Tensor:
     Winograd's F(2, 3) along time (arXiv 1509.09308 §4.1): with · for a 2-D conv and wᵢ for the kernel's three frames,
 
         first = w₀·(x₀ − x₂)    sum = ½(w₀ + w₁ + w₂)·(x₁ + x₂)    difference = ½(w₀ − w₁ + w₂)·(x₂ − x₁)
-        last  = w₂·(x₁ − x₃)    y₀ = first + sum + difference       y₁ = sum − difference − last
+        last  = w₂·(x₃ − x₁)    y₀ = first + sum + difference       y₁ = last + sum − difference
 
-    In float32 it is as close to float64 as the plain conv; in bf16 the sums of frames would be rounded.
+    In float32 it is as close to float64 as the plain conv. In bf16 the sums of frames are rounded: the released VAE's
+    sizes with random weights decode with an error of 0.0171 (plain 0.0161) and encode with 0.0069 (0.0065).
     x (B, C, T + 2, H + 2, W + 2) → (B, C', T, H, W).
     """
     B, _, T, H, W = (size - 2 * (dim > 1) for dim, size in enumerate(x.shape))
-    w_0, w_1, w_2 = conv.weight.unbind(2)
-    half_sum, half_difference = (w_0 + w_1 + w_2) / 2, (w_0 - w_1 + w_2) / 2
-    out = x.new_empty(B, conv.out_channels, T, H, W)
+    w_0, w_1, w_2 = conv.weight.float().unbind(2)  # sums of bf16 weights are rounded once, not twice
+    w_sum, w_difference = ((w_0 + w_1 + w_2) / 2).to(x.dtype), ((w_0 - w_1 + w_2) / 2).to(x.dtype)
+    w_first, w_last = w_0.to(x.dtype), w_2.to(x.dtype)
+    out = _empty_like(x, conv.out_channels, T, H, W)
     for t in range(0, T - 1, 2):
         x_0, x_1, x_2, x_3 = x[:, :, t : t + 4].unbind(2)
-        out[:, :, t] = F.conv2d(x_0 - x_2, w_0, conv.bias)
-        out[:, :, t + 1] = F.conv2d(x_1 - x_3, -w_2, conv.bias)
-        both = F.conv2d(x_1 + x_2, half_sum)
-        out[:, :, t : t + 2] += both[:, :, None]
-        both = F.conv2d(x_2 - x_1, half_difference)
-        out[:, :, t] += both
-        out[:, :, t + 1] -= both
+        half_sum, half_difference = F.conv2d(x_1 + x_2, w_sum), F.conv2d(x_2 - x_1, w_difference)
+        first, last = F.conv2d(x_0 - x_2, w_first, conv.bias), F.conv2d(x_3 - x_1, w_last, conv.bias)
+        torch.add(first.add_(half_sum), half_difference, out=out[:, :, t])
+        torch.sub(last.add_(half_sum), half_difference, out=out[:, :, t + 1])
     if T % 2:
         out[:, :, -1:] = F.conv3d(x[:, :, -3:], conv.weight, conv.bias)
     return out

@@ -46,9 +46,9 @@ class Mutation(NamedTuple):
 MUTATIONS = [Mutation(*row) for row in (
     # the VAE's fast convolutions
     ("last frame of a pair added", "vae_decode",
-     vae.conv_in_pairs, "x_1 - x_3, -w_2", "x_1 - x_3, w_2"),
+     vae.conv_in_pairs, "x_3 - x_1, w_last", "x_1 - x_3, w_last"),
     ("difference of a pair added twice", "vae_encode",
-     vae.conv_in_pairs, "out[:, :, t + 1] -= both", "out[:, :, t + 1] += both"),
+     vae.conv_in_pairs, "torch.sub(last", "torch.add(last"),
     ("half difference of the wrong frames", "vae_decode",
      vae.conv_in_pairs, "(w_0 - w_1 + w_2) / 2", "(w_0 + w_1 - w_2) / 2"),
     ("odd last frame from the first three", "vae_decode",

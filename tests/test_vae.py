@@ -177,24 +177,27 @@ def test_conv_of_repeated_is_the_conv_of_the_repeated_video(double_time, T):
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 6])
-def test_two_frames_at_a_time_are_as_close_to_float64_as_the_plain_convolution(T):
-    conv = randomise(CausalConv3d(24, 7))
-    x = torch.randn(2, 24, T + 2, 5, 6)
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_two_frames_at_a_time_are_about_as_close_to_float64_as_the_plain_convolution(T, dtype, most):
+    conv = randomise(CausalConv3d(24, 7)).to(dtype)
+    x = torch.randn(2, 24, T + 2, 5, 6).to(dtype)
     exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double())
     plain, in_pairs = F.conv3d(x, conv.weight, conv.bias), module.conv_in_pairs(x, conv)
     assert in_pairs.shape == exact.shape
-    assert relative_error(in_pairs, exact) < 2 * relative_error(plain, exact)
+    assert relative_error(in_pairs, exact) < most * relative_error(plain, exact)
 
 
-def test_float32_on_a_cpu_goes_two_by_two_and_nothing_else_does(vae, monkeypatch):
+def test_large_frames_go_two_by_two_and_nothing_else_does(vae, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "conv_in_pairs", lambda x, conv: calls.append(x) or F.conv3d(x, conv.weight, conv.bias))
     z = torch.randn(1, 16, 2, 2, 2)
+    with torch.no_grad():
+        vae.decode(z)
+    assert not calls
+    monkeypatch.setattr(module, "PAIRS_FROM", 16 * 16 * 16)  # of the last stages
     vae.decode(z)
     assert not calls  # a gradient may be asked for
     with torch.no_grad():
         vae.decode(z)
-        assert len(calls) > 10
-        calls.clear()
-        randomise(VAE(SMALL_VAE)).bfloat16().decode(z.bfloat16())
-        assert not calls
+    assert len(calls) > 3
+    assert all(x[0, :, 0].numel() >= 16 * 16 * 16 for x in calls)
