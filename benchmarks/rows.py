@@ -311,6 +311,8 @@ def vae_decode_float32(side: str, tiny: bool, folder: Path) -> Work:
 
 
 def vae_decode_bfloat16(side: str, tiny: bool, folder: Path) -> Work:
+    """exact: diffusers with these bf16 weights and latents, computed in float32. Thirty layers that round to bf16 are
+    about 0.016 away from that on either side, and so 0.02 from each other."""
     return vae_decode(side, tiny, torch.bfloat16, (5, 4, 6) if tiny else (5, 16, 24))
 
 
@@ -324,6 +326,8 @@ def vae_decode(side: str, tiny: bool, dtype: torch.dtype, grid: tuple[int, int, 
     config = TINY_VAE if tiny else VAEConfig()
     z = torch.randn(1, config.latent_channels, *grid, generator=torch.Generator().manual_seed(1)).to(dtype)
     vae = build(side, "vae", config, dtype)
+    if side == "exact":
+        vae, z = vae.float(), z.float()
     if side == "ours":
         return lambda: vae_tiling.decode(vae, z, Tiling(space=space))
     if space:
@@ -454,10 +458,10 @@ ROWS = [
     Row("guidance-long", "guidance, 13×32×48, Lite width, 1 block, in two passes; in one", guidance_long, None, 2e-2),
     Row("share", "DiT forward, share of the bf16 matmul rate", dit_matmul_share, 0.6, None),
     Row("decode32", "VAE decode 5×16×24, float32", vae_decode_float32, 1.35, 1e-5),
-    Row("decode16", "VAE decode 5×16×24, bf16", vae_decode_bfloat16, 1.35, 2e-2),
+    Row("decode16", "VAE decode 5×16×24, bf16", vae_decode_bfloat16, 1.35, 2e-2, exact=True),
     Row("decode32-memory", "VAE decode 5×16×24, float32, peak memory", vae_decode_float32, 1, 1e-5, "memory"),
-    Row("decode16-memory", "VAE decode 5×16×24, bf16, peak memory", vae_decode_bfloat16, 1, 2e-2, "memory"),
-    Row("tiled-memory", "VAE decode 17×32×48, spatial tiles, peak memory", vae_decode_tiled, 2, 2e-2, "memory"),
+    Row("decode16-memory", "VAE decode 5×16×24, bf16, peak memory", vae_decode_bfloat16, 1, None, "memory"),
+    Row("tiled-memory", "VAE decode 17×32×48, spatial tiles, peak memory", vae_decode_tiled, 2, None, "memory"),
     Row("encode", "VAE encode 17×128×192", vae_encode, 1.1, 2e-2),
     Row("text", "text: a prompt and the negative prompt", text_1, 3, 2e-2),
     Row("text-headless", "text: the same, theirs without its unused lm_head", text_1_without_head, None, 2e-2),
