@@ -10,6 +10,7 @@ of near neighbours in any case. Attention over the kept tiles is then exact (att
     grid   (T, H, W) ──────────────build_window──────────────────────────────────────────┘
 """
 
+import functools
 import math
 
 import torch
@@ -28,7 +29,8 @@ def block_map(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaCon
     q, k (B, N, L, D) after norm and RoPE, in tile order; grid (T, H, W) in tokens, T·H·W = L.
     Returns bool (B, N, L/64, L/64), rows are query tiles. Paper §3.
     """
-    window = build_window(grid, config.window, q.device)  # (L/64, L/64)
+    build = build_window if torch.compiler.is_compiling() else keep_window
+    window = build(grid, config.window, q.device)  # (L/64, L/64)
     return select_mass(pooled_attention(q, k), config.P) | window
 
 
@@ -81,3 +83,10 @@ def build_window(grid: tuple[int, int, int], window: tuple[int, int, int], devic
         & near_w[None, None, :, None, None, :]
     )  # (T, H, W, T, H, W)
     return near.reshape(T * H * W, T * H * W)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept may be met again in training
+def keep_window(grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
+    """`build_window`, once for all blocks and steps: the same bool (L/64, L/64) for whoever asks, so not to be changed."""
+    return build_window(grid, window, device)

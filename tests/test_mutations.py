@@ -317,6 +317,7 @@ def test_every_case_notices_something():
 
 def replace_code(monkeypatch: pytest.MonkeyPatch, function: Callable, right: str, wrong: str) -> None:
     """Compile the source of `function` with `right` replaced, and put that in it, for all who have imported it."""
+    nabla.keep_window.cache_clear()  # nothing built before the change is to be used after it
     function = inspect.unwrap(getattr(function, "__func__", function))  # below @classmethod and @inference_mode
     source = textwrap.dedent(inspect.getsource(function))
     found = source.count(right)
