@@ -199,7 +199,8 @@ def plot(measured: dict[str, dict[int, dict | str]], path: Path) -> None:
             f"{'time of one attention' if unit == 's' else 'peak memory over the resting process'} / {unit}"
         )
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.margins(y=0.3)  # room for the legend
+        axes.legend(loc="upper left")
     replace_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
     pyplot.close(figure)
 
