@@ -7,6 +7,7 @@ Commands run in this process, in a folder of their own, with options added that 
 import argparse
 import importlib
 import itertools
+import json
 import math
 import re
 import shlex
@@ -98,6 +99,15 @@ def test_the_table_of_released_models_is_the_presets():
             f"{sampling.rope_scale[1]:g} | {f'NABLA {preset.dit.nabla.P:g}' if preset.dit.nabla else 'full'} |"
         )
     assert rows == expected
+
+
+def test_the_table_of_nano_shows_what_the_judge_found():
+    sets = ("seen, English", "seen, Russian", "held out, English", "held out, Russian", "two objects")
+    for name in presets.PRESETS:
+        judged = json.loads((ROOT / "docs" / "judge" / f"judge_{name}.json").read_text())["sets"]
+        rates = [f"{100 * judged[s]['answers']['all']['rate']:.1f}" if s in judged else "–" for s in sets]
+        (row,) = re.findall(rf"^\| `{name}` \| .*$", README, re.MULTILINE)
+        assert f"| {' | '.join(rates)} |" in row, name
 
 
 def test_tokens_and_decoding_of_what_a_video_costs_are_computed_from_the_presets():
