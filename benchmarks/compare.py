@@ -232,7 +232,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def build_table(results: dict) -> str:
     """Markdown: a line for each row in the order of `ROWS`, and below it where the figures come from."""
-    head = ("work (bf16 unless said)", "ours", "theirs", "ratio", "from to", "runs", "wanted", "", "error")
+    head = ("work (bf16 unless said)", "ours", "theirs", "ratio", "from to", "runs", "wanted", "", "error", "date")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     rows = [results[row.name] for row in ROWS if row.name in results]
     for row in rows:
@@ -241,7 +241,8 @@ def build_table(results: dict) -> str:
         wanted = "" if row["wanted"] is None else f"{row['wanted']:.3g}"
         reached = "" if row["wanted"] is None else "reached" if is_reached(row) else "**not reached**"
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
-        cells = (row["work"], figures, f"{row['ratio']:.2f}", spread, len(row["pairs"]), wanted, reached, error)
+        ratio, runs, date = f"{row['ratio']:.2f}", len(row["pairs"]), row["date"].split()[0]
+        cells = (row["work"], figures, ratio, spread, runs, wanted, reached, error, date)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
     dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
@@ -251,7 +252,7 @@ def build_table(results: dict) -> str:
 
 
 def is_reached(row: dict) -> bool:
-    return row["wanted"] is None or row["ratio"] >= row["wanted"]
+    return row["wanted"] is None or row["ratio"] >= row["wanted"] and row["agrees"]
 
 
 def format_figure(row: dict, side: str) -> str:

@@ -87,7 +87,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`dense_attention` for chunks of the queries, so that no more than about SCORES scores exist at a time.
+    """`dense_attention` for chunks of the queries: SCORES scores exist at a time, or those of 256 queries of one head.
 
     q (B, N, L, D), k, v (B, N, S, D), mask that expands to (B, N, L, S) → (B, N, L, D).
     """
@@ -114,8 +114,9 @@ def _scaled_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension; in the memory of `scores`, which are still in the cache, unless gradients need them."""
-    return torch.softmax(scores, dim=-1, out=None if torch.is_grad_enabled() else scores)
+    """Over the last dimension; on a CPU in the memory of `scores`, still in the cache, unless gradients need them."""
+    in_place = scores.device.type == "cpu" and not torch.is_grad_enabled()
+    return torch.softmax(scores, dim=-1, out=scores if in_place else None)
 
 
 def expand_block_map(block_map: Tensor) -> Tensor:

@@ -136,9 +136,12 @@ class VisualBlock(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm of x (B, …, dim) without weights, then scale and shift; in float32, back in x's precision.
 
-    On a CPU, without gradients and outside torch.compile, which does as much itself: `modulate_in_one_pass`.
+    On a CPU, with one shift and scale a sample, without gradients and outside torch.compile, which does as much itself:
+    `modulate_in_one_pass`.
     """
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    one_a_sample = scale.shape == shift.shape == (len(x), *(1,) * (x.dim() - 2), x.shape[-1])
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64
+    if one_a_sample and x.device.type == "cpu" and not plain:
         return modulate_in_one_pass(x, shift, scale)
     return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (1 + scale) + shift).type_as(x)
 

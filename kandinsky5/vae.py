@@ -236,7 +236,7 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
     """
     T, H, W = x.shape[2:]
     padded = _pad(x, past=1 if double_time else 2)
-    weight = conv.weight.float()  # sums of bf16 weights are rounded once, not twice
+    weight = _widen(conv.weight)
     out = _empty_like(x, conv.out_channels, 2 * T - 1 if double_time else T, 2 * H, 2 * W)
     for odd_frame in (False, True) if double_time else (None,):
         in_time = weight if odd_frame is None else _merge(weight, 2, odd_frame)
@@ -251,6 +251,11 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
                 rows, columns = slice(odd_row, odd_row + H + 1), slice(odd_column, odd_column + W + 1)
                 into[..., odd_row::2, odd_column::2] = F.conv3d(frames[..., rows, columns], kernel, conv.bias)
     return out
+
+
+def _widen(weight: Tensor) -> Tensor:
+    """At least float32, so that sums of bf16 weights, of any shape, are rounded once and not twice."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
@@ -299,7 +304,7 @@ def conv_in_pairs(x: Tensor, conv: nn.Conv3d) -> Tensor:
     x (B, C, T + 2, H + 2, W + 2) → (B, C', T, H, W).
     """
     B, _, T, H, W = (size - 2 * (dim > 1) for dim, size in enumerate(x.shape))
-    w_0, w_1, w_2 = conv.weight.float().unbind(2)  # sums of bf16 weights are rounded once, not twice
+    w_0, w_1, w_2 = _widen(conv.weight).unbind(2)
     w_sum, w_difference = ((w_0 + w_1 + w_2) / 2).to(x.dtype), ((w_0 - w_1 + w_2) / 2).to(x.dtype)
     w_first, w_last = w_0.to(x.dtype), w_2.to(x.dtype)
     out = _empty_like(x, conv.out_channels, T, H, W)

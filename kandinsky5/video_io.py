@@ -124,7 +124,7 @@ def write_video(
 
     quality: 10 is lossless to the eye (x264's CRF 18), 8 is good (22), 5 is small (28), 1 is rough (36).
     metadata: kept in the file for `read_metadata`, as JSON in the comment tag.
-    compress: False writes a PNG some twenty times as fast and three times as large.
+    compress: False writes a PNG faster and larger: of smooth pictures twenty times and three times.
     The same frames give the same bytes. A failure leaves an older file at `path` as it was, and nothing else.
     Raises what `check_writable` raises, OSError if the disk is full, ValueError for odd sides in an mp4.
     """

@@ -68,7 +68,9 @@ def build_inputs(config: PipelineConfig) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _dit(nabla: NablaConfig | None = None) -> Callable[..., Tensor]:
+def _dit(nabla: NablaConfig | None = None, training: bool = False) -> Callable[..., Tensor]:
+    """training: with gradients enabled, where the definitions compute and not what is faster without."""
+
     def run(
         pipe: Pipeline, x: Tensor, text: Tensor, pooled: Tensor, t: Tensor, lengths: Tensor | None = None
     ) -> Tensor:
@@ -78,7 +80,8 @@ def _dit(nabla: NablaConfig | None = None) -> Callable[..., Tensor]:
         x, text, pooled = (v.to(pipe.dtype) for v in (x, text, pooled))
         # The first `lengths` tokens of each text are real: its result must be the one that it gets alone.
         mask = None if lengths is None else torch.arange(text.shape[1], device=text.device) < lengths[:, None]
-        return dit(x, text, pooled, t, mask, ROPE_SCALE)
+        with torch.set_grad_enabled(training):
+            return dit(x, text, pooled, t, mask, ROPE_SCALE)
 
     return run
 
@@ -133,7 +136,7 @@ def with_tasks(pipe: Pipeline) -> Pipeline:
 
 OURS: dict[str, Callable[..., Tensor]] = {
     "dit": _dit(),
-    "dit_mask": _dit(),
+    "dit_mask": _dit(training=True),
     "dit_nabla": _dit(NABLA),
     "vae_encode": _encode(Tiling()),
     "vae_encode_time": _encode(Tiling()),

@@ -64,7 +64,9 @@ def test_block_sparse_equals_dense(share, fused):
     q, k, v = random_qkv(2, 3, 6 * 64, 16)
     chosen = random_map(2, 3, 6, share)
     expected = dense_attention(q, k, v, expand_block_map(chosen))
-    assert relative_error(block_sparse_attention(q, k, v, chosen, fused), expected) < 1e-6
+    for grad in (False, True):  # without, the probabilities take the place of the scores
+        with torch.set_grad_enabled(grad):
+            assert relative_error(block_sparse_attention(q, k, v, chosen, fused), expected) < 1e-6
 
 
 @pytest.mark.parametrize("kernel, most", [("auto", 6e-3), ("chunked", 6e-3), ("sdpa", 3e-3)])
@@ -73,9 +75,10 @@ def test_errors_in_bf16(kernel, most):
     q, k, v = random_qkv(1, 2, 16 * 64, 64, dtype=torch.bfloat16)
     chosen = random_map(1, 2, 16, 0.3)
     for given, mask in ((chosen, expand_block_map(chosen)), (None, None)):
-        with use(kernel):
-            out = attention(q, k, v, block_map=given)
-        assert relative_error(out, dense_attention(q.double(), k.double(), v.double(), mask)) < most
+        for grad in (False, True):
+            with use(kernel), torch.set_grad_enabled(grad):
+                out = attention(q, k, v, block_map=given)
+            assert relative_error(out, dense_attention(q.double(), k.double(), v.double(), mask)) < most
 
 
 @pytest.mark.parametrize("kernel", set(KERNELS) - {"flex"})

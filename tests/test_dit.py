@@ -120,8 +120,19 @@ def test_float32_islands_round_once_at_their_end(island):
 
 @pytest.mark.parametrize("B", [1, 3])
 def test_modulation_in_one_pass_equals_the_definition(B):
-    x, (shift, scale) = 5 * torch.randn(B, 7, 16) + 3, torch.randn(2, B, 1, 16)
+    x, (shift, scale) = 0.01 * torch.randn(B, 7, 16) + 0.03, torch.randn(2, B, 1, 16)  # small: the epsilon counts
     with torch.enable_grad():  # there the definition is what computes
         expected = modulate(x.requires_grad_(), shift, scale)
     assert expected.grad_fn is not None and not expected.equal(x)
     assert relative_error(modulate_in_one_pass(x.detach(), shift, scale), expected.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 16), (1, 1, 1, 16), (2, 3, 5, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_modulation_without_gradients_takes_what_it_takes_with_them(shape, dtype):
+    """Other shapes than one shift and scale a sample, as a change to the model may bring."""
+    x, (shift, scale) = torch.randn(2, 3, 5, 16, dtype=dtype), torch.randn(2, *shape)
+    with torch.enable_grad():
+        expected = modulate(x, shift, scale)
+    with torch.no_grad():
+        assert relative_error(modulate(x, shift, scale), expected) < 1e-6

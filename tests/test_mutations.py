@@ -64,6 +64,13 @@ MUTATIONS = [Mutation(*row) for row in (
      dit.modulate_in_one_pass, "(1 + scale)", "scale"),
     ("LayerNorm's epsilon 1e-6", "dit",
      dit.modulate_in_one_pass, "eps=1e-5", "eps=1e-6"),
+    # with the definition of the modulation and not its fast path
+    ("shift and scale of the definition swapped", "dit_mask",
+     dit.modulate, "* (1 + scale) + shift", "* (1 + shift) + scale"),
+    ("scale of the definition without the 1", "dit_mask",
+     dit.modulate, "* (1 + scale)", "* scale"),
+    ("epsilon of the definition's LayerNorm 1e-6", "dit_mask",
+     dit.modulate, "eps=1e-5", "eps=1e-6"),
     ("gate dropped", "dit",
      dit.add_gated, "gate * out.float()", "out.float()"),
     ("modulation read as shift, gate, scale", "dit",
@@ -130,7 +137,8 @@ MUTATIONS = [Mutation(*row) for row in (
     ("NABLA without the window", "dit_nabla",
      nabla.block_map, " | window", ""),
     ("NABLA by the window alone", "dit_nabla",
-     nabla.block_map, "select_mass(pooled_attention(q, k), config.P) | window", "window.expand(*q.shape[:2], -1, -1)"),
+     nabla.block_map, "select_mass(pooled_attention(q_n, k_n), config.P) | window",
+     "window.expand(*q_n.shape[:2], -1, -1)"),
     ("NABLA keeps the mass 1 - P", "dit_nabla",
      nabla.select_mass, ">= 1 - P", ">= P"),
     ("NABLA cuts one tile late", "dit_nabla",
@@ -313,6 +321,12 @@ def test_the_same_code_recompiled_passes_every_case(monkeypatch):
 
 def test_every_case_notices_something():
     assert {mutation.case for mutation in MUTATIONS} == cases.OURS.keys()
+
+
+@pytest.fixture(autouse=True)
+def no_window_of_a_mutation_is_left():
+    yield
+    nabla.keep_window.cache_clear()
 
 
 def replace_code(monkeypatch: pytest.MonkeyPatch, function: Callable, right: str, wrong: str) -> None:

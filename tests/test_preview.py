@@ -112,6 +112,12 @@ def test_a_file_is_replaced_whole_and_has_the_size_of_the_video(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_large_picture_is_enlarged_to_a_side_of_384(tmp_path):
+    picture = torch.zeros(1, 64, 96, 3, dtype=torch.uint8)
+    preview.open_place(tmp_path / "preview.png")(0, picture)
+    assert video_io.read_image(tmp_path / "preview.png").shape == (256, 384, 3)
+
+
 def test_a_disk_that_fills_up_costs_the_preview_and_not_the_video(tmp_path, monkeypatch):
     show = preview.open_place(tmp_path / "preview.png")
 

@@ -40,11 +40,13 @@ def test_conv_sees_the_past_only():
     assert (difference[:3] == 0).all() and (difference[3:] > 0).all()
 
 
+@pytest.mark.parametrize("pairs_from", [0, 10**9])
 @pytest.mark.parametrize("piece", [1, 3 * 8 * 5 * 4, 10**9])
-def test_conv_a_few_frames_at_a_time_is_the_conv(piece, monkeypatch):
+def test_conv_a_few_frames_at_a_time_is_the_conv(pairs_from, piece, monkeypatch):
     conv, x = randomise(CausalConv3d(8, 6)), torch.randn(2, 8, 7, 5, 4)
     with torch.enable_grad():
         expected = conv(x)
+    monkeypatch.setattr(module, "PAIRS_FROM", pairs_from)
     monkeypatch.setattr(module, "PIECE", piece)  # one frame at a time, three, all
     with torch.no_grad():
         assert relative_error(conv(x), expected) < 1e-6
@@ -137,7 +139,8 @@ def test_half_precision(vae):
     assert relative_error(decoded, vae.decode(expected)) < 5e-2  # 0.020 and 0.042 are bf16 itself
 
 
-def test_in_half_precision_every_convolution_gets_and_gives_channels_last(vae, monkeypatch):
+@pytest.mark.parametrize("pairs_from", [0, 10**9])
+def test_in_half_precision_every_convolution_gets_and_gives_channels_last(pairs_from, vae, monkeypatch):
     """One that did not would make all later ones copy. And the error of bf16 is what it is in the plain layout."""
     exact, half = VAE(SMALL_VAE), VAE(SMALL_VAE).to(torch.bfloat16)
     half.load_state_dict(vae.state_dict())
@@ -149,6 +152,7 @@ def test_in_half_precision_every_convolution_gets_and_gives_channels_last(vae, m
     z = torch.randn(1, 16, 3, 4, 4).to(torch.bfloat16)
     video = (torch.rand(1, 3, 9, 32, 32) * 2 - 1).to(torch.bfloat16)
     monkeypatch.setattr(module, "PIECE", 8 * 32 * 32)  # in pieces too
+    monkeypatch.setattr(module, "PAIRS_FROM", pairs_from)
     with torch.no_grad():
         expected = exact.encode(video.float()).mean, exact.decode(z.float())
         laid_out = half.encode(video).mean, half.decode(z)

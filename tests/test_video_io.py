@@ -271,6 +271,14 @@ def test_a_file_without_a_frame_rate_is_an_error(tmp_path):
     assert is_one_line(error.value, path, "give a")
 
 
+def test_a_png_that_is_not_compressed_shows_the_same(tmp_path):
+    frame = torch.arange(37 * 53 * 3).reshape(1, 37, 53, 3).div(50, rounding_mode="floor").to(torch.uint8)
+    for compress in (True, False):
+        video_io.write_video(tmp_path / f"{compress}.png", frame, compress=compress)
+        assert video_io.read_image(tmp_path / f"{compress}.png").equal(frame[0])
+    assert (tmp_path / "False.png").stat().st_size > 2 * (tmp_path / "True.png").stat().st_size
+
+
 def test_one_frame_becomes_a_lossless_png_of_any_size(tmp_path):
     frame = frames_of(1, height=33, width=47)
     write_video(tmp_path / "out.PNG", frame, metadata={"seed": 1})
