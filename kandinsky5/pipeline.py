@@ -35,6 +35,7 @@ from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
 # Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py).
+# So few that what a second pass holds besides is nothing beside the weights; above, one pass was not faster.
 ONE_PASS = 8192
 LONGEST_SIDE = 16384  # pixels: x264's limit
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
