@@ -71,7 +71,7 @@ DISTILLED = replace(
 LONG = replace(
     NANO,
     name="nano-10s",
-    dit=replace(DIT, nabla=NablaConfig(P=0.4, window=(3, 1, 1))),
+    dit=replace(DIT, nabla=NablaConfig(P=0.6, window=(3, 1, 1))),
     sampling=replace(SAMPLING, height=128, width=128, num_frames=33, image_area=128 * 128, rope_scale=(2.0, 2.0, 2.0)),
 )
 PRESETS = {preset.name: preset for preset in (NANO, NOCFG, DISTILLED, LONG)}
