@@ -13,7 +13,7 @@ from kandinsky5.inspect import block_map, record_attention
 from kandinsky5.nano import judge
 from kandinsky5.nano.world import caption, sample_scene
 
-TRAINED = ("nano", "nano-nocfg", "nano-distilled16steps")  # nano-10s has been trained too little to be right (its card)
+TRAINED = ("nano", "nano-nocfg", "nano-distilled16steps")  # nano-10s takes ten times as long: it has a test of its own
 
 
 @pytest.fixture(scope="module", params=TRAINED)
