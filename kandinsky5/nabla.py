@@ -91,5 +91,8 @@ def build_window(grid: tuple[int, int, int], window: tuple[int, int, int], devic
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept may be met again in training
 def keep_window(grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
-    """`build_window`, once for all blocks and steps: bool (L/64, L/64), shared by all who ask, so not to be changed."""
+    """`build_window` of a grid (T, H, W), once for all blocks and steps: shared by all who ask, so not to be changed.
+
+    Returns bool (L/64, L/64).
+    """
     return build_window(grid, window, device)
