@@ -31,9 +31,8 @@ def block_map(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaCon
     """
     build = build_window if torch.compiler.is_compiling() else keep_window
     window = build(grid, config.window, q.device)  # (L/64, L/64)
-    heads = zip(
-        q.split(1, dim=1), k.split(1, dim=1), strict=True
-    )  # one at a time: sorting needs 25 bytes a pair of tiles
+    # One head at a time: sorting takes some twenty bytes for each pair of tiles.
+    heads = zip(q.split(1, dim=1), k.split(1, dim=1), strict=True)  # (B, 1, L, D) each
     return torch.cat([select_mass(pooled_attention(q_n, k_n), config.P) | window for q_n, k_n in heads], dim=1)
 
 

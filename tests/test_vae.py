@@ -181,8 +181,9 @@ def test_conv_of_repeated_is_the_conv_of_the_repeated_video(double_time, T):
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 6])
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 2), (torch.bfloat16, 3)])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1.2), (torch.bfloat16, 3)])
 def test_two_frames_at_a_time_are_about_as_close_to_float64_as_the_plain_convolution(T, dtype, most):
+    """0.84 and 2.6 times its error at most, measured over 40 seeds with T 6."""
     conv = randomise(CausalConv3d(24, 7)).to(dtype)
     x = torch.randn(2, 24, T + 2, 5, 6).to(dtype)
     exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double())
