@@ -6,6 +6,7 @@ tileable; `vae_tiling.py` cuts the work up all the same, as the references do.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from kandinsky5.config import VAEConfig
 
-PIECE = 2**23  # numbers that a convolution takes at a time: 16 MB in bf16, a frame of 256 × 256 at 128 channels
+PIECE = 2**23  # numbers that a block takes at a time: 16 MB in bf16, a frame of 256 × 256 at 128 channels
 PAIRS_FROM = 2**18  # numbers of a frame from which two frames at a time are faster; with fewer they are slower
 
 
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
         for stage in self.stages:
             x = stage(x)  # (B, 128, F, H/2, W/2), (B, 256, F/2, H/4, W/4), (B, 512, T, h, w), the same
         x = self.mid(x)
-        return self.conv_out(silu(self.norm_out(x)))  # (B, 32, T, h, w)
+        return conv_normalised(x, self.norm_out, self.conv_out)  # (B, 32, T, h, w)
 
 
 class Decoder(nn.Module):
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
             for block in stage.children():  # one by one, so that no stage's input is held until its end
                 x = block(x)
             # (B, 512, T, 2h, 2w), (B, 512, 2T − 1, 4h, 4w), (B, 256, F, H, W), (B, 128, F, H, W)
-        return self.conv_out(silu(self.norm_out(x)))  # (B, 3, F, H, W)
+        return conv_normalised(x, self.norm_out, self.conv_out)  # (B, 3, F, H, W)
 
 
 class Mid(nn.Module):
@@ -147,10 +148,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_1(silu(self.norm_1(x)))
-        y = silu(self.norm_2(y))  # one name: each tensor goes as soon as the next is there
-        y = self.conv_2(y)
-        y += self.shortcut(x)
+        y = conv_normalised(x, self.norm_1, self.conv_1)
+        y = conv_normalised(y, self.norm_2, self.conv_2, into=y)
+        for i in range(0, x.shape[2], step := frames_at_a_time(x)):
+            y[:, :, i : i + step] += self.shortcut(x[:, :, i : i + step])
         return y
 
 
@@ -268,27 +269,42 @@ class CausalConv3d(nn.Conv3d):
     """A 3×3×3 conv whose output frame sees itself and the two frames before; borders are replicated.
 
     (B, C, T, H, W) → (B, C', T', H', W'), each size divided by its stride and rounded up.
-
-    Without gradients a few frames are computed at a time: the copies that padding and the kernel make of a whole
-    clip would be most of the memory that decoding takes. On a CPU large ones are computed two by two.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int, int] = 1):
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        T, step = x.shape[2], max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
-        if torch.is_grad_enabled() or self.stride != (1, 1, 1):
-            return super().forward(_pad(x, past=2))
-        in_pairs = x.device.type == "cpu" and x[0, :, 0].numel() >= PAIRS_FROM
-        conv = functools.partial(conv_in_pairs, conv=self) if in_pairs else super().forward
-        if step >= T:
-            return conv(_pad(x, past=2))
-        out = _empty_like(x, self.out_channels, *x.shape[2:])
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """past (B, C, 2, H, W): the frames before x. Without it x begins the video, and its first frame stands in."""
+        large = x.device.type == "cpu" and x[0, :, 0].numel() >= PAIRS_FROM
+        x = _pad(x, past=2) if past is None else _pad(torch.cat([past, x], dim=2), past=0)
+        if large and self.stride == (1, 1, 1) and not torch.is_grad_enabled():
+            return conv_in_pairs(x, self)
+        return super().forward(x)
+
+
+def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tensor | None = None) -> Tensor:
+    """`conv(silu(norm(x)))`, without gradients a few frames at a time: (B, C, T, H, W) → (B, C', T, H, W).
+
+    Normalised, padded and in the kernel's own layout, copies of a whole clip would be most of the memory that
+    decoding takes. `into` is where the result may be written; it may be x itself, whose frames go one by one.
+    """
+    T, step = x.shape[2], frames_at_a_time(x)
+    if step >= T:
+        return conv(silu(norm(x)))
+    out = _empty_like(x, conv.out_channels, *x.shape[2:]) if into is None else into
+    for video, result in zip(x.split(1), out.split(1), strict=True):
+        normalise, past = norm.by_statistics_of(video), None
         for i in range(0, T, step):
-            there = min(i, 2)  # of the two frames of the past
-            out[:, :, i : i + step] = conv(_pad(x[:, :, i - there : i + step], past=2 - there))
-        return out
+            frames = silu(normalise(video[:, :, i : i + step]))
+            result[:, :, i : i + step] = conv(frames, past)
+            past = frames[:, :, -2:]
+    return out
+
+
+def frames_at_a_time(x: Tensor) -> int:
+    """How many frames of x (B, C, T, H, W) to compute at once: an even number of them, all where gradients are."""
+    return x.shape[2] if torch.is_grad_enabled() else max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
 
 
 def conv_in_pairs(x: Tensor, conv: nn.Conv3d) -> Tensor:
@@ -351,3 +367,23 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, groups: int, channels: int):
         super().__init__(groups, channels, eps=1e-6)
+
+    def by_statistics_of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What normalises any frames of the video x (1, C, T, H, W) with mean and variance of all of them.
+
+        The mean of a group is that of its channels' and frames' means; its variance is the mean of their variances
+        plus the variance of their means. Once both are known, GroupNorm is what BatchNorm does in evaluation.
+        """
+        means, variances = [], []
+        for frame in x[0].unbind(1):  # (C, H, W)
+            values = frame.to(torch.float32, copy=True)
+            means.append(values.mean(dim=(1, 2)))
+            values -= means[-1][:, None, None]
+            variances.append(values.square_().mean(dim=(1, 2)))
+        means, variances = (torch.stack(m, dim=1).view(self.num_groups, -1) for m in (means, variances))  # (G, C/G·T)
+        mean, variance = means.mean(dim=1), variances.mean(dim=1) + means.var(dim=1, correction=0)
+        mean, variance = (v.repeat_interleave(self.num_channels // self.num_groups) for v in (mean, variance))  # (C,)
+        weight, bias = self.weight.float(), self.bias.float()
+        return functools.partial(
+            F.batch_norm, running_mean=mean, running_var=variance, weight=weight, bias=bias, eps=self.eps
+        )

@@ -65,11 +65,11 @@ def vae_memory(
 ) -> int:
     """About how many bytes it takes to decode `batch` latents of size (T, h, w), on top of the VAE's weights.
 
-    Most are needed in the first block of the last stage, which sees the finished video's grid, where three things are
-    there at once: its input, that input normalised, and what the convolution makes of it. Add the convolution's
-    copies of a few frames, and the frames themselves: in three channels what a window's tiles are put together of,
-    and the whole video in bytes, twice while its windows are. From sizes alone: on a CPU the measured peaks are
-    0.8 to 0.95 of it, and up to 0.3 GB more where glibc keeps what was freed.
+    Most are needed in the first block of the last stage, which sees the finished video's grid: its input and what its
+    first convolution makes of it. Add the copies of a few frames that `vae.conv_normalised` works on, and the frames
+    themselves: in three channels what a window's tiles are put together of, and the whole video in bytes, twice
+    while its windows are. From sizes alone: on a CPU the measured peaks are 0.65 to 0.95 of it, and up to 0.3 GB
+    more where glibc keeps what was freed.
     """
     time, space = config.time_factor, config.space_factor
     T, h, w = size
@@ -77,13 +77,17 @@ def vae_memory(
     window = min(frames, tiling.frames + 1) if tiling.time else frames
     height, width = (min(side, tiling.pixels) if tiling.space else side for side in (space * h, space * w))
     before, last = (config.channels[min(i, len(config.channels) - 1)] for i in (1, 0))
-    inside = window * height * width * max(2 * before + last, 3 * last)
-    frame = height * width * before
-    # Padded, and what comes out; float32 also in the kernel's layout (`vae.lay_out`).
-    copies = (2 if dtype.itemsize == 2 else 3) * frame * min(window + 2, max(2, PIECE // frame // 2 * 2) + 2)
+    inside = batch * window * height * width * (before + last)
+
+    def copies(channels: int) -> int:
+        frame = height * width * channels
+        at_a_time = max(2, PIECE // frame // 2 * 2)
+        # Three times normalised frames with two of the past, at most, and what the kernel works on.
+        return frame * (3 * min(window, at_a_time) + 15) * (1 if at_a_time < window else batch)
+
     put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
     video = 2 * frames * (space * h) * (space * w) * config.image_channels
-    return batch * (dtype.itemsize * (inside + copies + put_together) + video)
+    return dtype.itemsize * (inside + max(copies(before), copies(last)) + batch * put_together) + batch * video
 
 
 def _tile_time(

@@ -88,7 +88,7 @@ def _dit(nabla: NablaConfig | None = None, training: bool = False) -> Callable[.
 
 def _encode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
     def run(pipe: Pipeline, video: Tensor) -> Tensor:
-        with mock.patch.object(vae, "PAIRS_FROM", 0):  # as the released sizes do; t2v and i2v go the other way
+        with mock.patch.multiple(vae, PAIRS_FROM=0, PIECE=0):  # as the released sizes do; t2v and i2v go the other way
             return torch.cat(vae_tiling.encode(pipe.vae, video.to(pipe.dtype), tiling), dim=1)
 
     return run
@@ -96,7 +96,7 @@ def _encode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
 
 def _decode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
     def run(pipe: Pipeline, z: Tensor) -> Tensor:
-        with mock.patch.object(vae, "PAIRS_FROM", 0):
+        with mock.patch.multiple(vae, PAIRS_FROM=0, PIECE=0):
             return vae_tiling.decode(pipe.vae, z.to(pipe.dtype), tiling)
 
     return run

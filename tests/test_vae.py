@@ -10,7 +10,7 @@ from einops import rearrange
 from kandinsky5 import vae as module
 from kandinsky5 import vae_tiling
 from kandinsky5.config import Tiling, VAEConfig
-from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, Posterior, Upsample, repeat
+from kandinsky5.vae import VAE, CausalAttention, CausalConv3d, GroupNorm, Posterior, Upsample, conv_normalised, repeat
 from random_weights import SMALL_VAE, randomise, relative_error
 
 
@@ -41,15 +41,29 @@ def test_conv_sees_the_past_only():
 
 
 @pytest.mark.parametrize("pairs_from", [0, 10**9])
-@pytest.mark.parametrize("piece", [1, 3 * 8 * 5 * 4, 10**9])
-def test_conv_a_few_frames_at_a_time_is_the_conv(pairs_from, piece, monkeypatch):
-    conv, x = randomise(CausalConv3d(8, 6)), torch.randn(2, 8, 7, 5, 4)
+@pytest.mark.parametrize("piece", [1, 5 * 8 * 5 * 4, 10**9])
+def test_a_few_frames_at_a_time_are_the_norm_and_the_conv_of_all(pairs_from, piece, monkeypatch):
+    """Also where the result is written over the input."""
+    norm, conv, x = randomise(GroupNorm(4, 8)), randomise(CausalConv3d(8, 8)), 3 + torch.randn(2, 8, 7, 5, 4)
     with torch.enable_grad():
-        expected = conv(x)
+        expected = conv(F.silu(F.group_norm(x, 4, norm.weight, norm.bias, 1e-6)))
     monkeypatch.setattr(module, "PAIRS_FROM", pairs_from)
-    monkeypatch.setattr(module, "PIECE", piece)  # one frame at a time, three, all
+    monkeypatch.setattr(module, "PIECE", piece)  # two frames at a time, four, all
+    before = x.clone()
     with torch.no_grad():
-        assert relative_error(conv(x), expected) < 1e-6
+        assert relative_error(conv_normalised(x, norm, conv), expected) < 1e-6
+        assert x.equal(before)
+        assert relative_error(conv_normalised(x, norm, conv, into=x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_frame_by_frame_are_those_of_the_video(dtype):
+    norm = randomise(GroupNorm(4, 12)).to(dtype)
+    x = (torch.randn(1, 12, 5, 6, 7) + 10 * torch.randn(1, 12, 5, 1, 1)).to(dtype)  # channels and frames far apart
+    exact = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6)
+    ours = norm.by_statistics_of(x)(x[:, :, 2:4])
+    assert ours.dtype == dtype
+    assert relative_error(ours, exact[:, :, 2:4]) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
 def test_conv_of_one_frame_is_a_2d_conv_with_the_kernel_summed_over_time():

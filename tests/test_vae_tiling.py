@@ -48,6 +48,7 @@ with torch.inference_mode():
         ((2, 32, 32), 2, "bfloat16", False),
         ((2, 24, 40), 1, "bfloat16", True),  # in two tiles
         ((7, 8, 16), 1, "bfloat16", False),  # in two windows
+        ((5, 32, 32), 1, "bfloat16", False),  # mostly what a block holds, little of it copies of a few frames
     ],
 )
 def test_memory_is_as_estimated(size, batch, dtype, space):
@@ -71,7 +72,7 @@ def test_memory_with_tiles_does_not_grow_with_the_clip():
     few, many = (vae_tiling.vae_memory(VAEConfig(), size, torch.bfloat16, Tiling(space=True)) for size in sizes)
     assert many - few == 2 * 48 * 512 * 768 * 3
     in_one = vae_tiling.vae_memory(VAEConfig(), sizes[1], torch.bfloat16, Tiling(time=False))
-    assert in_one > 20 * many
+    assert in_one > 15 * many
 
 
 @pytest.mark.parametrize("T", [5, 6, 7, 8, 10])

@@ -61,9 +61,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="default: %(default)s")
     parser.add_argument("--start-from", type=Path, help="folder of another run; begins with its averaged weights")
+    parser.add_argument(
+        "--seed", type=int, default=RECIPE.seed, help="of batches and noise; after --start-from one not yet used"
+    )
     arguments = parser.parse_args()
     vae = load_vae(arguments.vae)
-    recipe = replace(RECIPE, steps=arguments.steps)
+    recipe = replace(RECIPE, steps=arguments.steps, seed=arguments.seed)
     torch.manual_seed(recipe.seed)
     dit = DiT(presets.DIT)
     if arguments.start_from:
