@@ -128,21 +128,22 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, f
     """Exact softmax attention over the kept tiles; q, k, v (B, N, L, D) in tile order → (B, N, L, D).
 
     One tile of queries of one head at a time: its kept tiles of keys and values are gathered, and what is left is
-    attention of 64 queries. So nothing grows faster than L. fused: through PyTorch's kernel, as "sdpa" says.
+    attention of 64 queries. Memory grows as L does, but for a head's list of kept tiles and the map itself, of a byte
+    for each 64 × 64 of scores. fused: through PyTorch's kernel, as "sdpa" says.
     """
     B, N, L, _ = q.shape
     q, k, v = (x.reshape(B * N, L // TILE, TILE, -1) for x in (q, k, v))  # (B·N, tiles, 64, D)
     kept = block_map.flatten(0, 1)  # (B·N, tiles, tiles)
-    chosen = kept.nonzero()[:, 2].split(kept.sum(dim=-1).flatten().tolist())  # key tiles of each query tile
     out = torch.empty_like(q)
-    for row, tiles in enumerate(chosen):
-        n, i = divmod(row, L // TILE)
-        queries = q[n, i][None]  # (1, 64, D)
-        keys, values = (x[n].index_select(0, tiles).flatten(0, 1)[None] for x in (k, v))  # (1, kept·64, D)
-        if fused:
-            out[n, i] = F.scaled_dot_product_attention(queries, keys, values)[0]
-        else:
-            out[n, i] = (_softmax(_scaled_scores(queries, keys)) @ values)[0]
+    for n in range(B * N):
+        chosen = kept[n].nonzero()[:, 1].split(kept[n].sum(dim=-1).tolist())  # key tiles of each query tile
+        for i, tiles in enumerate(chosen):
+            queries = q[n, i][None]  # (1, 64, D)
+            keys, values = (x[n].index_select(0, tiles).flatten(0, 1)[None] for x in (k, v))  # (1, kept·64, D)
+            if fused:
+                out[n, i] = F.scaled_dot_product_attention(queries, keys, values)[0]
+            else:
+                out[n, i] = (_softmax(_scaled_scores(queries, keys)) @ values)[0]
     return out.view(B, N, L, -1)
 
 

@@ -1,8 +1,11 @@
-"""torch.compile where it pays: the blocks of the DiT, and of the VAE decoder what stands between convolutions.
+"""torch.compile where it pays: the blocks of the DiT, and of the VAE decoder the norm and SiLU before convolutions.
 
 A block is compiled once for all blocks of its kind and for all sizes. Only what is 1 is never taken for the same as
 what is more: a batch of one, and with NABLA a single frame, row or column of tiles. It is one graph: attention is a
 single operation in it (`attention.py`), which takes the same kernel as without.
+
+The decoder is not compiled whole: it loops over frames, for each length others, and the kernels of its convolutions
+hang on size and threads.
 """
 
 import os
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 
 from kandinsky5.dit import DiT
-from kandinsky5.vae import VAE, CausalAttention, ResidualBlock, Upsample
+from kandinsky5.vae import VAE, GroupNorm
 
 
 def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
@@ -22,13 +25,8 @@ def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
     for block in [*_plainly(dit.text_blocks), *_plainly(dit.visual_blocks)]:
         block.compile(fullgraph=True, **how)
     for module in vae.decoder.modules():
-        # What loops over frames, for each size others; and every convolution: its kernel hangs on size and threads.
-        if isinstance(module, (nn.Conv3d, CausalAttention, Upsample)):
-            vars(module)["forward"] = torch.compiler.disable(module.forward)
-        if isinstance(module, ResidualBlock):
-            # Not one graph: between its convolutions. For the real VAE 20 graphs in all: widths, memory layouts, and
-            # single frames, which PyTorch never takes for the same as several.
-            module.compile(**how)
+        if isinstance(module, GroupNorm):  # a graph for each width, and for single frames
+            vars(module)["activate"] = torch.compile(module.activate, fullgraph=True, **how)
 
 
 def _plainly(blocks: nn.ModuleList) -> list[nn.Module]:

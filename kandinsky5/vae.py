@@ -6,7 +6,6 @@ tileable; `vae_tiling.py` cuts the work up all the same, as the references do.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -150,8 +149,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = conv_normalised(x, self.norm_1, self.conv_1)
         y = conv_normalised(y, self.norm_2, self.conv_2, into=y)
-        for i in range(0, x.shape[2], step := frames_at_a_time(x)):
-            y[:, :, i : i + step] += self.shortcut(x[:, :, i : i + step])
+        if torch.is_grad_enabled():
+            return y + self.shortcut(x)
+        step = frames_at_a_time(x)
+        for i in range(0, x.shape[2], step):
+            y[:, :, i : i + step].add_(self.shortcut(x[:, :, i : i + step]))
         return y
 
 
@@ -287,23 +289,23 @@ def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tens
     """`conv(silu(norm(x)))`, without gradients a few frames at a time: (B, C, T, H, W) → (B, C', T, H, W).
 
     Normalised, padded and in the kernel's own layout, copies of a whole clip would be most of the memory that
-    decoding takes. `into` is where the result may be written; it may be x itself, whose frames go one by one.
+    decoding takes. The result may be written to `into`, which may be x itself, whose frames go one by one.
     """
     T, step = x.shape[2], frames_at_a_time(x)
     if step >= T:
         return conv(silu(norm(x)))
     out = _empty_like(x, conv.out_channels, *x.shape[2:]) if into is None else into
     for video, result in zip(x.split(1), out.split(1), strict=True):
-        normalise, past = norm.by_statistics_of(video), None
+        (mean, variance), past = norm.statistics(video), None
         for i in range(0, T, step):
-            frames = silu(normalise(video[:, :, i : i + step]))
+            frames = norm.activate(video[:, :, i : i + step], mean, variance)
             result[:, :, i : i + step] = conv(frames, past)
             past = frames[:, :, -2:]
     return out
 
 
 def frames_at_a_time(x: Tensor) -> int:
-    """How many frames of x (B, C, T, H, W) to compute at once: an even number of them, all where gradients are."""
+    """How many frames of x (B, C, T, H, W) to compute at once, T or more for all: with gradients all, else an even number."""
     return x.shape[2] if torch.is_grad_enabled() else max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
 
 
@@ -368,22 +370,24 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, groups: int, channels: int):
         super().__init__(groups, channels, eps=1e-6)
 
-    def by_statistics_of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """What normalises any frames of the video x (1, C, T, H, W) with mean and variance of all of them.
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance that `forward` takes of the video x (1, C, T, H, W), for each channel, (C,), in float32.
 
-        The mean of a group is that of its channels' and frames' means; its variance is the mean of their variances
-        plus the variance of their means. Once both are known, GroupNorm is what BatchNorm does in evaluation.
+        Frame by frame, so that nothing as large as x is made: the mean of a group is that of its channels' and frames'
+        means, its variance the mean of their variances plus the variance of their means.
         """
+        dtype = torch.promote_types(x.dtype, torch.float32)
         means, variances = [], []
         for frame in x[0].unbind(1):  # (C, H, W)
-            values = frame.to(torch.float32, copy=True)
+            values = frame.to(dtype, copy=True)
             means.append(values.mean(dim=(1, 2)))
             values -= means[-1][:, None, None]
             variances.append(values.square_().mean(dim=(1, 2)))
         means, variances = (torch.stack(m, dim=1).view(self.num_groups, -1) for m in (means, variances))  # (G, C/G·T)
         mean, variance = means.mean(dim=1), variances.mean(dim=1) + means.var(dim=1, correction=0)
-        mean, variance = (v.repeat_interleave(self.num_channels // self.num_groups) for v in (mean, variance))  # (C,)
-        weight, bias = self.weight.float(), self.bias.float()
-        return functools.partial(
-            F.batch_norm, running_mean=mean, running_var=variance, weight=weight, bias=bias, eps=self.eps
-        )
+        return tuple(v.repeat_interleave(self.num_channels // self.num_groups) for v in (mean, variance))
+
+    def activate(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """silu of x (1, C, T, H, W), normalised by (C,) that are known: then GroupNorm is BatchNorm in evaluation."""
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return silu(F.batch_norm(x, mean, variance, weight, bias, eps=self.eps))

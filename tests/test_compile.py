@@ -81,7 +81,9 @@ def test_the_kernel_is_chosen_when_it_runs(monkeypatch):
     assert len(calls) == 2 + 2 * 2 and graphs() == count
 
 
-def test_the_decoder_is_compiled_once_for_all_sizes():
+@pytest.mark.parametrize("piece", [0, 20 * 32 * 32])  # all in pieces of two frames; some, of several
+def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
+    monkeypatch.setattr("kandinsky5.vae.PIECE", piece)
     dit, vae = build()
     shapes = [(1, 4, 6), (5, 4, 6), (5, 6, 4), (2, 3, 5), (1, 6, 4), (4, 8, 8), (3, 5, 5)]  # T, h, w
     zs = [torch.randn(1, 16, *shape) for shape in shapes]
@@ -106,7 +108,7 @@ def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
     assert (frames[0] - frames[1]).abs().max() < 1e-4
     count = graphs()
     both("a cat", progress=False, guidance_scale=1, height=48, num_inference_steps=3)
-    assert graphs() == count > 2
+    assert graphs() == count >= 2
 
 
 def test_generated_code_computes_the_same():

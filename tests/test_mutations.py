@@ -55,8 +55,12 @@ MUTATIONS = [Mutation(*row) for row in (
      vae.conv_in_pairs, "x[:, :, -3:]", "x[:, :, :3]"),
     ("pieces forget their past", "vae_decode",
      vae.conv_normalised, "past = frames[:, :, -2:]", "past = None"),
-    ("one mean for each frame", "vae_encode",
-     vae.GroupNorm.by_statistics_of, "means.var(dim=1, correction=0)", "0"),
+    ("variance without that of the means", "vae_encode",
+     vae.GroupNorm.statistics, "means.var(dim=1, correction=0)", "0"),
+    ("statistics of the first piece", "vae_decode",
+     vae.conv_normalised, "norm.statistics(video)", "norm.statistics(video[:, :, :step])"),
+    ("input of other frames added", "vae_decode",
+     vae.ResidualBlock.forward, "self.shortcut(x[:, :, i : i + step])", "self.shortcut(x[:, :, : y[:, :, i : i + step].shape[2]])"),
     ("upsampling adds the wrong two weights", "vae_decode",
      vae._merge, "if odd else", "if not odd else"),
     ("upsampling reads even rows only", "vae_decode",
@@ -162,7 +166,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("RoPE not in tile order", "dit_nabla",
      dit.DiT.forward, "nabla.to_tiles(angles[None])[0]", "angles.flatten(0, 2)"),
     ("tiles of queries taken for tiles of keys", "dit_nabla",
-     attention.block_sparse_attention, "kept.nonzero()[:, 2]", "kept.nonzero()[:, 1]"),
+     attention.block_sparse_attention, "kept[n].nonzero()[:, 1]", "kept[n].nonzero()[:, 0]"),
 
     # the VAE
     ("conv padded on both sides in time", "vae_encode",

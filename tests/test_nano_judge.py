@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from kandinsky5.dit import DiT
 from kandinsky5.nano import judge, world
 from kandinsky5.nano.world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Object, Scene
+from random_weights import SMALL_DIT, SMALL_NABLA, randomise
 
 
 def questions(count: int, seed: int = 7, **options):
@@ -400,6 +402,19 @@ def test_the_first_frame_is_held_against_the_vaes_own_reconstruction(noise, good
     pipe = FakePipeline(honest=True, clip_noise=noise, vae_noise=0.08)
     results = list(judge.examine(pipe, "image to video", 4))
     assert [result["answers"]["first frame"] for result in results] == [good] * 4
+
+
+def test_full_attention_is_the_same_weights_without_a_map():
+    dit = randomise(DiT(replace(SMALL_DIT, nabla=SMALL_NABLA)))
+    full = judge.with_full_attention(dit)
+    assert full.config == SMALL_DIT and full.state_dict().keys() == dit.state_dict().keys()
+    x, text, pooled = torch.randn(1, 2, 32, 32, 33), torch.randn(1, 5, 16), torch.randn(1, 24)
+    with torch.no_grad():
+        expected = dit(x, text, pooled, torch.tensor([0.5]))
+        dense = DiT(SMALL_DIT)
+        dense.load_state_dict(dit.state_dict())
+        assert full(x, text, pooled, torch.tensor([0.5])).equal(dense(x, text, pooled, torch.tensor([0.5])))
+        assert not full(x, text, pooled, torch.tensor([0.5])).equal(expected)
 
 
 def test_the_questions_do_not_depend_on_the_run():

@@ -35,7 +35,7 @@ def tiny_features(batch: int, seed: int = 0, length: int = 3) -> TextFeatures:
     return TextFeatures(text, torch.ones(batch, length, dtype=torch.bool), pooled)
 
 
-def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="", **options):
+def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="", checkpointing=False, **options):
     """A DiT that learns two latents by their prompts; returns it and its average."""
     torch.manual_seed(0)
     dit = DiT(TINY)
@@ -50,7 +50,7 @@ def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="
             predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
         return flow_loss(predicted, batch.velocity, batch.asked), {"noise": float(noise.mean())}
 
-    recipe = Recipe(steps, 1e-2, warmup=4, bf16=bf16, accumulate=accumulate, muon=muon)
+    recipe = Recipe(steps, 1e-2, warmup=4, bf16=bf16, accumulate=accumulate, muon=muon, checkpointing=checkpointing)
     average = train(dit, loss, recipe, folder, log_every=2, save_seconds=0, stop_after=stop_after, **options)
     return dit, average
 
@@ -185,6 +185,19 @@ def test_step_target_leads_where_the_teachers_steps_lead():
         torch.testing.assert_close(x[i : i + 1] + (times[-1, i] - times[0, i]) * there[i], walked)
 
 
+def test_a_run_does_not_go_on_with_another_recipe(tmp_path):
+    recipe = Recipe(steps=4, seed=3)
+
+    def run(recipe: Recipe) -> None:
+        train(model := nn.Linear(2, 1), lambda seed: (model(torch.ones(1, 2)).sum(), {}), recipe, tmp_path, stop_after=2)
+
+    run(recipe)
+    run(recipe)
+    assert training.load_recipe(tmp_path) == recipe
+    with pytest.raises(ValueError, match=r"begun with steps 4 and not 5, seed 3 and not 0: go on with the same"):
+        run(Recipe(steps=5))
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     dit, features = DiT(TINY), tiny_features(2)
     for parameter in dit.parameters():
@@ -192,10 +205,21 @@ def test_gradient_checkpointing_changes_no_gradient():
     again = copy.deepcopy(dit)
     x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
     dit(x, features.text, features.pooled, t).square().mean().backward()
-    with training.gradient_checkpointing(again.visual_blocks):
+    with training.gradient_checkpointing(again):
         again(x, features.text, features.pooled, t).square().mean().backward()
     for a, b in zip(dit.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_run_with_gradient_checkpointing_is_the_same_run(tmp_path, monkeypatch):
+    blocks, forward = [], training.checkpoint
+    monkeypatch.setattr(training, "checkpoint", lambda *args, **how: blocks.append(1) or forward(*args, **how))
+    plain, _ = tiny_run(tmp_path / "plain", steps=3, bf16=True)
+    assert not blocks
+    forgetful, _ = tiny_run(tmp_path / "forgetful", steps=3, bf16=True, checkpointing=True)
+    assert len(blocks) == 3 * len(plain.visual_blocks)
+    for a, b in zip(plain.parameters(), forgetful.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_attention_written_out_is_the_same_attention():

@@ -17,11 +17,9 @@ from torch import nn
 from kandinsky5.checkpoint import save_checkpoint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
-from kandinsky5.nano.distill import RECIPES
-from kandinsky5.nano.train_dit import RECIPE
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
-from kandinsky5.train import load_average, read_rows
+from kandinsky5.train import load_average, load_recipe, read_rows
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "long"}
 
@@ -32,7 +30,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and long")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
-    parser.add_argument("--judged", type=Path, default=Path("docs/judge"), help="folder of the judge's tables")
+    parser.add_argument("--judged", type=Path, help="folder of the judge's tables of these weights, judge_NAME.md")
     parser.add_argument("--remark", default="", help="a sentence for nano's card, such as what its run began from")
     parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
     arguments = parser.parse_args()
@@ -41,7 +39,8 @@ def main() -> None:
             folder = arguments.to / name
             export(name, arguments.runs / run, arguments.vae, arguments.text, folder)
             remark = arguments.remark if name == "nano" else ""
-            write_card(name, arguments.runs, folder, arguments.judged / f"judge_{name}.md", remark)
+            judged = arguments.judged / f"judge_{name}.md" if arguments.judged else None
+            write_card(name, arguments.runs, folder, judged, remark)
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
@@ -98,10 +97,10 @@ STAGES = {
 }
 
 
-def write_card(name: str, runs: Path, folder: Path, judged: Path, remark: str = "") -> None:
+def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark: str = "") -> None:
     """The model card: data, recipe, steps and hours from the run's log, a remark, the judge's table."""
     config, last = presets.PRESETS[name], read_rows(runs / RUNS[name] / "loss.csv")[-1]
-    recipe = RECIPES.get(RUNS[name], RECIPE)
+    recipe = load_recipe(runs / RUNS[name])
     optimizer = "Muon for the blocks' matrices and AdamW for the rest" if recipe.muon else "AdamW"
     card = CARD.format(
         name=name,
@@ -126,7 +125,7 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path, remark: str = 
         sampling_steps=config.sampling.num_inference_steps,
         guidance=config.sampling.guidance_scale,
         shift=config.sampling.shift,
-        judged=judged.read_text() if judged.is_file() else "not yet\n",
+        judged=judged.read_text() if judged and judged.is_file() else "not yet\n",
     )
     (folder / "README.md").write_text(card)
 

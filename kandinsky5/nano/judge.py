@@ -17,7 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -410,6 +410,16 @@ def reconstruct(pipe, clips: np.ndarray) -> np.ndarray:
     return np.concatenate(result)
 
 
+def with_full_attention(dit):
+    """The same weights without NABLA."""
+    import torch
+
+    with torch.device("meta"):
+        full = type(dit)(replace(dit.config, nabla=None))
+    full.load_state_dict(dit.state_dict(), assign=True)
+    return full.eval()
+
+
 def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     """The interval in which the true rate lies with 95 % confidence (Wilson 1927); (0, 1) where nothing was asked.
 
@@ -493,6 +503,7 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="default: the checkpoint's")
     add("--canvas", type=int, nargs=2, default=CANVAS, metavar=("H", "W"), help="of the scenes (default: 64 64)")
     add("--seed", type=int, default=JUDGE_SEED, help="of the scenes: for tuning, take another (default: %(default)s)")
+    add("--full-attention", action="store_true", help="let a DiT with NABLA see all tokens")
     add("--device", default="cpu", help="default: cpu")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="float32", help="default: float32")
     add("-o", "--output", metavar="FILE", help="table as .json, and as .md beside it (default: judge_CHECKPOINT.json)")
@@ -506,6 +517,8 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
 
     output = Path(args.output or f"judge_{Path(args.checkpoint).resolve().name}.json").with_suffix(".json")
     pipe = (load or Pipeline.load)(args.checkpoint, device=args.device, dtype=getattr(torch, args.dtype))
+    if args.full_attention:
+        pipe.dit = with_full_attention(pipe.dit)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     summaries, mistakes = {}, {}
     for name in args.sets:
