@@ -45,8 +45,16 @@ FROM = --vae $(RUNS)/vae --text $(RUNS)/text
 .PHONY: nano vae text dit nocfg distilled long
 nano vae text dit nocfg distilled long: export OMP_NUM_THREADS ?= 1
 
-nano: vae text dit nocfg distilled long ## the nano family from nothing: all stages below, then RUNS/checkpoints (extra `train`)
-	$(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
+NAMES = nano nano-nocfg nano-distilled16steps nano-10s
+PROMPTS ?= 300
+EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
+
+nano: vae text dit nocfg distilled long ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
+	$(EXPORT)
+	mkdir -p $(RUNS)/judge
+	set -e; for name in $(NAMES); do $(PYTHON) -m kandinsky5.nano.judge $(RUNS)/checkpoints/$$name --dtype bfloat16 \
+		--prompts $(PROMPTS) -o $(RUNS)/judge/judge_$$name.json; done
+	$(EXPORT) --judged $(RUNS)/judge
 
 vae: ## nano's VAE
 	$(PYTHON) -m kandinsky5.nano.train_vae --folder $(RUNS)/vae

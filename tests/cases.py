@@ -86,17 +86,17 @@ def _dit(nabla: NablaConfig | None = None, training: bool = False) -> Callable[.
     return run
 
 
-def _encode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
+def _encode(tiling: Tiling, **thresholds: int) -> Callable[[Pipeline, Tensor], Tensor]:
     def run(pipe: Pipeline, video: Tensor) -> Tensor:
-        with mock.patch.multiple(vae, PAIRS_FROM=0, PIECE=0):  # as the released sizes do; t2v and i2v go the other way
+        with mock.patch.multiple(vae, **thresholds):
             return torch.cat(vae_tiling.encode(pipe.vae, video.to(pipe.dtype), tiling), dim=1)
 
     return run
 
 
-def _decode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
+def _decode(tiling: Tiling, **thresholds: int) -> Callable[[Pipeline, Tensor], Tensor]:
     def run(pipe: Pipeline, z: Tensor) -> Tensor:
-        with mock.patch.multiple(vae, PAIRS_FROM=0, PIECE=0):
+        with mock.patch.multiple(vae, **thresholds):
             return vae_tiling.decode(pipe.vae, z.to(pipe.dtype), tiling)
 
     return run
@@ -134,16 +134,20 @@ def with_tasks(pipe: Pipeline) -> Pipeline:
     return Pipeline(config, dit, pipe.vae, pipe.text_encoder)
 
 
+# What so small clips would not all do by themselves.
+AT_ONCE = {"PIECE": 2**60, "PAIRS_FROM": 2**60}  # the definition: all frames, plain convolutions
+IN_PIECES = {"PIECE": 0, "PAIRS_FROM": 2**60}  # as large clips on CUDA
+IN_PAIRS = {"PIECE": 0, "PAIRS_FROM": 0}  # as large clips on a CPU
 OURS: dict[str, Callable[..., Tensor]] = {
     "dit": _dit(),
     "dit_mask": _dit(training=True),
     "dit_nabla": _dit(NABLA),
-    "vae_encode": _encode(Tiling()),
-    "vae_encode_time": _encode(Tiling()),
-    "vae_encode_space": _encode(SPATIAL),
-    "vae_decode": _decode(Tiling()),
-    "vae_decode_time": _decode(Tiling()),
-    "vae_decode_space": _decode(SPATIAL),
+    "vae_encode": _encode(Tiling(), **IN_PAIRS),
+    "vae_encode_time": _encode(Tiling(), **AT_ONCE),
+    "vae_encode_space": _encode(SPATIAL, **IN_PIECES),
+    "vae_decode": _decode(Tiling(), **IN_PAIRS),
+    "vae_decode_time": _decode(Tiling(), **AT_ONCE),
+    "vae_decode_space": _decode(SPATIAL, **IN_PIECES),
     "qwen": lambda pipe, ids: pipe.text_encoder.qwen(ids),
     "clip": lambda pipe, ids: pipe.text_encoder.clip(ids),
     "text": _text,
