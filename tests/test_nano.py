@@ -45,7 +45,8 @@ def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
         results += judge.examine(pipe, "image to video", 2, 2, num_inference_steps=12)
         clip = pipe("a red circle moves left on a white background", num_inference_steps=1, progress=False)[0]
     assert clip.shape == (33, 128, 128, 3)
-    right = [result["answers"][name] for result in results for name in ("background", "colour", "motion")]
+    asked = ("background", "colour", "motion")  # not every caption says the background
+    right = [result["answers"][name] for result in results for name in asked if name in result["answers"]]
     assert sum(right) >= len(right) - 1, results
     kept = torch.stack([kept.float().mean() for calls in seen.values() for kept in calls]).mean()
     assert kept <= 0.6, f"NABLA kept {kept:.0%} of the tiles"
