@@ -10,6 +10,7 @@ hang on size and threads.
 
 import os
 import shutil
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from kandinsky5.vae import VAE, GroupNorm
 def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
     """Compile in place; the work is done when a block first runs. ValueError where there is no C++ compiler."""
     _check_compiler()
-    how = {"dynamic": True, "backend": backend, "recompile_limit": 32}
+    how: dict[str, Any] = {"dynamic": True, "backend": backend, "recompile_limit": 32}
     for block in [*_plainly(dit.text_blocks), *_plainly(dit.visual_blocks)]:
         block.compile(fullgraph=True, **how)
     for module in vae.decoder.modules():

@@ -74,7 +74,7 @@ def train(
     loss: seed → a scalar and figures for the log; it uses no other randomness than what it derives from the seed.
     folder: of the run. `state.pt` is all that is needed to go on, `loss.csv` and `loss.png` are the curves. If
         there is a state already the run goes on from it, with exactly the result of a run that was never cut;
-        ValueError where that had another recipe.
+        ValueError where that had another recipe, or where anything but a DiT is to checkpoint gradients.
     sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
     stop_after: leave after this step as if cut off (the schedule is still that of recipe.steps).
@@ -91,6 +91,12 @@ def train(
     rows: list[dict[str, float]] = []
     last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
 
+    forgetting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    if recipe.checkpointing:
+        if not isinstance(model, DiT):
+            raise ValueError(f"checkpointing is for a DiT and not for a {type(model).__name__}: leave it out")
+        forgetting = functools.partial(gradient_checkpointing, model)
+
     model.train()
     while step < last:
         rate = learning_rate(step, recipe)
@@ -98,8 +104,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * (recipe.muon_rate if isinstance(optimizer, torch.optim.Muon) else 1)
         for part in range(recipe.accumulate):
-            forgetting = gradient_checkpointing(model) if recipe.checkpointing else contextlib.nullcontext()
-            with forgetting, torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
+            with forgetting(), torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
                 value, figures = loss([recipe.seed, step, part])
             (value.float() / recipe.accumulate).backward()
             rows.append({"loss": float(value.detach()), **figures})
@@ -316,9 +321,7 @@ def gradient_checkpointing(model: DiT) -> Iterator[None]:
         return contextlib.nullcontext(), autocast_dit(model) if autocast else contextlib.nullcontext()
 
     for block in model.visual_blocks:
-        vars(block)["forward"] = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-        )
+        vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     try:
         yield
     finally:

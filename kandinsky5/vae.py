@@ -5,7 +5,6 @@ become k + 1. The GroupNorms run over time, though, so that the whole is neither
 tileable; `vae_tiling.py` cuts the work up all the same, as the references do.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -305,7 +304,7 @@ def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tens
 
 
 def frames_at_a_time(x: Tensor) -> int:
-    """How many frames of x (B, C, T, H, W) to compute at once, T or more for all: with gradients all, else an even number."""
+    """How many frames of x (B, C, T, H, W) to compute at once, an even number; T or more for all, as with gradients."""
     return x.shape[2] if torch.is_grad_enabled() else max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
 
 
@@ -383,9 +382,10 @@ class GroupNorm(nn.GroupNorm):
             means.append(values.mean(dim=(1, 2)))
             values -= means[-1][:, None, None]
             variances.append(values.square_().mean(dim=(1, 2)))
-        means, variances = (torch.stack(m, dim=1).view(self.num_groups, -1) for m in (means, variances))  # (G, C/G·T)
-        mean, variance = means.mean(dim=1), variances.mean(dim=1) + means.var(dim=1, correction=0)
-        return tuple(v.repeat_interleave(self.num_channels // self.num_groups) for v in (mean, variance))
+        inner, outer = (torch.stack(v, dim=1).view(self.num_groups, -1) for v in (variances, means))  # (G, C/G·T)
+        mean, variance = outer.mean(dim=1), inner.mean(dim=1) + outer.var(dim=1, correction=0)
+        size = self.num_channels // self.num_groups
+        return mean.repeat_interleave(size), variance.repeat_interleave(size)
 
     def activate(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """silu of x (1, C, T, H, W), normalised by (C,) that are known: then GroupNorm is BatchNorm in evaluation."""

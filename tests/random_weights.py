@@ -1,6 +1,7 @@
 """Small models with random weights, for tests that need no reference."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,11 @@ def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
     return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *tokenizers))
 
 
-def save_small_checkpoint(folder, config: PipelineConfig = SMALL) -> None:
-    """The same as a native checkpoint folder."""
+def save_small_checkpoint(folder: Path, config: PipelineConfig = SMALL) -> Path:
+    """The same as a native checkpoint folder, which is returned."""
     tokenizers = {"qwen": tokenizer_folder("qwen2.5"), "clip": tokenizer_folder("clip-vit-large-patch14")}
     save_checkpoint(folder, config, build_small_models(config), tokenizers)
+    return folder
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,7 +1,9 @@
-"""Mistakes that one makes in this code, each built in for a moment: the case that must notice it does.
+"""Mistakes that one makes in this code, each built in for a moment: what must notice it does.
 
-This is what says that the parity tests see. A row of MUTATIONS is a line of our code as it is and as it could be
-wrong; the case is one of tests/cases.py, compared with the stored result of the references (golden_data.py).
+This is what says that the tests see. A row of MUTATIONS is a line of our code as it is and as it could be wrong; the
+case is one of tests/cases.py, compared with the stored result of the references (golden_data.py). A row of FAST_PATHS
+is the same for ways to compute that the cases do not take; what notices is the test that compares them with the plain
+definition.
 """
 
 import inspect
@@ -14,13 +16,19 @@ import pytest
 import torch
 
 import cases
+import test_attention
+import test_magcache
+import test_offload
+import test_pipeline
 from golden_data import load_golden_pipeline, measure_error
 from kandinsky5 import (
     Pipeline,
     attention,
     clip,
     dit,
+    magcache,
     nabla,
+    offload,
     pipeline,
     qwen,
     rope,
@@ -30,6 +38,8 @@ from kandinsky5 import (
     vae_tiling,
     video_io,
 )
+from kandinsky5.tokenizer import Tokenizer
+from random_weights import build_small_pipeline, save_small_checkpoint
 
 
 class Mutation(NamedTuple):
@@ -56,11 +66,12 @@ MUTATIONS = [Mutation(*row) for row in (
     ("pieces forget their past", "vae_decode",
      vae.conv_normalised, "past = frames[:, :, -2:]", "past = None"),
     ("variance without that of the means", "vae_encode",
-     vae.GroupNorm.statistics, "means.var(dim=1, correction=0)", "0"),
+     vae.GroupNorm.statistics, "outer.var(dim=1, correction=0)", "0"),
     ("statistics of the first piece", "vae_decode",
      vae.conv_normalised, "norm.statistics(video)", "norm.statistics(video[:, :, :step])"),
     ("input of other frames added", "vae_decode",
-     vae.ResidualBlock.forward, "self.shortcut(x[:, :, i : i + step])", "self.shortcut(x[:, :, : y[:, :, i : i + step].shape[2]])"),
+     vae.ResidualBlock.forward, "self.shortcut(x[:, :, i : i + step])",
+     "self.shortcut(x[:, :, : y[:, :, i : i + step].shape[2]])"),
     ("upsampling adds the wrong two weights", "vae_decode",
      vae._merge, "if odd else", "if not odd else"),
     ("upsampling reads even rows only", "vae_decode",
@@ -301,6 +312,43 @@ MUTATIONS = [Mutation(*row) for row in (
      pipeline.Pipeline._build_condition, "condition[:, :1, ..., -1] = 1",
      "condition[:, :1, ..., -1] = 1; condition[:, :1, ..., :16] = first_frame"),
 )]
+
+FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, wrong
+    ("chunks with the values of the first heads",
+     lambda patch, folder: test_attention.test_chunked_equals_dense(3000, False, patch),
+     attention.chunked_attention, "@ v[here[0]]", "@ v[:heads]"),
+    ("chunks with the mask of the first sample",
+     lambda patch, folder: test_attention.test_chunked_equals_dense(3000, True, patch),
+     attention.chunked_attention, "mask[here]", "mask[:1, :1]"),
+    ("scores divided by D",
+     lambda patch, folder: test_attention.test_chunked_equals_dense(3000, False, patch),
+     attention._scaled_scores, "math.sqrt(q.shape[-1])", "q.shape[-1]"),
+    ("softmax over the queries",
+     lambda patch, folder: test_attention.test_block_sparse_equals_dense(0.2, False),
+     attention._softmax, "dim=-1", "dim=-2"),
+    ("fused tiles with keys as values",
+     lambda patch, folder: test_attention.test_block_sparse_equals_dense(0.2, True),
+     attention.block_sparse_attention, "(queries, keys, values)", "(queries, keys, keys)"),
+    ("second pass of guidance with the prompt again",
+     lambda patch, folder: test_pipeline.test_guidance_in_one_pass_and_in_two_is_the_same(
+         build_small_pipeline(), patch),
+     pipeline.Pipeline.__call__, "features.select(batch, 2 * batch)", "features.select(0, batch)"),
+    ("residual of the first pass added in both",
+     lambda patch, folder: test_magcache.test_a_skipped_step_adds_the_residual_that_its_own_pass_had_last(
+         build_small_pipeline(), patch, False, 5),
+     magcache.CachedBlocks.forward, "x + self.residuals[number]", "x + self.residuals[0]"),
+    ("residual of the step before last kept",
+     lambda patch, folder: test_magcache.test_a_skipped_step_adds_the_residual_that_its_own_pass_had_last(
+         build_small_pipeline(), patch, True, 5),
+     magcache.CachedBlocks.forward, "self.residuals[number] = out - x", "self.residuals.setdefault(number, out - x)"),
+    ("weights of the block before",
+     lambda patch, folder: test_offload.test_the_same_numbers_with_and_without(
+         save_small_checkpoint(folder / "small"), torch.float32),
+     offload.StreamedBlocks.__iter__, "blocks[i + 1], slots", "blocks[i], slots"),
+    ("the next block fetched into the place of the one that works",
+     lambda patch, folder: test_offload.test_what_is_cast_takes_turns_in_two_places(folder),
+     offload.StreamedBlocks.__iter__, "slots[(i + 1) % 2]", "slots[0]"),
+]
 # fmt: on
 LIMITS = {name: 1 / 255 if name in cases.FRAME_CASES else cases.TOLERANCE[torch.float32] for name in cases.OURS}
 
@@ -316,6 +364,19 @@ def test_the_case_notices(mutation, golden, monkeypatch):
     # What is wrong in a constructor is wrong in models that are built now.
     pipe = load_golden_pipeline() if mutation.function.__name__ == "__init__" else golden
     assert measure_error(mutation.case, pipe) > LIMITS[mutation.case]
+
+
+@pytest.mark.parametrize("name, test, function, right, wrong", FAST_PATHS, ids=[row[0] for row in FAST_PATHS])
+def test_the_comparison_with_the_plain_definition_notices(
+    name, test, function, right, wrong, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setattr(Tokenizer, "load", test_offload.read_tokenizer)  # vocabularies are read once
+    with monkeypatch.context() as patch:
+        replace_code(patch, function, right, right)
+        test(patch, tmp_path_factory.mktemp("right"))
+    replace_code(monkeypatch, function, right, wrong)
+    with pytest.raises(AssertionError):
+        test(monkeypatch, tmp_path_factory.mktemp("wrong"))
 
 
 def test_the_same_code_recompiled_passes_every_case(monkeypatch):

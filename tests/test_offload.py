@@ -28,9 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A checkpoint in float32."""
-    folder = tmp_path_factory.mktemp("native") / "small"
-    save_small_checkpoint(folder)
-    return folder
+    return save_small_checkpoint(tmp_path_factory.mktemp("native") / "small")
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,9 @@ def test_a_run_does_not_go_on_with_another_recipe(tmp_path):
     recipe = Recipe(steps=4, seed=3)
 
     def run(recipe: Recipe) -> None:
-        train(model := nn.Linear(2, 1), lambda seed: (model(torch.ones(1, 2)).sum(), {}), recipe, tmp_path, stop_after=2)
+        train(
+            model := nn.Linear(2, 1), lambda seed: (model(torch.ones(1, 2)).sum(), {}), recipe, tmp_path, stop_after=2
+        )
 
     run(recipe)
     run(recipe)
@@ -307,3 +309,8 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     ClipStore(tmp_path, vae, num_frames=5)
     with pytest.raises(ValueError, match="world that has changed"):
         ClipStore(tmp_path, vae, num_frames=5, seed=5)
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="for a DiT and not for a Linear: leave it out"):
+        training.train(nn.Linear(2, 2), lambda seed: (torch.zeros(()), {}), Recipe(1, checkpointing=True), tmp_path)
