@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from kandinsky5 import dit
 from kandinsky5.attention import dense_attention, expand_block_map
@@ -98,6 +100,7 @@ def train(
         forgetting = functools.partial(gradient_checkpointing, model)
 
     model.train()
+    bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step")
     while step < last:
         rate = learning_rate(step, recipe)
         for optimizer in optimizers:
@@ -115,6 +118,7 @@ def train(
                 optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
+        bar.update()
         update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
 
         if step % sample_every == 0 and sample is not None:
@@ -122,13 +126,29 @@ def train(
             model.train()
         if step % log_every == 0 or step == last:
             seconds = seconds_before + time.monotonic() - began
-            append_row(folder / "loss.csv", {"step": step, "seconds": round(seconds, 1), "rate": rate, **_mean(rows)})
+            row = {"step": step, "seconds": round(seconds, 1), "rate": rate, **_mean(rows)}
+            append_row(folder / "loss.csv", row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
             rows = []
             if time.monotonic() - saved > save_seconds or step == last:
                 save_state(folder / "state.pt", model, average, optimizers, recipe, step, seconds)
                 plot_losses(folder / "loss.csv", folder / "loss.png")
                 saved = time.monotonic()
+    bar.close()
     return average
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """A command ends on ValueError or OSError with the message and exit code 2, on an interrupt with how to go on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the state saved last, at most minutes ago", file=sys.stderr)
+        sys.exit(130)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -224,6 +224,21 @@ def test_a_run_with_gradient_checkpointing_is_the_same_run(tmp_path, monkeypatch
         torch.testing.assert_close(a, b)
 
 
+def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="for a DiT and not for a Linear: leave it out"):
+        training.train(nn.Linear(2, 2), lambda seed: (torch.zeros(()), {}), Recipe(1, checkpointing=True), tmp_path)
+
+
+def test_a_command_answers_in_one_line_and_leaves_no_traceback(capsys):
+    for error, code, message in (
+        (ValueError("no such run"), 2, "error: no such run\n"),
+        (KeyboardInterrupt(), 130, "\nstopped"),
+    ):
+        with pytest.raises(SystemExit) as ended, training.refusals_in_one_line():
+            raise error
+        assert ended.value.code == code and capsys.readouterr().err.startswith(message)
+
+
 def test_attention_written_out_is_the_same_attention():
     dit, features = DiT(TINY), tiny_features(2)
     x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
@@ -309,8 +324,3 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     ClipStore(tmp_path, vae, num_frames=5)
     with pytest.raises(ValueError, match="world that has changed"):
         ClipStore(tmp_path, vae, num_frames=5, seed=5)
-
-
-def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path):
-    with pytest.raises(ValueError, match="for a DiT and not for a Linear: leave it out"):
-        training.train(nn.Linear(2, 2), lambda seed: (torch.zeros(()), {}), Recipe(1, checkpointing=True), tmp_path)

@@ -27,6 +27,7 @@ from kandinsky5.train import (
     flow_loss,
     guided_target,
     load_average,
+    refusals_in_one_line,
     step_target,
     train,
 )
@@ -147,4 +148,5 @@ def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()

@@ -19,7 +19,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
-from kandinsky5.train import load_average, load_recipe, read_rows
+from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "long"}
 
@@ -131,4 +131,5 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kandinsky5 import video_io
 from kandinsky5.config import PipelineConfig
@@ -39,6 +40,7 @@ from kandinsky5.train import (
     flow_loss,
     generator,
     load_average,
+    refusals_in_one_line,
     train,
 )
 from kandinsky5.vae import VAE
@@ -66,6 +68,8 @@ def main() -> None:
     )
     parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more work, the same result")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} must be at least 1")
     vae = load_vae(arguments.vae)
     recipe = replace(RECIPE, steps=arguments.steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
     torch.manual_seed(recipe.seed)
@@ -171,12 +175,15 @@ class ClipStore:
     def fill(self, available: int) -> None:
         """Draw and encode until there are at least `available` clips."""
         began = self.count
+        bar = tqdm(total=available, initial=began, desc="drawing and encoding", unit="clip", delay=2, leave=False)
         while self.count < available:
             rows = range(self.count, self.count + self.CHUNK)
             self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
             self.count += self.CHUNK
+            bar.update(self.CHUNK)
             if self.count % 512 == 0:
                 self._keep_count()
+        bar.close()
         if self.count > began:
             self._keep_count()
 
@@ -259,4 +266,5 @@ def draw_test(index: int, num_objects: int, split: str = "train") -> tuple[Scene
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()
