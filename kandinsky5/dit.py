@@ -11,6 +11,7 @@ Precision is written out: under bf16 weights the time embedder and all modulatio
 the gated residual sums, the q/k norms and the rotations stay in float32, as in the official code.
 """
 
+import functools
 import math
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from kandinsky5 import nabla
 from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, NablaConfig
-from kandinsky5.rope import apply_rope, build_angles, build_angles_3d
+from kandinsky5.rope import apply_rope, build_angles, build_angles_3d, build_rotations
 
 
 class DiT(nn.Module):
@@ -59,22 +60,37 @@ class DiT(nn.Module):
         vec = self.time_embedder(t) + self.pooled_embedder(pooled)  # (B, time_dim) float32
 
         text = self.text_embedder(text)  # (B, S, dim)
-        text_angles = build_angles(torch.arange(text.shape[1], device=text.device), config.head_dim)
+        places = torch.arange(text.shape[1], device=text.device)
+        text_rotations = build_rotations(build_angles(places, config.head_dim))  # (S, D/2)
         for block in self.text_blocks:
-            text = block(text, vec, text_angles, text_mask)  # (B, S, dim)
+            text = block(text, vec, text_rotations, text_mask)  # (B, S, dim)
 
         x = self.patch_embedder(patchify(x, config.patch_size))  # (B, T, H, W, dim)
         grid = (x.shape[1], x.shape[2], x.shape[3])
-        angles = build_angles_3d(grid, config.rope_axes, rope_scale, x.device)  # (T, H, W, D/2)
-        if config.nabla:
-            x, angles = nabla.to_tiles(x), nabla.to_tiles(angles[None])[0]  # (B, L, dim), (L, D/2)
-        else:
-            x, angles = x.flatten(1, 3), angles.flatten(0, 2)  # (B, L, dim), (L, D/2)
+        x = nabla.to_tiles(x) if config.nabla else x.flatten(1, 3)  # (B, L, dim)
+        rotations = keep_rotations(grid, config.rope_axes, tuple(rope_scale), bool(config.nabla), x.device)  # (L, D/2)
         for block in self.visual_blocks:
-            x = block(x, text, vec, angles, text_mask, config.nabla, grid)  # (B, L, dim)
+            x = block(x, text, vec, rotations, text_mask, config.nabla, grid)  # (B, L, dim)
         x = nabla.from_tiles(x, grid) if config.nabla else x.unflatten(1, grid)  # (B, T, H, W, dim)
 
         return unpatchify(self.final_layer(x, vec), config.patch_size)  # (B, T, H, W, out_channels)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may be met again in training
+def keep_rotations(
+    grid: tuple[int, int, int],
+    axes: tuple[int, int, int],
+    scale: tuple[float, float, float],
+    in_tiles: bool,
+    device: torch.device,
+) -> Tensor:
+    """RoPE of a grid (T, H, W) of tokens in the order of `DiT.forward`: complex64 (L, D/2).
+
+    Made once for all steps and shared by all who ask, so not to be changed. See `rope.build_angles_3d`.
+    """
+    angles = build_angles_3d(grid, axes, scale, device)  # (T, H, W, D/2)
+    return build_rotations(nabla.to_tiles(angles[None])[0] if in_tiles else angles.flatten(0, 2))
 
 
 class TextBlock(nn.Module):
@@ -90,12 +106,12 @@ class TextBlock(nn.Module):
         self,
         text: Tensor,  # (B, S, dim)
         vec: Tensor,  # (B, vec_dim)
-        angles: Tensor,  # (S, D/2)
+        rotations: Tensor,  # (S, D/2) complex64
         mask: Tensor | None,  # (B, S)
     ) -> Tensor:
         attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(vec)  # (B, 1, dim) each
         y = modulate(text, attn_shift, attn_scale)
-        text = add_gated(text, attn_gate, self.self_attention(y, y, angles, mask))
+        text = add_gated(text, attn_gate, self.self_attention(y, y, rotations, mask))
         y = modulate(text, ff_shift, ff_scale)
         return add_gated(text, ff_gate, self.feed_forward(y))
 
@@ -115,7 +131,7 @@ class VisualBlock(nn.Module):
         x: Tensor,  # (B, L, dim)
         text: Tensor,  # (B, S, dim)
         vec: Tensor,  # (B, vec_dim)
-        angles: Tensor,  # (L, D/2)
+        rotations: Tensor,  # (L, D/2) complex64
         text_mask: Tensor | None,  # (B, S)
         nabla_config: NablaConfig | None,
         grid: tuple[int, int, int],  # (T, H, W) of tokens
@@ -126,7 +142,7 @@ class VisualBlock(nn.Module):
             ff_shift, ff_scale, ff_gate,
         ) = self.modulation(vec)  # (B, 1, dim) each  # fmt: skip
         y = modulate(x, self_shift, self_scale)
-        x = add_gated(x, self_gate, self.self_attention(y, y, angles, None, nabla_config, grid))
+        x = add_gated(x, self_gate, self.self_attention(y, y, rotations, None, nabla_config, grid))
         y = modulate(x, cross_shift, cross_scale)
         x = add_gated(x, cross_gate, self.cross_attention(y, text, None, text_mask))
         y = modulate(x, ff_shift, ff_scale)
@@ -166,7 +182,7 @@ def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm on queries and keys, and RoPE where angles are given: → (B, L, dim)."""
+    """Multi-head attention with RMSNorm on queries and keys, and RoPE where rotations are given: → (B, L, dim)."""
 
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
@@ -182,7 +198,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (B, L, dim) where queries come from
         context: Tensor,  # (B, S, dim) where keys and values come from
-        angles: Tensor | None = None,  # (L, D/2)
+        rotations: Tensor | None = None,  # (L, D/2) complex64
         mask: Tensor | None = None,  # (B, S) bool, True for keys that may be seen
         nabla_config: NablaConfig | None = None,
         grid: tuple[int, int, int] | None = None,
@@ -192,8 +208,8 @@ class Attention(nn.Module):
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if rotations is not None:
+            q, k = apply_rope(q, rotations), apply_rope(k, rotations)
         block_map = None
         if nabla_config:
             assert grid is not None, "tiles need the grid of the tokens"

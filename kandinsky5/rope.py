@@ -6,8 +6,8 @@ product of two rotated vectors depends only on how far apart they stand. Two lay
     interleaved (the DiT)   channels  0 1 | 2 3 | 4 5 | 6 7      pair i = (x[2i], x[2i+1])
     half-split  (Qwen)      channels  0 1 2 3 | 4 5 6 7          pair i = (x[i], x[i + D/2])
 
-The same weights read with the wrong layout give noise, without an error. Angles are float32, and tables of them
-are made where they are used: kept as buffers, `.to(torch.bfloat16)` would round them.
+The same weights read with the wrong layout give noise, without an error. Angles are float32, and tables of them are
+no buffers of the models, which `.to(torch.bfloat16)` would round.
 """
 
 import torch
@@ -50,9 +50,13 @@ def build_angles_3d(
     )  # (T, H, W, D/2)
 
 
-def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate interleaved pairs: x (B, N, L, D), angles (L, D/2) → (B, N, L, D), computed in float32."""
-    rotations = torch.polar(torch.ones_like(angles), angles)  # a turn of the plane is a product of complex numbers
+def build_rotations(angles: Tensor) -> Tensor:
+    """Angles in radians, any shape → complex64 numbers of length 1: multiplied by one, a point in the plane turns."""
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate interleaved pairs: x (B, N, L, D), rotations (L, D/2) complex64 → (B, N, L, D), computed in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, N, L, D/2)
     return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 

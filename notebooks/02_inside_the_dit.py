@@ -18,7 +18,7 @@ from show import COLOURS, grid, label, picture, play
 
 from kandinsky5 import Pipeline, dit, sampler
 from kandinsky5.inspect import record, record_attention, weights
-from kandinsky5.rope import apply_rope, build_angles, build_angles_3d
+from kandinsky5.rope import apply_rope, build_angles, build_angles_3d, build_rotations
 
 pipe = Pipeline.load("nano")
 config, sampling = pipe.config.dit, pipe.config.sampling
@@ -145,7 +145,7 @@ big = (9, 16, 16)
 where = (4, 8, 8)
 table = build_angles_3d(big, config.rope_axes, (1.0, 1.0, 1.0), torch.device("cpu"))  # (9, 16, 16, D/2)
 ones = torch.ones(1, 1, big[0] * big[1] * big[2], config.head_dim)
-turned = apply_rope(ones, table.flatten(0, 2))[0, 0].unflatten(0, big)  # (9, 16, 16, D)
+turned = apply_rope(ones, build_rotations(table.flatten(0, 2)))[0, 0].unflatten(0, big)  # (9, 16, 16, D)
 product = (turned @ turned[where]) / config.head_dim
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.4))
 for ax, t in zip(axes, range(0, 9, 2), strict=True):
@@ -243,8 +243,8 @@ changes = {
     "shift and scale swapped": {
         "modulate": lambda x, shift, scale: (F.layer_norm(x.float(), x.shape[-1:]) * (1 + shift) + scale).type_as(x)
     },
-    "no RoPE": {"apply_rope": lambda x, angles: x},
-    "RoPE backwards": {"apply_rope": lambda x, angles: apply_rope(x, angles.flip(0))},
+    "no RoPE": {"apply_rope": lambda x, rotations: x},
+    "RoPE backwards": {"apply_rope": lambda x, rotations: apply_rope(x, rotations.flip(0))},
 }
 videos = {}
 for change, functions in changes.items():

@@ -71,9 +71,9 @@ class NearFrames(dit.Attention):
 
     reach = 1
 
-    def forward(self, x, context, angles=None, mask=None, nabla_config=None, grid=None):
+    def forward(self, x, context, rotations=None, mask=None, nabla_config=None, grid=None):
         q, k, v = (rearrange(to(x), "B L (N D) -> B N L D", D=self.head_dim) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = apply_rope(self.q_norm(q), angles), apply_rope(self.k_norm(k), angles)
+        q, k = apply_rope(self.q_norm(q), rotations), apply_rope(self.k_norm(k), rotations)
         out = near_frames_attention(q, k, v, grid[0], self.reach)
         return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
 

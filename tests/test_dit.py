@@ -6,9 +6,10 @@ import pytest
 import torch
 from einops import rearrange
 
+from kandinsky5 import dit
 from kandinsky5.config import LITE, PRO
 from kandinsky5.dit import DiT, Float32Linear, RMSNorm, add_gated, modulate, modulate_in_one_pass, patchify, unpatchify
-from kandinsky5.rope import apply_rope
+from kandinsky5.rope import apply_rope, build_angles_3d, build_rotations
 from random_weights import SMALL_DIT, SMALL_NABLA, randomise, relative_error
 
 
@@ -106,13 +107,13 @@ def test_float32_islands_round_once_at_their_end(island):
     """In a bf16 model each computes exactly what it computes in float32, rounded."""
     x, out = (torch.randn(2, 3, 5, 16).bfloat16() for _ in range(2))
     shift, scale = torch.randn(2, 1, 1, 16), torch.randn(2, 1, 1, 16)
-    norm = randomise(RMSNorm(16)).bfloat16()
+    norm, rotations = randomise(RMSNorm(16)).bfloat16(), build_rotations(100 * torch.rand(5, 8))
     compute = {
         modulate: lambda x, out: modulate(x, shift, scale),
         modulate_in_one_pass: lambda x, out: modulate_in_one_pass(x, shift, scale),
         add_gated: lambda x, out: add_gated(x, scale, out),
         RMSNorm: lambda x, out: norm(x),
-        apply_rope: lambda x, out: apply_rope(x, 100 * torch.rand(5, 8, generator=torch.Generator().manual_seed(1))),
+        apply_rope: lambda x, out: apply_rope(x, rotations),
     }[island]
     assert compute(x, out).dtype == torch.bfloat16
     assert compute(x, out).equal(compute(x.float(), out.float()).bfloat16())
@@ -136,3 +137,13 @@ def test_modulation_without_gradients_takes_what_it_takes_with_them(shape, dtype
         expected = modulate(x, shift, scale)
     with torch.no_grad():
         assert relative_error(modulate(x, shift, scale), expected) < 1e-6
+
+
+def test_rotations_are_made_once_for_all_steps_and_anew_for_another_grid(monkeypatch):
+    dit.keep_rotations.cache_clear()
+    made = []
+    monkeypatch.setattr(dit, "build_angles_3d", lambda *given: made.append(given[0]) or build_angles_3d(*given))
+    model = DiT(SMALL_DIT)
+    for grid in ((2, 4, 6), (2, 4, 6), (2, 6, 4)):
+        model(**random_inputs(grid=grid))
+    assert made == [(2, 2, 3), (2, 3, 2)]

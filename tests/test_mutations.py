@@ -119,9 +119,9 @@ MUTATIONS = [Mutation(*row) for row in (
      rope.build_angles_3d, "t[:, None, None]", "0 * t[:, None, None]"),
     ("RoPE before the norms of queries and keys", "dit",
      dit.Attention.forward,
-     "q, k = self.q_norm(q), self.k_norm(k)\n    if angles is not None:\n"
-     "        q, k = apply_rope(q, angles), apply_rope(k, angles)\n",
-     "if angles is not None:\n        q, k = apply_rope(q, angles), apply_rope(k, angles)\n"
+     "q, k = self.q_norm(q), self.k_norm(k)\n    if rotations is not None:\n"
+     "        q, k = apply_rope(q, rotations), apply_rope(k, rotations)\n",
+     "if rotations is not None:\n        q, k = apply_rope(q, rotations), apply_rope(k, rotations)\n"
      "    q, k = self.q_norm(q), self.k_norm(k)\n"),
     ("norms of queries and keys swapped", "dit",
      dit.Attention.forward, "self.q_norm(q), self.k_norm(k)", "self.k_norm(q), self.q_norm(k)"),
@@ -146,9 +146,9 @@ MUTATIONS = [Mutation(*row) for row in (
     ("GELU by tanh", "dit",
      dit.FeedForward.forward, "F.gelu(self.linear_in(x))", "F.gelu(self.linear_in(x), approximate='tanh')"),
     ("text mask dropped in the text blocks", "dit_mask",
-     dit.DiT.forward, "text_angles, text_mask)", "text_angles, None)"),
+     dit.DiT.forward, "text_rotations, text_mask)", "text_rotations, None)"),
     ("text mask dropped in cross-attention", "dit_mask",
-     dit.DiT.forward, "angles, text_mask, config.nabla", "angles, None, config.nabla"),
+     dit.DiT.forward, "rotations, text_mask, config.nabla", "rotations, None, config.nabla"),
     ("mask added to the scores as numbers", "dit_mask",
      attention.attention, "attn_mask=mask)", "attn_mask=None if mask is None else mask.to(q.dtype))"),
 
@@ -175,7 +175,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("tiles with rows and columns swapped on the way back", "dit_nabla",
      nabla.from_tiles, "B (T H W h w) C", "B (T H W w h) C"),
     ("RoPE not in tile order", "dit_nabla",
-     dit.DiT.forward, "nabla.to_tiles(angles[None])[0]", "angles.flatten(0, 2)"),
+     dit.keep_rotations, "nabla.to_tiles(angles[None])[0]", "angles.flatten(0, 2)"),
     ("tiles of queries taken for tiles of keys", "dit_nabla",
      attention.block_sparse_attention, "kept[n].nonzero()[:, 1]", "kept[n].nonzero()[:, 0]"),
 
@@ -393,14 +393,19 @@ def test_every_case_notices_something():
 
 
 @pytest.fixture(autouse=True)
-def no_window_of_a_mutation_is_left():
+def no_table_of_a_mutation_is_left():
     yield
+    forget_tables()
+
+
+def forget_tables() -> None:
     nabla.keep_window.cache_clear()
+    dit.keep_rotations.cache_clear()
 
 
 def replace_code(monkeypatch: pytest.MonkeyPatch, function: Callable, right: str, wrong: str) -> None:
     """Compile the source of `function` with `right` replaced, and put that in it, for all who have imported it."""
-    nabla.keep_window.cache_clear()  # nothing built before the change is to be used after it
+    forget_tables()  # nothing built before the change is to be used after it
     function = inspect.unwrap(getattr(function, "__func__", function))  # below @classmethod and @inference_mode
     source = textwrap.dedent(inspect.getsource(function))
     found = source.count(right)

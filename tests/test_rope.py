@@ -2,13 +2,20 @@
 
 import torch
 
-from kandinsky5.rope import apply_rope, apply_rope_half_split, build_angles, build_angles_3d, scale_for_size
+from kandinsky5.rope import (
+    apply_rope,
+    apply_rope_half_split,
+    build_angles,
+    build_angles_3d,
+    build_rotations,
+    scale_for_size,
+)
 
 
 def test_interleaved_pairs_are_rotated_like_complex_numbers():
     x, angles = torch.randn(2, 3, 5, 8), torch.randn(5, 4) * 10
     expected = torch.view_as_complex(x.reshape(2, 3, 5, 4, 2)) * torch.exp(1j * angles)
-    torch.testing.assert_close(apply_rope(x, angles), torch.view_as_real(expected).flatten(-2))
+    torch.testing.assert_close(apply_rope(x, build_rotations(angles)), torch.view_as_real(expected).flatten(-2))
 
 
 def test_half_split_pairs_are_rotated_like_complex_numbers():
@@ -44,7 +51,7 @@ def test_angles_stay_float32_for_half_precision_input():
     x = torch.randn(1, 1, 3, 4, dtype=torch.bfloat16)
     angles = build_angles(torch.tensor([0, 500, 1000]), 4)
     assert angles.dtype == torch.float32
-    assert apply_rope(x, angles).dtype == torch.bfloat16
+    assert apply_rope(x, build_rotations(angles)).dtype == torch.bfloat16
 
 
 def test_scale_for_size_is_that_of_diffusers():
