@@ -1,0 +1,39 @@
+"""`make nano` from nothing: its commands as they stand in the Makefile, in their order, each run for one step."""
+
+import functools
+import importlib
+import shlex
+import subprocess
+from pathlib import Path
+
+from kandinsky5.nano import distill, judge, train_dit, train_text, train_vae
+from kandinsky5.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_stages_fit_together(monkeypatch, tmp_path):
+    for stage in (train_vae, train_text, train_dit, distill):
+        monkeypatch.setattr(stage, "train", functools.partial(train, stop_after=1))
+    monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
+    monkeypatch.setattr(train_vae, "test", lambda *_, **__: {})
+    monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 2000)
+    monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
+    monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(judge, "examine", examine_in_one_step)
+    monkeypatch.setattr(judge, "EXAM", {name: judge.EXAM[name] for name in ("two objects", "ground truth")})
+
+    make = ["make", "--silent", "nano", "PYTHON=echo", f"RUNS={tmp_path}", "PROMPTS=1"]
+    for command in subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        _, module, *arguments = shlex.split(command)  # -m kandinsky5.nano.train_vae --folder …
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        importlib.import_module(module).main()
+
+    for name in ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s"):
+        card = (tmp_path / "checkpoints" / name / "README.md").read_text()
+        assert "**Trained**: 1 steps" in card and "| ground truth | 1 | 100.0 |" in card
+
+
+def examine_in_one_step(*arguments, examine=judge.examine, **options):
+    return examine(*arguments, **options | {"num_inference_steps": 1})
