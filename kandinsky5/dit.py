@@ -76,7 +76,7 @@ class DiT(nn.Module):
         return unpatchify(self.final_layer(x, vec), config.patch_size)  # (B, T, H, W, out_channels)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 @torch.inference_mode(False)  # what is kept may be met again in training
 def keep_rotations(
     grid: tuple[int, int, int],
@@ -87,7 +87,7 @@ def keep_rotations(
 ) -> Tensor:
     """RoPE of a grid (T, H, W) of tokens in the order of `DiT.forward`: complex64 (L, D/2).
 
-    Made once for all steps and shared by all who ask, so not to be changed. See `rope.build_angles_3d`.
+    Made once for all steps and shared by all who ask, so not to be changed; 12 MB for Lite at 512×768×121.
     """
     angles = build_angles_3d(grid, axes, scale, device)  # (T, H, W, D/2)
     return build_rotations(nabla.to_tiles(angles[None])[0] if in_tiles else angles.flatten(0, 2))

@@ -15,10 +15,11 @@ import functools
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,6 +82,12 @@ def train(
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
     stop_after: leave after this step as if cut off (the schedule is still that of recipe.steps).
     """
+    forget_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    if recipe.checkpointing:
+        if not isinstance(model, DiT):
+            raise ValueError(f"checkpointing is for a DiT and not for a {type(model).__name__}: leave it out")
+        forget_activations = functools.partial(gradient_checkpointing, model)
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -93,12 +100,6 @@ def train(
     rows: list[dict[str, float]] = []
     last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
 
-    forgetting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    if recipe.checkpointing:
-        if not isinstance(model, DiT):
-            raise ValueError(f"checkpointing is for a DiT and not for a {type(model).__name__}: leave it out")
-        forgetting = functools.partial(gradient_checkpointing, model)
-
     model.train()
     bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step")
     while step < last:
@@ -107,7 +108,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * (recipe.muon_rate if isinstance(optimizer, torch.optim.Muon) else 1)
         for part in range(recipe.accumulate):
-            with forgetting(), torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
+            with forget_activations(), torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
                 value, figures = loss([recipe.seed, step, part])
             (value.float() / recipe.accumulate).backward()
             rows.append({"loss": float(value.detach()), **figures})
@@ -140,14 +141,15 @@ def train(
 
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
-    """A command ends on ValueError or OSError with the message and exit code 2, on an interrupt with how to go on."""
+    """A command ends on ValueError or OSError with exit code 2, on Ctrl-C or SIGTERM with how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the state saved last, at most minutes ago", file=sys.stderr)
+        print("\nstopped: the same command goes on from what it last saved", file=sys.stderr)
         sys.exit(130)
 
 
@@ -336,7 +338,7 @@ def gradient_checkpointing(model: DiT) -> Iterator[None]:
     The gradient comes after `autocast_dit` has ended, so what is computed again enters it again.
     """
 
-    def contexts():  # of now, and of then
+    def contexts():  # of the forward, and of the one that is computed again
         autocast = any("forward" in vars(m) for m in model.modules() if isinstance(m, Float32Linear))
         return contextlib.nullcontext(), autocast_dit(model) if autocast else contextlib.nullcontext()
 
@@ -380,20 +382,25 @@ def load_state(
 ) -> tuple[int, float]:
     """Fill them from `path`, if there is such a file; returns (step, seconds) or (0, 0.0).
 
-    ValueError if the state is of a run with another recipe: neither of the two could go on as if never cut.
+    ValueError if the state is of a run with another recipe, checkpointing aside: neither could go on as if never cut.
     """
     if not path.is_file():
         return 0, 0.0
     state = torch.load(path, map_location=_device(model), weights_only=True)
-    begun = Recipe(**state["recipe"])
-    differing = [f.name for f in fields(Recipe) if getattr(begun, f.name) != getattr(recipe, f.name)]
-    if differing:
-        told = ", ".join(f"{name} {getattr(begun, name)} and not {getattr(recipe, name)}" for name in differing)
-        raise ValueError(f"the run in {path.parent} was begun with {told}: go on with the same, or take another folder")
+    saved = asdict(recipe) | state.get("recipe", {})  # states of before there was one are taken as they are
+    differences = ", ".join(
+        f"{name} {saved[name]} and not {value}"
+        for name, value in asdict(recipe).items()
+        if name != "checkpointing" and saved[name] != value
+    )
+    if differences:
+        raise ValueError(
+            f"the run in {path.parent} was begun with {differences}: go on with the same, or take another folder"
+        )
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
     return state["step"], state["seconds"]
 
 

@@ -148,12 +148,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = conv_normalised(x, self.norm_1, self.conv_1)
         y = conv_normalised(y, self.norm_2, self.conv_2, into=y)
-        if torch.is_grad_enabled():
-            return y + self.shortcut(x)
-        step = frames_at_a_time(x)
-        for i in range(0, x.shape[2], step):
-            y[:, :, i : i + step].add_(self.shortcut(x[:, :, i : i + step]))
-        return y
+        return add_in_pieces(y, x, self.shortcut)
 
 
 class CausalAttention(nn.Module):
@@ -269,7 +264,8 @@ def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """A 3×3×3 conv whose output frame sees itself and the two frames before; borders are replicated.
 
-    (B, C, T, H, W) → (B, C', T', H', W'), each size divided by its stride and rounded up.
+    (B, C, T, H, W) → (B, C', T', H', W'), each size divided by its stride and rounded up. Large frames on a CPU are
+    computed two at a time.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int, int] = 1):
@@ -288,7 +284,7 @@ def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tens
     """`conv(silu(norm(x)))`, without gradients a few frames at a time: (B, C, T, H, W) → (B, C', T, H, W).
 
     Normalised, padded and in the kernel's own layout, copies of a whole clip would be most of the memory that
-    decoding takes. The result may be written to `into`, which may be x itself, whose frames go one by one.
+    decoding takes. Where frames go in pieces the result is written to `into`, which may be x itself.
     """
     T, step = x.shape[2], frames_at_a_time(x)
     if step >= T:
@@ -303,8 +299,19 @@ def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tens
     return out
 
 
+def add_in_pieces(y: Tensor, x: Tensor, shortcut: nn.Module) -> Tensor:
+    """`y + shortcut(x)`, without gradients a few frames at a time in the memory of y: (B, C', T, H, W)."""
+    if torch.is_grad_enabled():
+        return y + shortcut(x)
+    step = frames_at_a_time(x)
+    for result, video in zip(y.split(1), x.split(1), strict=True):
+        for i in range(0, x.shape[2], step):
+            result[:, :, i : i + step].add_(shortcut(video[:, :, i : i + step]))
+    return y
+
+
 def frames_at_a_time(x: Tensor) -> int:
-    """How many frames of x (B, C, T, H, W) to compute at once, an even number; T or more for all, as with gradients."""
+    """How many frames of a clip of x (B, C, T, H, W) to compute at once: all with gradients, else an even number."""
     return x.shape[2] if torch.is_grad_enabled() else max(2, PIECE // x[0, :, 0].numel() // 2 * 2)
 
 
@@ -370,7 +377,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance that `forward` takes of the video x (1, C, T, H, W), for each channel, (C,), in float32.
+        """Mean and variance of the video x (1, C, T, H, W) in `forward`, for each channel, (C,), at least float32.
 
         Frame by frame, so that nothing as large as x is made: the mean of a group is that of its channels' and frames'
         means, its variance the mean of their variances plus the variance of their means.

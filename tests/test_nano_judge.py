@@ -417,6 +417,23 @@ def test_full_attention_is_the_same_weights_without_a_map():
         assert not full(x, text, pooled, torch.tensor([0.5])).equal(expected)
 
 
+def test_the_command_takes_full_attention_where_there_is_nabla(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe, full = FakePipeline(honest=True), object()
+    pipe.dit, pipe.config.dit = None, SimpleNamespace(nabla=SMALL_NABLA)
+    monkeypatch.setattr(judge, "with_full_attention", lambda dit: full)
+    command = ["nano-10s", "--prompts", "1", "--sets", "seen, English"]
+    judge.main(command, lambda *_, **__: pipe)
+    assert pipe.dit is None
+    judge.main([*command, "--full-attention"], lambda *_, **__: pipe)
+    assert pipe.dit is full
+    names = ("judge_nano-10s", "judge_nano-10s-full-attention")
+    assert {path.name for path in tmp_path.iterdir()} == {name + end for name in names for end in (".json", ".md")}
+    pipe.config.dit.nabla = None
+    with pytest.raises(ValueError, match="--full-attention: nano-10s has no NABLA: leave it out"):
+        judge.main([*command, "--full-attention"], lambda *_, **__: pipe)
+
+
 def test_the_questions_do_not_depend_on_the_run():
     scene, said = judge.question("two objects", 5)
     assert (scene, said) == judge.question("two objects", 5) != judge.question("two objects", 6)

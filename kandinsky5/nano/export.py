@@ -3,10 +3,12 @@
 python -m kandinsky5.nano.export --runs runs --vae runs/vae --text runs/text --to kandinsky5/nano/weights
 
 `nano` is complete. The others hold a DiT, and name `nano` as the base that VAE, encoders and tokenizers come from.
-The judge's tables go into the cards if they are there: `judge_NAME.md` in the folder that --judged names.
+The judge's tables go into the cards if they are there: `judge_NAME.json` in the folder that --judged names.
 """
 
 import argparse
+import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 from kandinsky5.checkpoint import save_checkpoint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
+from kandinsky5.nano.judge import EXAM
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
 from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
@@ -30,17 +33,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and long")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
-    parser.add_argument("--judged", type=Path, help="folder of the judge's tables of these weights, judge_NAME.md")
-    parser.add_argument("--remark", default="", help="a sentence for nano's card, such as what its run began from")
+    parser.add_argument("--judged", type=Path, help="folder of the judge's answers for these weights, judge_NAME.json")
+    parser.add_argument("--remark", action="append", default=[], metavar="NAME=TEXT", help="for a card")
     parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
     arguments = parser.parse_args()
+    remarks = dict(remark.split("=", 1) for remark in arguments.remark if "=" in remark)
+    if len(remarks) < len(arguments.remark) or not remarks.keys() <= RUNS.keys():
+        parser.error(f"--remark takes NAME=TEXT, once for a name of {', '.join(RUNS)}")
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
             folder = arguments.to / name
             export(name, arguments.runs / run, arguments.vae, arguments.text, folder)
-            remark = arguments.remark if name == "nano" else ""
-            judged = arguments.judged / f"judge_{name}.md" if arguments.judged else None
-            write_card(name, arguments.runs, folder, judged, remark)
+            judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
+            write_card(name, arguments.runs, folder, judged, remarks.get(name, ""))
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
@@ -80,9 +85,15 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
 
 ## Judged
 
-By `python -m kandinsky5.nano.judge {name}`, in per cent, on scenes and phrasings that were not used in training:
-
 {judged}"""
+JUDGED = """\
+In per cent, on scenes and phrasings that were not used in training:
+
+```bash
+{command}
+```
+
+{table}"""
 WHAT = {
     "nano": "Text and image to video, with guidance: every step asks the network twice.",
     "nano-nocfg": "`nano` with its guidance distilled into one pass a step.",
@@ -125,9 +136,20 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark:
         sampling_steps=config.sampling.num_inference_steps,
         guidance=config.sampling.guidance_scale,
         shift=config.sampling.shift,
-        judged=judged.read_text() if judged and judged.is_file() else "not yet\n",
+        judged=describe_exam(name, judged) if judged and judged.is_file() else "Not yet.\n",
     )
     (folder / "README.md").write_text(card)
+
+
+def describe_exam(name: str, judged: Path) -> str:
+    """The judge's table beside the file `judged`, below the command that makes it."""
+    settings = json.loads(judged.read_text(encoding="utf-8"))["settings"]
+    command = ["python", "-m", "kandinsky5.nano.judge", name]
+    command += ["--prompts", str(settings["prompts"]), "--dtype", settings["dtype"]]
+    if settings["sets"] != list(EXAM):
+        command += ["--sets", *settings["sets"]]
+    table = judged.with_suffix(".md").read_text(encoding="utf-8")
+    return JUDGED.format(command=shlex.join(command), table=table)
 
 
 if __name__ == "__main__":

@@ -506,7 +506,13 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     add("--full-attention", action="store_true", help="let a DiT with NABLA see all tokens")
     add("--device", default="cpu", help="default: cpu")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="float32", help="default: float32")
-    add("-o", "--output", metavar="FILE", help="table as .json, and as .md beside it (default: judge_CHECKPOINT.json)")
+    add(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="table as .json, and as .md beside it (default: judge_CHECKPOINT.json; "
+        "with full attention judge_CHECKPOINT-full-attention.json)",
+    )
     args = parser.parse_args(arguments)
     if args.prompts < 1 or args.batch_size < 1:
         parser.error(f"--prompts {args.prompts} and --batch-size {args.batch_size} must be at least 1")
@@ -515,9 +521,12 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
 
     from kandinsky5 import Pipeline
 
-    output = Path(args.output or f"judge_{Path(args.checkpoint).resolve().name}.json").with_suffix(".json")
+    name = Path(args.checkpoint).resolve().name + "-full-attention" * args.full_attention
+    output = Path(args.output or f"judge_{name}.json").with_suffix(".json")
     pipe = (load or Pipeline.load)(args.checkpoint, device=args.device, dtype=getattr(torch, args.dtype))
     if args.full_attention:
+        if not pipe.config.dit.nabla:
+            raise ValueError(f"--full-attention: {args.checkpoint} has no NABLA: leave it out")
         pipe.dit = with_full_attention(pipe.dit)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     summaries, mistakes = {}, {}

@@ -64,12 +64,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="default: %(default)s")
     parser.add_argument("--start-from", type=Path, help="folder of another run; begins with its averaged weights")
     parser.add_argument(
-        "--seed", type=int, default=RECIPE.seed, help="of batches and noise; after --start-from one not yet used"
+        "--seed", type=int, default=RECIPE.seed, help="of batches and noise; with --start-from not that run's own"
     )
     parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more work, the same result")
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error(f"--steps {arguments.steps} must be at least 1")
+    if arguments.steps < 1 or arguments.seed < 0:
+        parser.error(f"--steps {arguments.steps} must be at least 1 and --seed {arguments.seed} at least 0")
     vae = load_vae(arguments.vae)
     recipe = replace(RECIPE, steps=arguments.steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
     torch.manual_seed(recipe.seed)
@@ -174,8 +174,9 @@ class ClipStore:
 
     def fill(self, available: int) -> None:
         """Draw and encode until there are at least `available` clips."""
-        began = self.count
-        bar = tqdm(total=available, initial=began, desc="drawing and encoding", unit="clip", delay=2, leave=False)
+        if self.count >= available:
+            return
+        bar = tqdm(total=available, initial=self.count, desc="drawing and encoding", unit="clip", delay=2, leave=False)
         while self.count < available:
             rows = range(self.count, self.count + self.CHUNK)
             self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
@@ -184,8 +185,7 @@ class ClipStore:
             if self.count % 512 == 0:
                 self._keep_count()
         bar.close()
-        if self.count > began:
-            self._keep_count()
+        self._keep_count()
 
     def _check_world(self, path: Path) -> None:
         """What is on disk belongs to scenes that are not: if the world has changed since, captions would be wrong."""
