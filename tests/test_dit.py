@@ -139,11 +139,18 @@ def test_modulation_without_gradients_takes_what_it_takes_with_them(shape, dtype
         assert relative_error(modulate(x, shift, scale), expected) < 1e-6
 
 
-def test_rotations_are_made_once_for_all_steps_and_anew_for_another_grid(monkeypatch):
+def test_rotations_are_made_once_for_all_steps_and_anew_for_others(monkeypatch):
     dit.keep_rotations.cache_clear()
     made = []
     monkeypatch.setattr(dit, "build_angles_3d", lambda *given: made.append(given[0]) or build_angles_3d(*given))
-    model = DiT(SMALL_DIT)
-    for grid in ((2, 4, 6), (2, 4, 6), (2, 6, 4)):
-        model(**random_inputs(grid=grid))
-    assert made == [(2, 2, 3), (2, 3, 2)]
+    model, sparse = DiT(SMALL_DIT), DiT(replace(SMALL_DIT, nabla=SMALL_NABLA))
+    twice = {"rope_scale": (2.0, 1.0, 1.0)}
+    for network, grid, options in (
+        (model, (2, 16, 32), {}),
+        (model, (2, 16, 32), {}),
+        (model, (2, 32, 16), {}),
+        (model, (2, 32, 16), twice),
+        (sparse, (2, 32, 16), twice),
+    ):
+        network(**random_inputs(grid=grid), **options)
+    assert made == [(2, 8, 16), (2, 16, 8), (2, 16, 8), (2, 16, 8)]

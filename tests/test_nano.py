@@ -4,15 +4,21 @@ A few clips of each model, so that a broken pipeline or broken weights are seen 
 are of hundreds.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from kandinsky5 import Pipeline
+from kandinsky5.checkpoint import fingerprint
 from kandinsky5.inspect import block_map, record_attention
-from kandinsky5.nano import judge
+from kandinsky5.nano import judge, presets
 from kandinsky5.nano.world import caption, sample_scene
+from kandinsky5.pipeline import SHIPPED
 
+JUDGED = Path(__file__).resolve().parents[1] / "docs" / "judge"
 TRAINED = ("nano", "nano-nocfg", "nano-distilled16steps")  # nano-10s takes ten times as long: it has a test of its own
 
 
@@ -50,6 +56,16 @@ def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
     assert sum(right) >= len(right) - 1, results
     kept = torch.stack([kept.float().mean() for calls in seen.values() for kept in calls]).mean()
     assert kept <= 0.6, f"NABLA kept {kept:.0%} of the tiles"
+
+
+def test_the_judge_saw_the_weights_that_are_shipped():
+    for name in presets.PRESETS:
+        judged = json.loads((JUDGED / f"judge_{name}.json").read_text(encoding="utf-8"))
+        assert judged["fingerprint"] == fingerprint(SHIPPED / name), f"{name} was judged with other weights"
+
+
+def test_the_family_takes_30_mb_at_most():
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 30e6
 
 
 def test_the_same_clips_are_not_what_other_prompts_say():

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kandinsky5 import attention
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
@@ -108,8 +107,7 @@ def train_long(
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         available = LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1]
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
-        # The same tiles through a mask: of so few tokens that is faster than tile by tile, most of all backward.
-        with autocast_dit(dit), attention.use("dense"):
+        with autocast_dit(dit):  # NABLA's tiles through a mask: of so few tokens that is faster than tile by tile
             arguments = (batch.x, features.text, features.pooled, batch.t, features.mask)
             predicted = dit(*arguments, config.sampling.rope_scale)
         return flow_loss(predicted, batch.velocity, batch.asked), {}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange, reduce
@@ -520,6 +521,8 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     import torch
 
     from kandinsky5 import Pipeline
+    from kandinsky5.checkpoint import fingerprint
+    from kandinsky5.pipeline import find_checkpoint
 
     name = Path(args.checkpoint).resolve().name + "-full-attention" * args.full_attention
     output = Path(args.output or f"judge_{name}.json").with_suffix(".json")
@@ -529,15 +532,16 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
             raise ValueError(f"--full-attention: {args.checkpoint} has no NABLA: leave it out")
         pipe.dit = with_full_attention(pipe.dit)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    summaries, mistakes = {}, {}
+    document: dict[str, Any] = {"settings": vars(args), "sets": {}, "mistakes": {}}
+    if not load:
+        document["fingerprint"] = fingerprint(find_checkpoint(args.checkpoint))
     for name in args.sets:
         results = list(examine(pipe, name, args.prompts, args.batch_size, tuple(args.canvas), args.seed, **options))
-        summaries[name] = summarise(results)
-        mistakes[name] = [result for result in results if not all(result["answers"].values())]
-        document = {"settings": vars(args), "sets": summaries, "mistakes": mistakes}  # what there is, after each set
-        _write(output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        _write(output.with_suffix(".md"), format_table(summaries))
-    print(format_table(summaries), end="")
+        document["sets"][name] = summarise(results)
+        document["mistakes"][name] = [result for result in results if not all(result["answers"].values())]
+        _write(output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")  # what there is, after each set
+        _write(output.with_suffix(".md"), format_table(document["sets"]))
+    print(format_table(document["sets"]), end="")
 
 
 if __name__ == "__main__":
