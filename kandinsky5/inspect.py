@@ -19,7 +19,7 @@ Names are those of `model.named_modules()`; a * stands for one part of a name, *
 one pass through the module. With guidance a step of the sampler is one call with 2B samples, those with the prompt
 first, or for long clips two calls with B (`pipeline.ONE_PASS`). Tokens are in the order of the DiT, (T, H, W) row by
 row, with NABLA in tile order (`nabla.from_tiles` undoes it). The VAE works on a few frames at a time
-(`vae.conv_normalised`): a convolution is then called for each piece, and a norm is not called as a module.
+(`vae.conv_normalised`) where they are large: a convolution is then called for each piece, and a norm not as a module.
 Not for several threads at once.
 """
 

@@ -71,6 +71,7 @@ def train(
     log_every: int = 20,
     save_seconds: float = 180,
     stop_after: int | None = None,
+    progress: bool = True,
 ) -> Model:
     """Train `model` in place; returns a copy of it with the averaged weights.
 
@@ -81,6 +82,7 @@ def train(
     sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
     stop_after: leave after this step as if cut off (the schedule is still that of recipe.steps).
+    progress: show steps, rate, time left and loss.
     """
     forget_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if recipe.checkpointing:
@@ -101,7 +103,7 @@ def train(
     last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
 
     model.train()
-    bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step")
+    bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step", disable=not progress)
     while step < last:
         rate = learning_rate(step, recipe)
         for optimizer in optimizers:

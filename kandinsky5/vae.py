@@ -271,10 +271,10 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int, int] = 1):
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride)
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """past (B, C, 2, H, W): the frames before x. Without it x begins the video, and its first frame stands in."""
-        large = x.device.type == "cpu" and x[0, :, 0].numel() >= PAIRS_FROM
-        x = _pad(x, past=2) if past is None else _pad(torch.cat([past, x], dim=2), past=0)
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """padded: x (B, C, T + 2, H + 2, W + 2) has its borders and the two frames before it already."""
+        x = x if padded else _pad(x, past=2)
+        large = x.device.type == "cpu" and x[0, :, 0, 1:-1, 1:-1].numel() >= PAIRS_FROM
         if large and self.stride == (1, 1, 1) and not torch.is_grad_enabled():
             return conv_in_pairs(x, self)
         return super().forward(x)
@@ -291,11 +291,13 @@ def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tens
         return conv(silu(norm(x)))
     out = _empty_like(x, conv.out_channels, *x.shape[2:]) if into is None else into
     for video, result in zip(x.split(1), out.split(1), strict=True):
-        (mean, variance), past = norm.statistics(video), None
+        (mean, variance), window = norm.statistics(video), None
         for i in range(0, T, step):
-            frames = norm.activate(video[:, :, i : i + step], mean, variance)
-            result[:, :, i : i + step] = conv(frames, past)
-            past = frames[:, :, -2:]
+            frames = _pad(norm.activate(video[:, :, i : i + step], mean, variance), past=0)
+            past = [frames[:, :, :1]] * 2 if window is None else [window[:, :, -2:]]
+            window = torch.cat([*past, frames], dim=2)
+            del past, frames  # the conv needs room
+            result[:, :, i : i + step] = conv(window, padded=True)
     return out
 
 

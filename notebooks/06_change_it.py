@@ -310,7 +310,8 @@ def loss(seed, batch_size=16):
 
 model = with_path_input(pipe.dit)
 with tempfile.TemporaryDirectory() as folder:
-    trained = train(model, loss, Recipe(steps=300, learning_rate=6e-4, warmup=20, ema=0.98, constant=0.5), folder)
+    recipe = Recipe(steps=300, learning_rate=6e-4, warmup=20, ema=0.98, constant=0.5)
+    trained = train(model, loss, recipe, folder, progress=False)
     rows = read_rows(Path(folder) / "loss.csv")
 print(f"{len(rows_of_words)} clips, {rows[-1]['step']} steps in {float(rows[-1]['seconds']):.0f} s: loss "
       f"{float(rows[0]['loss']):.3f} → {float(rows[-1]['loss']):.3f}")  # fmt: skip
@@ -369,7 +370,7 @@ for key, values in away.items():
 assert sum(away["with the path"]) < sum(away["without"])
 
 # %% [markdown]
-# With a path the object is 3 to 4 pixels from where it was asked to be, in the mean over the frames, and 15 to 18 without. In
+# With a path the object is 2 to 4 pixels from where it was asked to be, in the mean over the frames, and 15 to 24 without. In
 # motion it is blurred and loses its shape: 300 steps are few.
 #
 # In the package the path would be an argument of `Pipeline.__call__`, go into the condition that `_build_condition` makes, and

@@ -52,7 +52,7 @@ with torch.inference_mode():
     ],
 )
 def test_memory_is_as_estimated(size, batch, dtype, space):
-    """Peaks over the resting process are at most the estimate and at least two thirds of it.
+    """Peaks over the resting process are at most the estimate and at least six tenths of it.
 
     glibc is told to give back what is freed: else it may keep up to 0.3 GB, more than these small clips need.
     """
@@ -63,7 +63,7 @@ def test_memory_is_as_estimated(size, batch, dtype, space):
     done = subprocess.run([sys.executable, "-c", MEASURE, case], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout)
-    assert 2 / 3 * estimate < peak < estimate, f"{peak / 1e6:.0f} MB measured, {estimate / 1e6:.0f} MB estimated"
+    assert 0.6 * estimate < peak < estimate, f"{peak / 1e6:.0f} MB measured, {estimate / 1e6:.0f} MB estimated"
 
 
 def test_memory_with_tiles_does_not_grow_with_the_clip():
