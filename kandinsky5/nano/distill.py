@@ -6,6 +6,7 @@ python -m kandinsky5.nano.distill long      --folder runs/long      --teacher ru
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,11 +54,13 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, required=True, help="folder of latents; drawn as far as needed")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more work, the same result")
     arguments = parser.parse_args()
     vae = load_vae(arguments.vae)
     text_encoder = load_text_encoder(arguments.text)
     teacher = load_average(DiT(presets.DIT), arguments.teacher)
-    folder, config, recipe = arguments.folder, CONFIGS[arguments.stage], RECIPES[arguments.stage]
+    folder, config = arguments.folder, CONFIGS[arguments.stage]
+    recipe = replace(RECIPES[arguments.stage], checkpointing=arguments.checkpointing)
     clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
     stage = train_long if config is presets.LONG else distill
     stage(folder, config, teacher, clips, text_encoder, recipe)

@@ -487,7 +487,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None, load: Callable | None = None) -> None:
-    """The command line. `load` stands in for `Pipeline.load` in tests."""
+    """The command line; ValueError: --full-attention without NABLA. `load` stands in for `Pipeline.load` in tests."""
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m kandinsky5.nano.judge",
@@ -549,3 +549,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped: the sets that were done are on disk", file=sys.stderr) or 130)

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=RECIPE.seed, help="of batches and noise; with --start-from not that run's own"
     )
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more work, the same result")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more work, the same result")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.seed < 0:
         parser.error(f"--steps {arguments.steps} must be at least 1 and --seed {arguments.seed} at least 0")
