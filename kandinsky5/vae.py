@@ -302,7 +302,7 @@ def conv_normalised(x: Tensor, norm: "GroupNorm", conv: CausalConv3d, into: Tens
 
 
 def add_in_pieces(y: Tensor, x: Tensor, shortcut: nn.Module) -> Tensor:
-    """`y + shortcut(x)`, x (B, C, T, H, W), y (B, C', T, H, W); without gradients a few frames at a time, in place of y."""
+    """`y + shortcut(x)`, x (B, C, T, H, W), y (B, C', T, H, W); without gradients a few frames at a time, into y."""
     if torch.is_grad_enabled():
         return y + shortcut(x)
     step = frames_at_a_time(x)
