@@ -69,7 +69,7 @@ def train(
     sample: Callable[[Model, int], dict[str, float] | None] | None = None,
     sample_every: int = 1000,
     log_every: int = 20,
-    save_seconds: float = 180,
+    save_seconds: float = 60,
     stop_after: int | None = None,
     progress: bool = True,
 ) -> Model:
@@ -103,6 +103,8 @@ def train(
     last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
 
     model.train()
+    if step:
+        tqdm.write(f"{folder} goes on from step {step:,}", file=sys.stderr)
     bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step", disable=not progress)
     while step < last:
         rate = learning_rate(step, recipe)
@@ -151,7 +153,7 @@ def refusals_in_one_line() -> Iterator[None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from what it last saved", file=sys.stderr)
+        print("\nstopped: the same command goes on from what was saved last, a minute ago or not yet", file=sys.stderr)
         sys.exit(130)
 
 

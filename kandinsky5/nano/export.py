@@ -40,6 +40,10 @@ def main() -> None:
     remarks = dict(remark.split("=", 1) for remark in arguments.remark if "=" in remark)
     if len(remarks) < len(arguments.remark) or not remarks.keys() <= RUNS.keys():
         parser.error(f"--remark takes NAME=TEXT, once for a name of {', '.join(RUNS)}")
+    if not any((arguments.runs / run / "state.pt").is_file() for run in RUNS.values()):
+        parser.error(
+            f"--runs {arguments.runs} holds none of the runs {', '.join(RUNS.values())}: train one first (make dit)"
+        )
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
             folder = arguments.to / name

@@ -517,6 +517,8 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     args = parser.parse_args(arguments)
     if args.prompts < 1 or args.batch_size < 1:
         parser.error(f"--prompts {args.prompts} and --batch-size {args.batch_size} must be at least 1")
+    if args.output and Path(args.output).suffix not in ("", ".json"):
+        parser.error(f"-o {args.output}: the answers are a .json file, with a .md beside it")
 
     import torch
 
@@ -542,6 +544,7 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
         _write(output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")  # what there is, after each set
         _write(output.with_suffix(".md"), format_table(document["sets"]))
     print(format_table(document["sets"]), end="")
+    print(f"written to {output} and {output.with_suffix('.md').name}", file=sys.stderr)
 
 
 if __name__ == "__main__":
