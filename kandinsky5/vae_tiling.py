@@ -68,7 +68,7 @@ def vae_memory(
     Most are needed in the first block of the last stage, which sees the finished video's grid: its input and what its
     first convolution makes of it. Add the copies of a few frames that `vae.conv_normalised` works on, and the frames
     themselves: in three channels what a window's tiles are put together of, and the whole video in bytes, twice
-    while its windows are. From sizes alone: on a CPU the measured peaks are 0.65 to 0.99 of it, and up to 0.3 GB
+    while its windows are. From sizes alone: on a CPU the measured peaks are 0.65 to 0.96 of it, and up to 0.3 GB
     more where glibc keeps what was freed.
     """
     time, space = config.time_factor, config.space_factor
@@ -83,7 +83,7 @@ def vae_memory(
         frame = height * width * channels
         at_a_time = max(2, PIECE // frame // 2 * 2)
         # Normalised frames, and twice with two of the past; the rest is what the kernels work on.
-        return frame * (3 * min(window, at_a_time) + 12) * (1 if at_a_time < window else batch)
+        return frame * (3 * min(window, at_a_time) + 13) * (1 if at_a_time < window else batch)
 
     put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
     video = 2 * frames * (space * h) * (space * w) * config.image_channels

@@ -287,7 +287,7 @@ plt.show()
 
 # %% [markdown]
 # With guidance 0 no prompt is obeyed, with 1 to 4 most are, with 8 about half. Four steps want a shift of 1 or 3: at 0.3 and at
-# 10 fewer prompts are obeyed. One step is never enough, two seldom; from four on about four in five of these prompts are.
+# 10 fewer prompts are obeyed. One step is never enough, two seldom; with four about four in five of these prompts are, from eight on nearly all.
 #
 # The released *distilled* checkpoints need only 16 steps and no guidance: there the network was trained further to answer with
 # what many guided steps of its teacher do ([`kandinsky5/train.py`](../kandinsky5/train.py), `step_target`, `guided_target`).

@@ -99,6 +99,7 @@ def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
 
 def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(kandinsky5.compile.compile_models, "__defaults__", ("aot_eager",))
+    monkeypatch.setattr("kandinsky5.vae.PIECE", 0)  # so that the decoder, too, runs what is compiled
     save_small_checkpoint(tmp_path / "small")
     plain = Pipeline.load(tmp_path / "small", dtype=torch.float32)
     with monkeypatch.context() as while_it_loads:
@@ -108,7 +109,7 @@ def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
     assert (frames[0] - frames[1]).abs().max() < 1e-4
     count = graphs()
     both("a cat", progress=False, guidance_scale=1, height=48, num_inference_steps=3)
-    assert graphs() == count >= 2
+    assert graphs() == count > 2
 
 
 def test_generated_code_computes_the_same():
