@@ -4,9 +4,12 @@ import functools
 import importlib
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
-from kandinsky5.nano import distill, judge, train_dit, train_text, train_vae
+from kandinsky5.checkpoint import fingerprint
+from kandinsky5.nano import distill, export, judge, train_dit, train_text, train_vae
+from kandinsky5.pipeline import SHIPPED
 from kandinsky5.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,12 +30,40 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     make = ["make", "--silent", "nano", "PYTHON=echo", f"RUNS={tmp_path}", "PROMPTS=1"]
     for command in subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         _, module, *arguments = shlex.split(command)  # -m kandinsky5.nano.train_vae --folder …
-        monkeypatch.setattr("sys.argv", [module, *arguments])
-        importlib.import_module(module).main()
+        run(monkeypatch, importlib.import_module(module), *arguments)
 
     for name in ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s"):
         card = (tmp_path / "checkpoints" / name / "README.md").read_text()
         assert "**Trained**: 1 steps" in card and "| ground truth | 1 | 100.0 |" in card
+
+
+def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
+    """`nano` of the package stands in for the runs that made it: one step of rate 0, and out comes nano."""
+    monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
+    monkeypatch.setattr(train_dit, "RECIPE", replace(train_dit.RECIPE, learning_rate=0.0, weight_decay=0.0))
+    monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
+    checkpoint = ["--vae", "nano", "--text", "nano"]
+    run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
+    run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, *checkpoint)
+    assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
+    run(
+        monkeypatch,
+        export,
+        "--runs",
+        tmp_path,
+        "--to",
+        tmp_path,
+        "--vae",
+        tmp_path / "nano",
+        "--text",
+        tmp_path / "nano",
+    )
+    assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
+
+
+def run(monkeypatch, module, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    module.main()
 
 
 def examine_in_one_step(*arguments, examine=judge.examine, **options):

@@ -15,7 +15,7 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import ClipStore, draw_batch, encode_text, test
+from kandinsky5.nano.train_dit import ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
 from kandinsky5.sampler import flow_schedule
@@ -26,7 +26,6 @@ from kandinsky5.train import (
     autocast_dit,
     flow_loss,
     guided_target,
-    load_average,
     refusals_in_one_line,
     step_target,
     train,
@@ -50,17 +49,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=RECIPES)
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of the run to start from")
+    parser.add_argument("--teacher", type=Path, required=True, help="run or checkpoint to start from")
     parser.add_argument("--clips", type=Path, required=True, help="folder of latents; drawn as far as needed")
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
-    parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
+    parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
+    parser.add_argument("--steps", type=int, help="default: as many as the stage's recipe has")
+    parser.add_argument("--seed", type=int, default=0, help="of batches and noise; from a checkpoint, not that one's")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more work, the same result")
     arguments = parser.parse_args()
+    recipe = RECIPES[arguments.stage]
+    steps = recipe.steps if arguments.steps is None else arguments.steps
+    if steps < 1 or arguments.seed < 0:
+        parser.error(f"--steps {steps} must be at least 1 and --seed {arguments.seed} at least 0")
+    recipe = replace(recipe, steps=steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
     vae = load_vae(arguments.vae)
     text_encoder = load_text_encoder(arguments.text)
-    teacher = load_average(DiT(presets.DIT), arguments.teacher)
+    teacher = load_dit(arguments.teacher)
     folder, config = arguments.folder, CONFIGS[arguments.stage]
-    recipe = replace(RECIPES[arguments.stage], checkpointing=arguments.checkpointing)
     clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
     stage = train_long if config is presets.LONG else distill
     stage(folder, config, teacher, clips, text_encoder, recipe)

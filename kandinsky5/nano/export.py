@@ -22,6 +22,7 @@ from kandinsky5.nano import presets, world
 from kandinsky5.nano.judge import EXAM
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
+from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "long"}
@@ -31,8 +32,8 @@ def main() -> None:
     """Write a checkpoint folder for each run that there is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and long")
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
-    parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
+    parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
     parser.add_argument("--judged", type=Path, help="folder of the judge's answers for these weights, judge_NAME.json")
     parser.add_argument("--remark", action="append", default=[], metavar="NAME=TEXT", help="for a card")
     parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
@@ -61,14 +62,18 @@ def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) ->
     if name == "nano":
         text_encoder = load_text_encoder(text_run)
         models |= {"vae": load_vae(vae_run), "qwen": text_encoder.qwen, "clip": text_encoder.clip}
-        tokenizers = {key: text_run / f"{key}_tokenizer" for key in ("qwen", "clip")}
+        text_folder = text_run if text_run.exists() else find_checkpoint(text_run)
+        tokenizers = {key: text_folder / f"{key}_tokenizer" for key in ("qwen", "clip")}
     else:
         config = replace(config, base="../nano")
     for model in models.values():
         for parameter in model.parameters():  # the float32 islands too: they are computed in float32 from bf16 weights
             parameter.data = parameter.data.to(torch.bfloat16)
+    new = folder.with_name(f"{folder.name}.new")  # what it replaces may be where VAE and tokenizers are read from
+    shutil.rmtree(new, ignore_errors=True)
+    save_checkpoint(new, config, models, tokenizers)
     shutil.rmtree(folder, ignore_errors=True)
-    save_checkpoint(folder, config, models, tokenizers)
+    new.rename(folder)
 
 
 CARD = """\

@@ -26,7 +26,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.train_text import LANGUAGES, load_text_encoder
-from kandinsky5.nano.train_vae import draw_videos, load_vae, single_frame
+from kandinsky5.nano.train_vae import as_checkpoint, draw_videos, load_vae, single_frame
 from kandinsky5.nano.world import Caption, Scene, caption, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -59,10 +59,10 @@ def main() -> None:
     """Train nano's DiT, as far as it is not done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the run that trained the VAE")
-    parser.add_argument("--text", type=Path, required=True, help="folder of the run that trained the text encoders")
+    parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
+    parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="default: %(default)s")
-    parser.add_argument("--start-from", type=Path, help="folder of another run; begins with its averaged weights")
+    parser.add_argument("--start-from", type=Path, help="run or checkpoint whose (averaged) weights it begins with")
     parser.add_argument(
         "--seed", type=int, default=RECIPE.seed, help="of batches and noise; with --start-from not that run's own"
     )
@@ -75,8 +75,14 @@ def main() -> None:
     torch.manual_seed(recipe.seed)
     dit = DiT(presets.DIT)
     if arguments.start_from:
-        dit.load_state_dict(load_average(DiT(presets.DIT), arguments.start_from).state_dict())
+        dit.load_state_dict(load_dit(arguments.start_from).state_dict())
     train_dit(arguments.folder, dit, vae, load_text_encoder(arguments.text), recipe)
+
+
+def load_dit(source: Path) -> DiT:
+    """What the run in folder `source` has trained so far, or the DiT of a checkpoint; frozen, float32."""
+    checkpoint = as_checkpoint(source)
+    return checkpoint.dit if checkpoint else load_average(DiT(presets.DIT), source)
 
 
 def train_dit(folder: Path, dit: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe = RECIPE) -> DiT:

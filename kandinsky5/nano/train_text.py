@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
 from kandinsky5.nano import presets
+from kandinsky5.nano.train_vae import as_checkpoint
 from kandinsky5.nano.world import (
     BACKGROUNDS,
     COLOURS,
@@ -62,7 +63,9 @@ def main() -> None:
 
 
 def load_text_encoder(folder: Path) -> TextEncoder:
-    """What this stage left in `folder`: both models with their tokenizers, frozen, float32."""
+    """What this stage left in `folder`, or a checkpoint has: both models with their tokenizers, frozen, float32."""
+    if checkpoint := as_checkpoint(folder):
+        return checkpoint.text_encoder
     return TextEncoder(
         presets.TEXT,
         load_average(LanguageModel(), folder / "qwen").qwen,

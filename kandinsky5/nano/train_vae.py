@@ -24,6 +24,7 @@ from kandinsky5 import video_io
 from kandinsky5.nano import presets
 from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.world import SHAPES, Caption, Scene, coverage, draw_scene, sample_scene
+from kandinsky5.pipeline import Pipeline
 from kandinsky5.train import Recipe, generator, load_average, refusals_in_one_line, save_average, train
 from kandinsky5.vae import VAE, CausalConv3d
 
@@ -54,8 +55,19 @@ def main() -> None:
     print(test(vae, folder / "decoder", DECODER_RECIPE.steps, count=300))
 
 
+def as_checkpoint(source: Path) -> Pipeline | None:
+    """The checkpoint in folder `source`, or of that name in the package, in float32; None for a run's folder."""
+    is_checkpoint = (source / "config.json").is_file() or not source.exists() and str(source) in presets.PRESETS
+    return Pipeline.load(source, dtype=torch.float32) if is_checkpoint else None
+
+
 def load_vae(folder: Path) -> VAE:
-    """What this stage left in `folder`, frozen, in float32; the latents are final once it is standardised."""
+    """What this stage left in `folder`, frozen, in float32; the latents are final once it is standardised.
+
+    Here and in the other stages a checkpoint stands in for a run: `nano` is the one of the package.
+    """
+    if checkpoint := as_checkpoint(folder):
+        return checkpoint.vae
     done = "decoder" if (folder / "decoder" / "state.pt").is_file() else "standardised"
     return load_average(VAE(presets.VAE), folder / done)
 
