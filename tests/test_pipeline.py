@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kandinsky5 import Pipeline, attention, pipeline
-from kandinsky5.config import PRESETS
+from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.pipeline import _free_memory
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
@@ -239,18 +239,34 @@ def test_a_device_that_is_not_there(device):
     assert "\n" not in str(caught.value)
 
 
+def size_of(config: PipelineConfig) -> tuple[int, int, int]:
+    """Frames, height and width; of an image at an area of 1024², in steps of 128, those of the video's shape."""
+    if config.name == "i2v-pro-sft-5s-hd":
+        return 121, 768, 1280
+    return config.sampling.num_frames, config.sampling.height, config.sampling.width
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_at_its_size_on_the_meta_device(name):
-    """From token ids to frames, two steps; an operation that meets a tensor left on the CPU fails there."""
-    pipe = build_meta_pipeline(PRESETS[name])
-    sampling = pipe.config.sampling
-    size = (sampling.num_frames, sampling.height, sampling.width)
-    image = torch.zeros(*size[1:], 3, dtype=torch.uint8) if pipe.config.tasks == ("i2v",) else None
-    if name == "i2v-pro-sft-5s-hd":  # the image's shape at an area of 1024², in steps of 128
-        size = (121, 768, 1280)
-    frames = run(pipe, image=image, num_inference_steps=2)
-    assert frames.device.type == "meta" and frames.dtype == torch.uint8
-    assert frames.shape == (1, *size, 3)
+    """From token ids to latents, two steps; an operation that meets a tensor left on the CPU fails there.
+
+    Blocks are all alike, so two stand for up to sixty.
+    """
+    config = PRESETS[name]
+    pipe = build_meta_pipeline(replace(config, dit=replace(config.dit, num_visual_blocks=2)))
+    F, H, W = size_of(config)
+    drawn = torch.zeros(config.sampling.height, config.sampling.width, 3, dtype=torch.uint8)
+    image = drawn if config.tasks == ("i2v",) else None
+    latents = run(pipe, image=image, num_inference_steps=2, output_type="latents")
+    assert latents.device.type == "meta" and latents.shape == (1, (F - 1) // 4 + 1, H // 8, W // 8, 16)
+
+
+@pytest.mark.parametrize("F, H, W", sorted({size_of(config) for config in PRESETS.values()}))
+def test_every_size_decodes_on_the_meta_device(F, H, W):
+    assert len({(config.vae, config.tiling) for config in PRESETS.values()}) == 1  # presets differ in size alone
+    pipe = build_meta_pipeline(replace(PRESETS["t2v-lite-sft-5s"], dit=SMALL_DIT))
+    frames = pipe.decode(torch.empty(1, (F - 1) // 4 + 1, H // 8, W // 8, 16, device="meta", dtype=torch.bfloat16))
+    assert frames.device.type == "meta" and frames.dtype == torch.uint8 and frames.shape == (1, F, H, W, 3)
 
 
 def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):

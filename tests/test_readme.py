@@ -246,6 +246,8 @@ def run_command(command: str, download: Path) -> None:
             assert exit_code(magcache.main, options) == 0
         case ["python", "-m", "kandinsky5.nano.judge", *options]:
             judge.main([*options, "--prompts", "1", "--steps", "1", "--sets", next(iter(judge.EXAM))])
+        case ["python", "-m", "kandinsky5.nano.train_dit" | "kandinsky5.nano.export" as module, *options]:
+            parse(module, options)  # they run in test_make_nano.py
         case ["make", *targets]:
             check_make(targets)
         case ["hf", "download", name, "--local-dir", place]:

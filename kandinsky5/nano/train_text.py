@@ -6,12 +6,13 @@ The Qwen-class encoder learns to go on with a conversation: a caption stands whe
 lists what it says in one fixed manner, so that the caption's tokens must come to mean something. Its tokens must also
 say, one linear layer away, all that they can know of the object they are about. Next token alone does not ask for
 that, and a small DiT on such features gives the attributes of one object to another: both were right in 7 % of
-clips. The CLIP-class encoder learns which of 128 lists belongs to which caption. Both are frozen afterwards, as in the
+clips. The CLIP-class encoder learns which of 128 clips belongs to which caption. Both are frozen afterwards, as in the
 real model.
 """
 
 import argparse
 import string
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_vae import as_checkpoint
+from kandinsky5.nano.train_vae import as_checkpoint, draw_videos
 from kandinsky5.nano.world import (
     BACKGROUNDS,
     COLOURS,
@@ -33,6 +34,7 @@ from kandinsky5.nano.world import (
     RADII,
     SHAPES,
     Caption,
+    Scene,
     caption,
     sample_scene,
 )
@@ -42,8 +44,9 @@ from kandinsky5.tokenizer import CLIP_SPLIT, QWEN_SPLIT, Tokenizer
 from kandinsky5.train import Recipe, load_average, refusals_in_one_line, train
 
 QWEN_RECIPE = Recipe(steps=1000, learning_rate=2e-3, ema=0.998)
-CLIP_RECIPE = Recipe(steps=1000, learning_rate=1e-3, ema=0.998)
+CLIP_RECIPE = Recipe(steps=3000, learning_rate=1e-3, ema=0.998)
 QWEN_BATCH, CLIP_BATCH = 48, 128  # captions
+CLIP_FRAMES = 5  # of a clip, as the tower that looks sees it
 ABOUT_WEIGHT = 10.0
 TOKENIZER_CAPTIONS = 40_000
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -75,11 +78,16 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     )
 
 
-def draw_caption(seed: list[int]) -> Caption:
-    """A caption of a training scene, in English or Russian; it depends on nothing but `seed`."""
+def draw_pair(seed: list[int]) -> tuple[Scene, Caption]:
+    """A training scene and a caption of it, in English or Russian; they depend on nothing but `seed`."""
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)
-    return caption(scene, LANGUAGES[rng.integers(2)], rng)
+    return scene, caption(scene, LANGUAGES[rng.integers(2)], rng)
+
+
+def draw_caption(seed: list[int]) -> Caption:
+    """The caption of `draw_pair`."""
+    return draw_pair(seed)[1]
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
@@ -226,42 +234,48 @@ def answer_accuracy(logits: Tensor, targets: Tensor, start: int) -> float:
 
 
 class CaptionContrast(nn.Module):
-    """CLIP's text tower, and a tower that reads what a caption says as a set; the latter is thrown away."""
+    """CLIP's text tower, and one that looks at clips; the latter is thrown away."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         self.clip = CLIPText(presets.CLIP)
         self.project = nn.Linear(presets.CLIP.dim, width)
-        self.read_object = nn.Sequential(nn.Linear(len(ATTRIBUTES), 256), nn.SiLU(), nn.Linear(256, 128))
-        self.read_scene = nn.Sequential(nn.Linear(128 + len(BACKGROUNDS), 256), nn.SiLU(), nn.Linear(256, width))
+        channels = (3 * CLIP_FRAMES, 32, 64, 128, 128)  # all frames at once: a motion is an edge across them
+        self.look = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(c_in, c_out, 5, stride=2, padding=2), nn.GroupNorm(8, c_out), nn.SiLU())
+                for c_in, c_out in pairwise(channels)
+            ),
+            nn.Flatten(),
+            nn.Linear(channels[-1] * 4 * 4, width),
+        )
         self.log_scale = nn.Parameter(torch.tensor(2.5))
         for table in (self.clip.token_embedding, self.clip.position_embedding):
             nn.init.normal_(table.weight, std=0.1)
 
-    def forward(self, ids: Tensor, objects: Tensor, background: Tensor) -> Tensor:
-        """ids (B, S), objects (B, 2, attributes) and background (B, backgrounds) → scores (B captions, B lists)."""
+    def forward(self, ids: Tensor, clips: Tensor) -> Tensor:
+        """ids (B, S), clips (B, 3, F, 64, 64) → scores (B captions, B clips)."""
         captions = F.normalize(self.project(self.clip(ids)).float(), dim=-1)
-        there = objects.any(dim=-1, keepdim=True)  # (B, 2, 1)
-        things = (self.read_object(objects) * there).sum(dim=1)  # (B, 128): which is first does not matter
-        lists = F.normalize(self.read_scene(torch.cat([things, background], dim=-1)).float(), dim=-1)
-        return self.log_scale.clamp(max=4.6).exp() * captions @ lists.T
+        seen = F.normalize(self.look(clips.flatten(1, 2)).float(), dim=-1)
+        return self.log_scale.clamp(max=4.6).exp() * captions @ seen.T
 
 
 def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> CaptionContrast:
-    """Which caption says what, among the captions of a batch."""
+    """Which caption is of which clip, among those of a batch."""
     torch.manual_seed(recipe.seed)
     model, tokenizer = CaptionContrast(), Tokenizer.load(folder / "clip_tokenizer")
     start, end = presets.CLIP.start_token, presets.CLIP.end_token
     assert (tokenizer.token_id(CLIP_SPECIAL[0]), tokenizer.token_id(CLIP_SPECIAL[1])) == (start, end)
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        captions = [draw_caption([3, *seed, i]) for i in range(CLIP_BATCH)]
+        scenes, captions = zip(*(draw_pair([3, *seed, i]) for i in range(CLIP_BATCH)), strict=True)
         ids = [torch.tensor([start, *tokenizer.encode(said.text), end]) for said in captions]
+        clips = draw_videos(list(scenes), CLIP_FRAMES)
+        scores = model(pad_sequence(ids, batch_first=True, padding_value=end), clips)
+        # Captions that say the same are right answers to each other's clips.
         objects, background = (torch.stack(x) for x in zip(*map(as_set, captions), strict=True))
-        scores = model(pad_sequence(ids, batch_first=True, padding_value=end), objects, background)
-        # Captions that say the same are right answers to each other.
-        lists = torch.cat([objects.sum(dim=1), objects.prod(dim=1), background], dim=-1)
-        same = (torch.cdist(lists, lists, p=1) < 0.5).float()
+        said = torch.cat([objects.sum(dim=1), objects.prod(dim=1), background], dim=-1)
+        same = (torch.cdist(said, said, p=1) < 0.5).float()
         target = same / same.sum(dim=1, keepdim=True)
         value = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return value, {"accuracy": float((target.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean())}
