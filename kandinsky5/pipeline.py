@@ -339,11 +339,15 @@ class Pipeline:
             raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
 
 
+def find_shipped(folder_or_name: str | Path) -> Path:
+    """The path itself, but where nothing is there, the folder of the model of that name in this package."""
+    folder = Path(folder_or_name)
+    return SHIPPED / folder if not folder.exists() and (SHIPPED / folder).is_dir() else folder
+
+
 def find_checkpoint(folder_or_preset: str | Path) -> Path:
     """The native checkpoint folder of that path, or of that name in this package; ValueError where there is none."""
-    folder = Path(folder_or_preset)
-    if not folder.exists() and (SHIPPED / folder).is_dir():
-        folder = SHIPPED / folder
+    folder = find_shipped(folder_or_preset)
     if not folder.exists():
         if os.sep in str(folder_or_preset):
             raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")

@@ -26,6 +26,7 @@ from kandinsky5.checkpoint import MODELS, save_checkpoint
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
+from kandinsky5.pipeline import SHIPPED
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
 from weights_convert.__main__ import main
@@ -200,10 +201,10 @@ def test_one_download_serves_two_presets_that_differ_in_attention_and_shift(name
 
 
 def test_nano_goes_to_diffusers_and_back_unchanged(tmp_path):
-    nano = Path(convert.__file__).parents[1] / "kandinsky5" / "nano" / "weights" / "nano"
-    to_diffusers(nano, tmp_path / "d", progress=False)
+    to_diffusers("nano", tmp_path / "d", progress=False)
     from_diffusers(tmp_path / "d", tmp_path / "n", progress=False)
-    assert load_config(tmp_path / "n" / "config.json") == load_config(nano / "config.json")
+    assert load_config(tmp_path / "n" / "config.json") == load_config(SHIPPED / "nano" / "config.json")
+    assert inspect("nano")["models"] == inspect(SHIPPED / "nano")["models"]
     with pytest.raises(ValueError, match="in the Diffusers layout already"):
         to_diffusers(tmp_path / "d", tmp_path / "e", progress=False)
 

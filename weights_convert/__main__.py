@@ -94,11 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("to-diffusers", help="native folder → Diffusers layout")
-    command.add_argument("src", metavar="SRC", help="native folder")
+    command.add_argument("src", metavar="SRC", help="native folder, or a model of the package: nano")
     add_common(command, run_to_diffusers)
 
     command = commands.add_parser("inspect", help="what a file or folder is")
-    command.add_argument("path", metavar="PATH")
+    command.add_argument("path", metavar="PATH", help="or a model of the package: nano")
     command.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
     command.set_defaults(run=run_inspect)
     return parser

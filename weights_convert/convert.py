@@ -19,6 +19,7 @@ from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.pipeline import find_shipped
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
@@ -125,14 +126,14 @@ def from_official(
 def to_diffusers(
     src: str | Path, dst: str | Path, only: str | None = None, base: str | Path | None = None, **options
 ) -> PipelineConfig:
-    """Write a folder in the Diffusers layout from the native folder `src`.
+    """Write a folder in the Diffusers layout from the native folder `src`, or the package's model of that name.
 
     only: this model alone, in its subfolder. base: folder in the Diffusers layout that all the rest comes from.
     The native folder has neither Qwen's vision tower nor its lm_head. Without `base`, the Qwen written here has a
     vision tower of no layers and its embedding for a head: enough for these pipelines, which give it text alone.
     ValueError, in one line, for anything that is missing or does not fit.
     """
-    src, dst, settings = Path(src), Path(dst), Options(**options)
+    src, dst, settings = find_shipped(src), Path(dst), Options(**options)
     if not (src / "config.json").is_file():
         there = (src / "model_index.json").is_file()
         what = "in the Diffusers layout already" if there else "no native checkpoint folder"

@@ -9,6 +9,7 @@ from pathlib import Path
 from kandinsky5.checkpoint import MODELS, find_part
 from kandinsky5.config import PRESETS, DiTConfig
 from kandinsky5.config_file import load_config
+from kandinsky5.pipeline import find_shipped
 from weights_convert import tables
 from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
 from weights_convert.read import Weights, read_json, read_weights
@@ -29,10 +30,11 @@ OFFICIAL_FOLDERS = ("vae", "text_encoder", "text_encoder2")
 def inspect(path: str | Path) -> dict:
     """What `path` is, in plain values: {"path", "layout", "tasks", "models": [one dict for each]}.
 
-    path: a folder in the native, the Diffusers or the official layout, the folder of one model, or one file of weights.
+    path: a folder in the native, the Diffusers or the official layout, the folder of one model, one file of weights, or
+        the name of a model of the package.
     ValueError where it is none of these, or damaged.
     """
-    path, tasks = Path(path), None
+    path, tasks = find_shipped(path), None
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if (path / "model_index.json").is_file():
