@@ -80,6 +80,7 @@ def test_options_in_the_text_exist():
         "sample.py",
         "weights_convert/__main__.py",
         "kandinsky5/magcache/__main__.py",
+        "kandinsky5/nano/train_dit.py",
         "tests/parity/conftest.py",
     )
     sources = " ".join((ROOT / program).read_text() for program in programs)
