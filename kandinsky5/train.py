@@ -38,6 +38,7 @@ from kandinsky5.text_encoder import TextFeatures
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 Model = TypeVar("Model", bound=nn.Module)  # what goes in comes out
+GOES_ON = "the same command goes on from what was saved last, a minute ago or not yet"
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def train(
 
 
 @contextlib.contextmanager
-def refusals_in_one_line() -> Iterator[None]:
-    """A command ends on ValueError or OSError with exit code 2, on Ctrl-C or SIGTERM with how to go on."""
+def refusals_in_one_line(stopped: str = GOES_ON) -> Iterator[None]:
+    """A command ends on ValueError or OSError with exit code 2, on Ctrl-C or SIGTERM with 130 and what is left then."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -153,7 +154,7 @@ def refusals_in_one_line() -> Iterator[None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from what was saved last, a minute ago or not yet", file=sys.stderr)
+        print(f"\nstopped: {stopped}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -401,25 +402,38 @@ def load_state(
         raise ValueError(
             f"the run in {path.parent} was begun with {differences}: go on with the same, or take another folder"
         )
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
+    fill(model, state["model"], path)
+    fill(average, state["average"], path)
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
     return state["step"], state["seconds"]
 
 
 def load_recipe(folder: str | Path) -> Recipe:
-    """How the run in `folder` takes its steps; FileNotFoundError where there is none."""
-    return Recipe(**_load(folder)["recipe"])
+    """How the run in `folder` takes its steps; FileNotFoundError where there is none.
+
+    Of states of before there was a recipe in them nothing is known but the number of steps.
+    """
+    state = _load(folder)
+    return Recipe(**state.get("recipe", {"steps": state["step"]}))
 
 
 def load_average(model: Model, folder: str | Path) -> Model:
     """Fill `model` with the averaged weights of the run in `folder`; returns it frozen, in eval mode.
 
-    FileNotFoundError where there has been no such run.
+    FileNotFoundError where there has been no such run, ValueError where it trained another model.
     """
-    model.load_state_dict(_load(folder)["average"])
-    return model.eval().requires_grad_(False)
+    return fill(model, _load(folder)["average"], Path(folder)).eval().requires_grad_(False)
+
+
+def fill(model: Model, state: dict[str, Tensor], source: Path) -> Model:
+    """`model` with the weights of `state`; ValueError, naming their source, where names or shapes do not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).split("\n\t")[1]  # of what may be a hundred lines
+        raise ValueError(f"{source} was written for another model: {first} Begin another run, or remove it") from error
+    return model
 
 
 def _load(folder: str | Path) -> dict:

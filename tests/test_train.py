@@ -13,16 +13,27 @@ from kandinsky5 import train as training
 from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, VAEConfig
 from kandinsky5.dit import DiT
-from kandinsky5.nano import presets
+from kandinsky5.nano import distill, presets
 from kandinsky5.nano.train_dit import ClipStore
-from kandinsky5.nano.train_text import conversation, tokens_about
+from kandinsky5.nano.train_text import conversation, same_said, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, single_frame, standardise
-from kandinsky5.nano.world import caption, sample_scene
+from kandinsky5.nano.world import Caption, caption, sample_scene
 from kandinsky5.pipeline import SHIPPED, Pipeline
-from kandinsky5.sampler import euler_sample
+from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.train import FlowTimes, Recipe, drop_condition, flow_batch, flow_loss, generator, step_target, train
-from kandinsky5.vae import VAE
+from kandinsky5.train import (
+    FlowBatch,
+    FlowTimes,
+    Recipe,
+    drop_condition,
+    flow_batch,
+    flow_loss,
+    generator,
+    guided_target,
+    step_target,
+    train,
+)
+from kandinsky5.vae import VAE, CausalConv3d
 
 TINY = DiTConfig(
     dim=32, ff_dim=32, time_dim=16, num_text_blocks=1, num_visual_blocks=1, rope_axes=(4, 6, 6),
@@ -263,6 +274,77 @@ def test_a_command_answers_in_one_line_and_leaves_no_traceback(capsys):
         assert ended.value.code == code and capsys.readouterr().err.startswith(message)
 
 
+def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
+    training.save_average(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} was written for another model: .*Begin another run") as caught:
+        training.load_average(nn.Linear(2, 3), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_is_not_a_number_leaves_the_weights_alone(tmp_path):
+    weights = []
+
+    def loss(seed):
+        weights.append(model.weight.detach().clone())
+        return model(torch.ones(1, 2)).sum() * (torch.nan if seed[1] == 1 else 1), {}
+
+    model = nn.Linear(2, 2)
+    train(model, loss, Recipe(4, warmup=0), tmp_path, progress=False)
+    assert not weights[0].equal(weights[1]) and weights[1].equal(weights[2]) and not weights[2].equal(weights[3])
+
+
+def test_guided_target_is_guidance_by_hand():
+    dit, features, nothing = DiT(TINY), tiny_features(2), tiny_features(1, seed=5, length=2)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator([0]))
+    batch = FlowBatch(torch.randn(2, 1, 2, 2, 9), torch.rand(2), torch.zeros(()), torch.ones(()))
+    expected = []
+    for i in range(2):  # one at a time, without padding
+        x, t = batch.x[i : i + 1], batch.t[i : i + 1]
+        asked = dit(x, features.text[i : i + 1], features.pooled[i : i + 1], t)
+        not_asked = dit(x, nothing.text, nothing.pooled, t)
+        expected.append(not_asked + 1.5 * (asked - not_asked))
+    torch.testing.assert_close(guided_target(dit, batch, features, nothing, 1.5), torch.cat(expected))
+
+
+def test_sixteen_steps_are_taught_where_three_of_the_teacher_lead():
+    """Each sample from its own time of the schedule to the next; a given first frame stays where it is."""
+    schedule = flow_schedule(16, 3.0)
+
+    class Teacher:
+        config = TINY
+
+        def __call__(self, x, text, pooled, t, mask):
+            return x[..., :4] * t.view(-1, 1, 1, 1, 1)
+
+    starts = torch.tensor([0, 7, 15])
+    x, asked = torch.randn(3, 2, 2, 2, 9), torch.ones(3, 2, 1, 1, 1)
+    asked[1, 0] = 0
+    batch = FlowBatch(x, schedule[starts], torch.zeros(()), asked)
+    taught = distill._several_steps(Teacher(), batch, tiny_features(3), schedule)
+    for i, start in enumerate(starts):
+        there, times = x[i, ..., :4], torch.linspace(float(schedule[start]), float(schedule[start + 1]), 4)
+        for t, t_next in zip(times[:-1], times[1:], strict=True):
+            there = there + (t_next - t) * there * t * asked[i]
+        landed = x[i, ..., :4] + (schedule[start + 1] - schedule[start]) * taught[i]
+        torch.testing.assert_close(landed, there)
+
+
+def test_captions_that_say_the_same_are_right_for_each_others_clips():
+    red, blue = {"colour": "red", "shape": "circle", "motion": "left"}, {"colour": "blue", "shape": "square"}
+    crossed = {**red, "shape": "square"}, {**blue, "shape": "circle"}
+    said = [
+        Caption("red is above blue", None, (red, blue), "above"),
+        Caption("blue is below red", None, (blue, red), "below"),
+        Caption("red is below blue", None, (red, blue), "below"),
+        Caption("on black", "black", (red, blue), "above"),
+        Caption("the other way round", None, crossed, "above"),
+    ]
+    same = torch.eye(5)
+    same[:2, :2] = 0.5
+    assert same_said(said).equal(same)
+
+
 def test_attention_written_out_is_the_same_attention():
     dit, features = DiT(TINY), tiny_features(2)
     x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
@@ -288,6 +370,16 @@ def test_a_single_frame_through_2d_convs_is_the_same(vae):
         mean = vae.encode(video).mean
         torch.testing.assert_close((mean, vae.decode(mean)), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(vae.encode(video).mean, expected[0])  # and nothing is left behind
+
+
+def test_a_single_frame_teaches_nothing_about_frames_before(vae):
+    """Kernels for the two frames before, upsampling's too, stay as they are until there are clips."""
+    vae, video = copy.deepcopy(vae), draw_videos([sample_scene([1, 0])], num_frames=1)
+    with single_frame(vae):
+        vae.decode(vae.encode(video).mean).square().sum().backward()
+    for name, conv in vae.named_modules():
+        if isinstance(conv, CausalConv3d):
+            assert conv.weight.grad[:, :, -1].any() and not conv.weight.grad[:, :, :-1].any(), name
 
 
 def test_standardised_latents_decode_to_the_same_video(vae):
@@ -346,5 +438,12 @@ def test_clips_on_disk_do_not_depend_on_when_they_were_written(vae, tmp_path):
 
 def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     ClipStore(tmp_path, vae, num_frames=5)
-    with pytest.raises(ValueError, match="world that has changed"):
-        ClipStore(tmp_path, vae, num_frames=5, seed=5)
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        other.decoder.conv_in.bias += 1  # latents do not depend on it
+    ClipStore(tmp_path, other, num_frames=5)
+    with torch.no_grad():
+        other.quant_conv.bias += 1
+    for options in ({"seed": 5}, {"num_frames": 9}, {"vae": other}):
+        with pytest.raises(ValueError, match="world, a VAE or a number of frames that has changed"):
+            ClipStore(tmp_path, **{"vae": vae, "num_frames": 5} | options)

@@ -82,6 +82,8 @@ def main() -> None:
 def load_dit(source: Path) -> DiT:
     """What the run in folder `source` has trained so far, or the DiT of a checkpoint; frozen, float32."""
     checkpoint = as_checkpoint(source)
+    if checkpoint and replace(checkpoint.config.dit, nabla=None) != presets.DIT:
+        raise ValueError(f"the DiT of {source} has other sizes than nano's: training goes on from one of that family")
     return checkpoint.dit if checkpoint else load_average(DiT(presets.DIT), source)
 
 
@@ -139,7 +141,8 @@ def loss_by_time(predicted: Tensor, batch: FlowBatch) -> dict[str, float]:
 
     predicted: velocity (B, T, H, W, C). A part that no sample of the batch falls into is left out.
     """
-    each = ((predicted.float() - batch.velocity).square() * batch.asked).flatten(1).mean(dim=1)  # (B,)
+    asked = batch.asked.expand_as(batch.velocity).flatten(1)
+    each = ((predicted.float() - batch.velocity).square().flatten(1) * asked).sum(dim=1) / asked.sum(dim=1)  # (B,)
     parts = {"loss_noise": batch.t > 0.8, "loss_data": batch.t < 0.4}
     return {name: float(each[where].mean()) for name, where in parts.items() if where.any()}
 
@@ -156,7 +159,7 @@ class ClipStore:
     def __init__(self, folder: Path, vae: VAE, num_frames: int = 17, size: int = 64, seed: int = CLIP_SEED):
         folder.mkdir(parents=True, exist_ok=True)
         self.vae, self.num_frames, self.size, self.seed = vae, num_frames, size, seed
-        self._check_world(folder / "world.txt")
+        self._check_origin(folder / "origin.txt")
         self.count_file = folder / "count.json"
         self.count = json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0
         T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
@@ -193,24 +196,26 @@ class ClipStore:
         bar.close()
         self._keep_count()
 
-    def _check_world(self, path: Path) -> None:
-        """What is on disk belongs to scenes that are not: if the world has changed since, captions would be wrong."""
+    def _check_origin(self, path: Path) -> None:
+        """What is on disk belongs to scenes and an encoder that are not: with others it would be wrong."""
         scenes = [self.scene(i) for i in range(8)]
-        pictures = b"".join(draw_scene(scene, 3, self.size, self.size).tobytes() for scene in scenes)
-        fingerprint = hashlib.sha256(repr(scenes).encode() + pictures).hexdigest()
+        origin = hashlib.sha256(f"{scenes} {self.num_frames}".encode())
+        for scene in scenes:
+            origin.update(draw_scene(scene, 3, self.size, self.size).tobytes())
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            for weight in part.state_dict().values():
+                origin.update(weight.float().numpy().tobytes())
         if not path.is_file():
-            path.write_text(fingerprint)
-        if path.read_text() != fingerprint:
+            write_text(path, origin.hexdigest())
+        if path.read_text() != origin.hexdigest():
             raise ValueError(
-                f"the latents in {path.parent} are of a world that has changed since: remove that folder, "
-                "the clips will be drawn and encoded again"
+                f"the latents in {path.parent} are of a world, a VAE or a number of frames that has changed since: "
+                "remove that folder, the clips will be drawn and encoded again"
             )
 
     def _keep_count(self) -> None:
         self.records.flush()
-        partial = self.count_file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.count))
-        os.replace(partial, self.count_file)
+        write_text(self.count_file, json.dumps(self.count))
 
     @torch.no_grad()
     def _encode(self, scenes: list[Scene]) -> np.ndarray:
@@ -220,6 +225,13 @@ class ClipStore:
             with single_frame(self.vae):
                 first = self.vae.encode(video[:, :, :1]).mean
         return torch.cat([z, first], dim=2).permute(0, 2, 3, 4, 1).to(torch.float16).numpy()  # (B, T + 1, h, w, 16)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside it first, so that `path` is never half there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------------------- looking at it
@@ -265,7 +277,7 @@ def test(
 
 
 def draw_test(index: int, num_objects: int, split: str = "train") -> tuple[Scene, Caption]:
-    """A scene and a caption that are never trained on."""
+    """A scene that is never trained on, and a caption of it; others may have been put into the same words."""
     rng = np.random.default_rng([TEST_SEED, index])
     scene = sample_scene(rng, split, num_objects)
     return scene, caption(scene, LANGUAGES[index % 2], rng)

@@ -11,7 +11,9 @@ real model.
 """
 
 import argparse
+import os
 import string
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
-    if not (folder / "clip_tokenizer").is_dir():
+    if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
         train_tokenizers(folder)
     train_qwen(folder)
     train_clip(folder)
@@ -114,7 +116,8 @@ def train_tokenizers(folder: Path) -> None:
         backend.train_from_iterator(texts, trainer)
         target = folder / f"{name}_tokenizer"
         target.mkdir(parents=True, exist_ok=True)
-        backend.save(str(target / "tokenizer.json"))
+        backend.save(str(target / "tokenizer.partial"))
+        os.replace(target / "tokenizer.partial", target / "tokenizer.json")
 
 
 def _qwen_backend() -> Backend:
@@ -272,15 +275,18 @@ def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> CaptionContrast:
         ids = [torch.tensor([start, *tokenizer.encode(said.text), end]) for said in captions]
         clips = draw_videos(list(scenes), CLIP_FRAMES)
         scores = model(pad_sequence(ids, batch_first=True, padding_value=end), clips)
-        # Captions that say the same are right answers to each other's clips.
-        objects, background = (torch.stack(x) for x in zip(*map(as_set, captions), strict=True))
-        said = torch.cat([objects.sum(dim=1), objects.prod(dim=1), background], dim=-1)
-        same = (torch.cdist(said, said, p=1) < 0.5).float()
-        target = same / same.sum(dim=1, keepdim=True)
+        target = same_said(captions)
         value = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return value, {"accuracy": float((target.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean())}
 
     return train(model, loss, recipe, folder / "clip")
+
+
+def same_said(captions: Sequence[Caption]) -> Tensor:
+    """Captions that say the same are right answers to each other's clips: (B, B), rows sum to 1."""
+    said = [sorted(answer(said).split("; ")) for said in captions]  # which object is named first does not matter
+    same = torch.tensor([[a == b for b in said] for a in said]).float()
+    return same / same.sum(dim=1, keepdim=True)
 
 
 def as_set(said: Caption) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.world import SHAPES, Caption, Scene, coverage, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.train import Recipe, generator, load_average, refusals_in_one_line, save_average, train
-from kandinsky5.vae import VAE, CausalConv3d
+from kandinsky5.vae import VAE, CausalConv3d, Upsample, repeat
 
 FRAMES_RECIPE = Recipe(steps=2600, learning_rate=1e-3, constant=0.6, ema=0.995, weight_decay=0.0)
 # The past's kernels start from 0 with a small rate: at the first stage's they would undo in 20 steps what it learnt.
@@ -237,19 +237,23 @@ def single_frame(vae: VAE) -> Iterator[None]:
     Gradients reach the part of the kernels that is for a frame itself, not that for frames before.
     """
 
+    def conv_of_repeated(upsample: Upsample, x: Tensor) -> Tensor:
+        return conv_2d(upsample.conv, repeat(x, double_time=False))  # the first frame is never doubled
+
     def conv_2d(conv: CausalConv3d, x: Tensor) -> Tensor:
         padded = F.pad(x[:, :, 0], (1, 1, 1, 1), mode="replicate")  # (B, C, H + 2, W + 2)
         kernel = conv.weight[:, :, -1] + conv.weight[:, :, :-1].detach().sum(dim=2)
         return F.conv2d(padded, kernel, conv.bias, conv.stride[1:])[:, :, None]
 
-    convs = [module for module in vae.modules() if isinstance(module, CausalConv3d)]
-    for conv in convs:
-        vars(conv)["forward"] = functools.partial(conv_2d, conv)
+    convs = {m: functools.partial(conv_2d, m) for m in vae.modules() if isinstance(m, CausalConv3d)}
+    upsamples = {m: functools.partial(conv_of_repeated, m) for m in vae.modules() if isinstance(m, Upsample)}
+    for module, forward in (convs | upsamples).items():
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for conv in convs:
-            del conv.forward
+        for module in convs | upsamples:
+            del module.forward
 
 
 @torch.inference_mode()
