@@ -37,7 +37,7 @@ notebooks: ## execute notebooks/*.py and write them with their outputs as .ipynb
 	$(PYTHON) notebooks/build.py
 
 # ---------------------------------------------------------------------------------------------- nano
-# Every stage goes on where it was cut off; RUNS is where they live.
+# Every stage but the judge goes on where it was cut off; RUNS is where they live.
 
 RUNS ?= runs
 FROM = --vae $(RUNS)/vae --text $(RUNS)/text

@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["kandinsky5*", "weights_convert*"]),
     package_data={"kandinsky5": ["**/*.json", "**/*.safetensors", "**/*.md"]},
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.13",
         "einops>=0.8",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

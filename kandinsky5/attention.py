@@ -13,6 +13,7 @@ to the scores masks nothing). `block_map` is NABLA's bool (B, N, L/64, L/64), to
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -94,18 +95,16 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     B, N, L, _ = q.shape
     S, rows = k.shape[2], min(L, 256)
     heads = max(1, SCORES // (rows * S))
-    if mask is not None:
-        mask = mask.expand(B, N, L, S).flatten(0, 1)  # (B·N, L, S)
-    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # (B·N, L or S, D); else copied for each chunk
+    mask = mask.expand(B, N, L, S) if mask is not None else None  # a view
+    q, k, v = (x.contiguous() for x in (q, k, v))  # else copied for each chunk
     out = torch.empty_like(q)
-    for n in range(0, B * N, heads):
-        for i in range(0, L, rows):
-            here = slice(n, n + heads), slice(i, i + rows)
-            scores = _scaled_scores(q[here], k[here[0]])  # (heads, rows, S)
-            if mask is not None:
-                scores = scores.masked_fill(~mask[here], -torch.inf)
-            out[here] = _softmax(scores) @ v[here[0]]
-    return out.unflatten(0, (B, N))
+    for b, n, i in itertools.product(range(B), range(0, N, heads), range(0, L, rows)):
+        some, here = (b, slice(n, n + heads)), (b, slice(n, n + heads), slice(i, i + rows))
+        scores = _scaled_scores(q[here], k[some])  # (heads, rows, S)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[here], -torch.inf)
+        out[here] = _softmax(scores) @ v[some]
+    return out
 
 
 def _scaled_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 This is the one place that checks what a user asks for; everything below it may trust its input.
 """
 
+import contextlib
 import math
 import operator
 import os
@@ -378,7 +379,20 @@ def _free_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not meminfo.exists():
         return None
     lines = meminfo.read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([*free, *_left_in_container()], default=None)
+
+
+def _left_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes until a container's limit is reached, if there is one (control groups, version 2 or 1)."""
+    left = []
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            left.append(int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
+    return left
 
 
 def _check_prompts(prompt: str | list[str]) -> list[str]:

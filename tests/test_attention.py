@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky5 import attention as module
 from kandinsky5.attention import (
@@ -56,6 +57,26 @@ def test_chunked_equals_dense(scores, masked, monkeypatch):
         out = chunked_attention(q.requires_grad_(), k, v, mask)
     assert out.requires_grad
     assert relative_error(out.detach(), expected) < 1e-6
+
+
+def test_chunks_make_nothing_of_the_size_of_all_scores():
+    """Nor of the mask, which is the same for all heads and queries: for Lite's two prompts it would be 683 MB."""
+    q, k, v = (torch.randn(2, 64, n, 8) for n in (1024, 256, 256))
+    with torch.no_grad(), LargestTensor() as largest:
+        chunked_attention(q, k, v, torch.rand(2, 1, 1, 256) < 0.5)
+    assert largest.size == module.SCORES < 2 * 64 * 1024 * 256 / 10
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has in memory that anything returns inside."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.untyped_storage().nbytes() // out.element_size())
+        return out
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])

@@ -81,6 +81,16 @@ def test_the_kernel_is_chosen_when_it_runs(monkeypatch):
     assert len(calls) == 2 + 2 * 2 and graphs() == count
 
 
+def test_attention_is_one_operation_with_all_that_it_is_given():
+    q, k, v = torch.randn(3, 2, 3, 4 * 64, 16)
+    mask, kept = torch.rand(2, 1, 1, 4 * 64) < 0.5, torch.rand(2, 3, 4, 4) < 0.5
+    kept[..., 0] = True
+    compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True)
+    for options, bools in (({"mask": mask}, mask), ({"block_map": kept}, attention.expand_block_map(kept))):
+        expected = attention.dense_attention(q, k, v, bools)
+        assert relative_error(compiled(q, k, v, **options), expected) < 1e-6
+
+
 @pytest.mark.parametrize("piece", [0, 20 * 32 * 32])  # all in pieces of two frames; some, of several
 def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
     monkeypatch.setattr("kandinsky5.vae.PIECE", piece)

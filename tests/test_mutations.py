@@ -17,7 +17,9 @@ import torch
 
 import cases
 import test_attention
+import test_compile
 import test_magcache
+import test_nabla
 import test_offload
 import test_pipeline
 from golden_data import load_golden_pipeline, measure_error
@@ -316,10 +318,10 @@ MUTATIONS = [Mutation(*row) for row in (
 FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, wrong
     ("chunks with the values of the first heads",
      lambda patch, folder: test_attention.test_chunked_equals_dense(3000, False, patch),
-     attention.chunked_attention, "@ v[here[0]]", "@ v[:heads]"),
+     attention.chunked_attention, "@ v[some]", "@ v[b, :heads]"),
     ("chunks with the mask of the first sample",
      lambda patch, folder: test_attention.test_chunked_equals_dense(3000, True, patch),
-     attention.chunked_attention, "mask[here]", "mask[:1, :1]"),
+     attention.chunked_attention, "mask[here]", "mask[0, :1, :1]"),
     ("scores divided by D",
      lambda patch, folder: test_attention.test_chunked_equals_dense(3000, False, patch),
      attention._scaled_scores, "math.sqrt(q.shape[-1])", "q.shape[-1]"),
@@ -329,6 +331,18 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("fused tiles with keys as values",
      lambda patch, folder: test_attention.test_block_sparse_equals_dense(0.2, True),
      attention.block_sparse_attention, "(queries, keys, values)", "(queries, keys, keys)"),
+    ("flex with queries for keys",
+     lambda patch, folder: test_attention.test_flex_equals_dense(),
+     attention.build_block_mask, "q // TILE, k // TILE", "k // TILE, q // TILE"),
+    ("the window kept with rows for columns",
+     lambda patch, folder: test_nabla.test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with(),
+     nabla.keep_window, "window, device", "window[::-1], device"),
+    ("a model that stays awake",
+     lambda patch, folder: test_offload.test_only_what_works_is_awake(save_small_checkpoint(folder / "small"), "model"),
+     offload.awake, 'model.to("meta")', "pass"),
+    ("the compiler's operation without the mask",
+     lambda patch, folder: test_compile.test_attention_is_one_operation_with_all_that_it_is_given(),
+     attention.attention, "_one_operation(q, k, v, mask, block_map)", "_one_operation(q, k, v, None, block_map)"),
     ("second pass of guidance with the prompt again",
      lambda patch, folder: test_pipeline.test_guidance_in_one_pass_and_in_two_is_the_same(
          build_small_pipeline(), patch),

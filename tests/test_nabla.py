@@ -72,8 +72,8 @@ def test_block_map_is_per_head_and_per_sample_and_contains_the_window():
         assert alone[0, 0].equal(chosen[b, n])
 
 
-def test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with_afterwards():
-    arguments = ((2, 16, 24), (1, 3, 1), torch.device("cpu"))
+def test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with():
+    arguments = ((2, 16, 24), (1, 1, 3), torch.device("cpu"))
     with torch.inference_mode():
         window = nabla.keep_window(*arguments)
     assert nabla.keep_window(*arguments) is window and not window.is_inference()

@@ -10,7 +10,7 @@ import torch
 
 from kandinsky5 import Pipeline, attention, pipeline
 from kandinsky5.config import PRESETS, PipelineConfig
-from kandinsky5.pipeline import _free_memory
+from kandinsky5.pipeline import _free_memory, _left_in_container
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
 
@@ -286,6 +286,14 @@ def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
 def test_free_memory_is_known_on_linux():
     assert 0 < _free_memory(torch.device("cpu")) < 2**50 or not Path("/proc/meminfo").exists()
     assert _free_memory(torch.device("meta")) is None
+
+
+def test_a_containers_limit_counts(tmp_path):
+    assert _left_in_container(tmp_path) == []
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, left in (("max\n", []), ("1000\n", [700])):
+        (tmp_path / "memory.max").write_text(limit)
+        assert _left_in_container(tmp_path) == left
 
 
 def test_what_decoding_takes_is_shown(pipe, capsys):

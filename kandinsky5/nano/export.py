@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kandinsky5.checkpoint import save_checkpoint
+from kandinsky5.checkpoint import find_part, save_checkpoint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
-from kandinsky5.nano.judge import EXAM
+from kandinsky5.nano.judge import EXAM, JUDGE_SEED
 from kandinsky5.nano.train_text import load_text_encoder
-from kandinsky5.nano.train_vae import load_vae
+from kandinsky5.nano.train_vae import as_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
 
@@ -45,35 +45,42 @@ def main() -> None:
         parser.error(
             f"--runs {arguments.runs} holds none of the runs {', '.join(RUNS.values())}: train one first (make dit)"
         )
+    if not ((arguments.runs / RUNS["nano"] / "state.pt").is_file() or (arguments.to / "nano").is_dir()):
+        parser.error(f"neither --runs {arguments.runs} nor --to {arguments.to} has nano, which the others stand on")
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
-            folder = arguments.to / name
-            export(name, arguments.runs / run, arguments.vae, arguments.text, folder)
+            folder, new = arguments.to / name, arguments.to / f"{name}.new"
+            shutil.rmtree(new, ignore_errors=True)
+            export(name, arguments.runs / run, arguments.vae, arguments.text, new)
             judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
-            write_card(name, arguments.runs, folder, judged, remarks.get(name, ""))
+            write_card(name, arguments.runs, new, judged, remarks.get(name, ""))
+            shutil.rmtree(folder, ignore_errors=True)  # only now: VAE and tokenizers may have come from there
+            new.rename(folder)
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
 def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) -> None:
-    """Write what `run` has trained so far in place of what `folder` held."""
+    """Write what `run` has trained so far into the new `folder`."""
     config = presets.PRESETS[name]
     models: dict[str, nn.Module] = {"dit": load_average(DiT(config.dit), run)}
     tokenizers = {}
     if name == "nano":
         text_encoder = load_text_encoder(text_run)
         models |= {"vae": load_vae(vae_run), "qwen": text_encoder.qwen, "clip": text_encoder.clip}
-        text_folder = text_run if text_run.exists() else find_checkpoint(text_run)
-        tokenizers = {key: text_folder / f"{key}_tokenizer" for key in ("qwen", "clip")}
+        tokenizers = {key: find_tokenizer(text_run, f"{key}_tokenizer") for key in ("qwen", "clip")}
     else:
         config = replace(config, base="../nano")
     for model in models.values():
         for parameter in model.parameters():  # the float32 islands too: they are computed in float32 from bf16 weights
             parameter.data = parameter.data.to(torch.bfloat16)
-    new = folder.with_name(f"{folder.name}.new")  # what it replaces may be where VAE and tokenizers are read from
-    shutil.rmtree(new, ignore_errors=True)
-    save_checkpoint(new, config, models, tokenizers)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    save_checkpoint(folder, config, models, tokenizers)
+
+
+def find_tokenizer(source: Path, name: str) -> Path:
+    """The folder of a tokenizer of a run, or of a checkpoint or its base."""
+    if checkpoint := as_checkpoint(source):
+        source = find_part(find_checkpoint(source), name, checkpoint.config.base)
+    return source / name
 
 
 CARD = """\
@@ -96,7 +103,7 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
 
 {judged}"""
 JUDGED = """\
-In per cent, on scenes and phrasings that were not used in training:
+In per cent, on scenes that were not used in training or tuning; a sentence may have occurred there.
 
 ```bash
 {command}
@@ -155,6 +162,14 @@ def describe_exam(name: str, judged: Path) -> str:
     settings = json.loads(judged.read_text(encoding="utf-8"))["settings"]
     command = ["python", "-m", "kandinsky5.nano.judge", name]
     command += ["--prompts", str(settings["prompts"]), "--dtype", settings["dtype"]]
+    for option, setting, default in (
+        ("--batch-size", "batch_size", 8),
+        ("--steps", "num_inference_steps", None),
+        ("--guidance", "guidance_scale", None),
+        ("--seed", "seed", JUDGE_SEED),
+    ):
+        if settings[setting] != default:
+            command += [option, str(settings[setting])]
     if settings["sets"] != list(EXAM):
         command += ["--sets", *settings["sets"]]
     table = judged.with_suffix(".md").read_text(encoding="utf-8")
@@ -162,5 +177,5 @@ def describe_exam(name: str, judged: Path) -> str:
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line():
+    with refusals_in_one_line("what was written is whole, what was not is as before"):
         main()

@@ -548,9 +548,7 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
 
 
 if __name__ == "__main__":
-    try:
+    from kandinsky5.train import refusals_in_one_line
+
+    with refusals_in_one_line("the sets that were done are on disk; begun again, it begins with the first"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("\nstopped: the sets that were done are on disk", file=sys.stderr) or 130)

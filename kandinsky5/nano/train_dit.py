@@ -80,7 +80,10 @@ def main() -> None:
 
 
 def load_dit(source: Path) -> DiT:
-    """What the run in folder `source` has trained so far, or the DiT of a checkpoint; frozen, float32."""
+    """What the run in folder `source` has trained so far, or the DiT of a checkpoint; frozen, float32.
+
+    ValueError where that has other sizes than nano.
+    """
     checkpoint = as_checkpoint(source)
     if checkpoint and replace(checkpoint.config.dit, nabla=None) != presets.DIT:
         raise ValueError(f"the DiT of {source} has other sizes than nano's: training goes on from one of that family")
