@@ -7,6 +7,8 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from kandinsky5.checkpoint import fingerprint
 from kandinsky5.nano import distill, export, judge, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
@@ -46,19 +48,33 @@ def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, *checkpoint)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
-    run(
-        monkeypatch,
-        export,
-        "--runs",
-        tmp_path,
-        "--to",
-        tmp_path,
-        "--vae",
-        tmp_path / "nano",
-        "--text",
-        tmp_path / "nano",
-    )
+    exported = tmp_path / "nano"  # read from and written to at once
+    run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", exported, "--text", exported)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
+
+
+def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
+    monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "LONG_BATCH", 2)
+    checkpoint = ["--vae", "nano", "--text", "nano"]
+    nano = ["--teacher", "nano", *checkpoint]
+    for stage, arguments in (
+        (train_dit, ["--start-from", "nano", *checkpoint]),
+        (distill, ["nocfg", "--clips", tmp_path / "clips", *nano]),
+        (distill, ["long", "--clips", tmp_path / "long_clips", *nano]),
+    ):
+        ends = []
+        for stops in ((2,), (1, 2)):
+            folder = tmp_path / f"{stage.__name__}_{arguments[0]}_{len(stops)}"
+            for stop in stops:
+                monkeypatch.setattr(stage, "train", functools.partial(train, stop_after=stop))
+                run(monkeypatch, stage, "--folder", folder, *arguments)
+            ends.append(torch.load(folder / "state.pt"))
+        assert ends[0]["step"] == ends[1]["step"] == 2
+        for name, weights in ends[0]["model"].items():
+            assert weights.equal(ends[1]["model"][name]), (stage.__name__, arguments[0], name)
 
 
 def run(monkeypatch, module, *arguments) -> None:
