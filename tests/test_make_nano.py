@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kandinsky5 import train as training
 from kandinsky5.checkpoint import fingerprint
 from kandinsky5.nano import distill, export, judge, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
@@ -57,6 +58,7 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(training, "plot_losses", lambda *_: None)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     nano = ["--teacher", "nano", *checkpoint]
