@@ -141,3 +141,11 @@ def test_the_matmuls_have_as_many_operations_as_the_dit(tmp_path, compare):
     ends += config.pooled_dim * vec + dim * vec + vec**2
     expected = 2 * (config.num_visual_blocks * visual + config.num_text_blocks * text + ends)
     assert abs(counter.get_total_flops() - expected) <= 64**3  # half a matmul
+
+
+def test_the_table_of_skipped_steps_has_a_row_for_each_setting(tmp_path):
+    command = [sys.executable, BENCHMARKS / "magcache.py", "--clips", "1", "--rounds", "1", "--threads", "1"]
+    run = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    table = (tmp_path / "magcache.md").read_text()
+    assert "| 50 steps | 50 | 1.00 |" in table and "| threshold 0.12, the default | 23 |" in table
