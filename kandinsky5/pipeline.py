@@ -384,14 +384,19 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 def _left_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes until a container's limit is reached, if there is one (control groups, version 2 or 1)."""
+    """Bytes until a container's limit is reached, if there is one: of control groups, version 2 or 1.
+
+    Pages of files, such as mapped weights, count as used there, but make room when it is wanted.
+    """
     left = []
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat, prefix in (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
     ):
         with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            left.append(int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
+            most, now = (int((cgroup / name).read_text()) for name in (limit, used))
+            counts = dict(line.split() for line in (cgroup / stat).read_text().splitlines())
+            left.append(most - now + sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive")))
     return left
 
 

@@ -291,7 +291,8 @@ def test_free_memory_is_known_on_linux():
 def test_a_containers_limit_counts(tmp_path):
     assert _left_in_container(tmp_path) == []
     (tmp_path / "memory.current").write_text("300\n")
-    for limit, left in (("max\n", []), ("1000\n", [700])):
+    (tmp_path / "memory.stat").write_text("anon 180\nfile 120\nactive_file 70\ninactive_file 50\n")
+    for limit, left in (("max\n", []), ("1000\n", [820])):
         (tmp_path / "memory.max").write_text(limit)
         assert _left_in_container(tmp_path) == left
 

@@ -29,7 +29,6 @@ from kandinsky5.clip import CLIPText
 from kandinsky5.nano import presets
 from kandinsky5.nano.train_vae import as_checkpoint, draw_videos
 from kandinsky5.nano.world import (
-    BACKGROUNDS,
     COLOURS,
     MOTIONS,
     OPPOSITE,
@@ -176,7 +175,7 @@ def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
         logits, described = (x.float() for x in model(ids[:, :-1].clamp(min=0)))
         next_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
         where = [tokens_about(said, row.offsets) for said, row in zip(captions, encoded, strict=True)]
-        asked = [(b, s, as_set(captions[b])[0][i]) for b, row in enumerate(where) for s, i in row.items()]
+        asked = [(b, s, as_set(captions[b])[i]) for b, row in enumerate(where) for s, i in row.items()]
         rows, places, attributes = (list(x) for x in zip(*asked, strict=True))
         about = F.binary_cross_entropy_with_logits(described[rows, places], torch.stack(attributes))
         answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.get_vocab()["<|im_start|>"])
@@ -205,7 +204,7 @@ def about_accuracy(described: Tensor, captions: list[Caption], where: list[dict[
     known, width = [], len(COLOURS) + len(SHAPES) + len(MOTIONS)
     for b, (said, places) in enumerate(zip(captions, where, strict=True)):
         last = {i: s for s, i in places.items()}  # later ones win
-        known += [torch.equal(described[b, s, :width] > 0, as_set(said)[0][i, :width] > 0) for i, s in last.items()]
+        known += [torch.equal(described[b, s, :width] > 0, as_set(said)[i, :width] > 0) for i, s in last.items()]
     return sum(known) / len(known)
 
 
@@ -289,13 +288,13 @@ def same_said(captions: Sequence[Caption]) -> Tensor:
     return same / same.sum(dim=1, keepdim=True)
 
 
-def as_set(said: Caption) -> tuple[Tensor, Tensor]:
-    """What a caption says as ones and zeros: objects (2, attributes), background (backgrounds,)."""
+def as_set(said: Caption) -> Tensor:
+    """What a caption says of its objects as ones and zeros, (2, attributes)."""
     objects = torch.zeros(2, len(ATTRIBUTES))
     for i, (thing, role) in enumerate(zip(said.objects, roles(said), strict=False)):
         for word in (*thing.values(), *([role] if role else [])):
             objects[i, ATTRIBUTES.index(word)] = 1
-    return objects, torch.tensor([float(name == said.background) for name in BACKGROUNDS])
+    return objects
 
 
 if __name__ == "__main__":
