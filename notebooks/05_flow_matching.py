@@ -270,8 +270,8 @@ def obeyed(**options):
 
 sweeps = {
     "guidance scale (12 steps, shift 3)": {w: {"guidance_scale": w, "num_inference_steps": 12} for w in (0, 1, 2, 4, 8)},
-    "shift (4 steps, guidance 1.5)": {s: {"shift": s, "num_inference_steps": 4} for s in (0.3, 1, 3, 10)},
-    "steps (guidance 1.5, shift 3)": {n: {"num_inference_steps": n} for n in (1, 2, 4, 8, 16)},
+    "shift (4 steps, guidance 2)": {s: {"shift": s, "num_inference_steps": 4} for s in (0.3, 1, 3, 10)},
+    "steps (guidance 2, shift 3)": {n: {"num_inference_steps": n} for n in (1, 2, 4, 8, 16)},
 }
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
 for ax, (name, settings) in zip(axes, sweeps.items(), strict=True):

@@ -35,7 +35,7 @@ from kandinsky5.vae import VAE
 RECIPES = {
     "nocfg": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "long": Recipe(steps=1900, learning_rate=1e-3, warmup=100, constant=0.5, ema=0.998, muon=presets.MUON),
+    "long": Recipe(steps=3600, learning_rate=1e-3, warmup=100, constant=0.5, ema=0.998, muon=presets.MUON),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen

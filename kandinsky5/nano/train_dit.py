@@ -49,7 +49,7 @@ RECIPE = Recipe(
     steps=12_000, learning_rate=1.5e-3, warmup=300, constant=0.5, ema=0.999, weight_decay=0.01, muon=presets.MUON
 )
 BATCH = 48
-TIMES = FlowTimes("logit-normal", mean=1.0, std=1.6)  # 11 % above 0.95, where it is decided what goes where
+TIMES = FlowTimes("logit-normal", mean=1.0, std=2.2)  # 19 % above 0.95, where it is decided what goes where
 FIRST_FRAME_GIVEN, PROMPT_DROPPED = 0.3, 0.1
 CLIPS_AT_FIRST, CLIPS_A_STEP, CLIPS_AT_MOST = 8000, 1, 80_000
 CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during training
