@@ -65,7 +65,7 @@ grid({prompt: frames}, columns=7, title="The video that this notebook looks into
 #
 # and shift, scale and gate depend on nothing but the flow time and the prompt's CLIP vector. Below, how large the gates
 # are on the way from noise (left) to data (right). At a gate of 0 a sub-layer would leave the tokens alone; here none comes
-# near it. Cross-attention's gates are the smallest, and fall a little towards the data; most others rise, and the
+# near it. Cross-attention's gates are the smallest, and fall towards the data; most others change little, and the
 # feed-forward of block 0 doubles.
 
 # %%
@@ -229,8 +229,8 @@ plt.show()
 #
 # `kandinsky5/dit.py` calls small functions by their names: `modulate`, `add_gated`, `apply_rope`, `attention`. `patch.multiple`
 # puts another one in their place while it lasts. The weights stay those that were trained with the right ones, and the
-# noise is the same. RMS instead of layer norm is hardly seen; without RoPE only the background is left; without gates or
-# modulation not even that. **Edit a line of `changes`, or add one, and run the cell again.**
+# noise is the same. RMS instead of layer norm is hardly seen; without RoPE, gates or modulation nothing is left, not even the
+# background. **Edit a line of `changes`, or add one, and run the cell again.**
 
 # %%
 changes = {

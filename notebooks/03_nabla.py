@@ -316,8 +316,8 @@ plt.show()
 
 # %% [markdown]
 # Time falls in proportion to what is left out, and making the map costs next to nothing. (If all tiles
-# are kept, PyTorch's kernel is the faster one: ours goes tile by tile.) In blocks 1 to 4 choosing is better than chance;
-# block 0, which attends to everything nearly alike, loses nothing by chance. So how small P can be depends on the model: released
+# are kept, PyTorch's kernel is the faster one: ours goes tile by tile.) In blocks 2 to 4 choosing is better than chance, in
+# block 1 where half or more is kept; block 0, which attends to everything nearly alike, loses nothing by chance. So how small P can be depends on the model: released
 # long-clip models were *trained* with NABLA at P = 0.7 to 0.9, so that their mass is where the map can find it; `nano`'s weights
 # here were trained with full attention on short clips.
 #

@@ -221,8 +221,8 @@ videos = {
 grid(videos, columns=6, title=f"“{prompt}”, the same noise, 25 steps")
 
 # %% [markdown]
-# **Few steps.** One step leaves much of what fits the prompt on top of each other; with two a second thing still hangs below
-# the circle; with four the layout is settled, and what further steps change is hardly seen. The curves measure the distance of the latents to
+# **Few steps.** One step leaves much of what fits the prompt on top of each other; with two a second thing still hangs above
+# the circle; with four there is one circle, and from eight on, on another background, it hardly changes. The curves measure the distance of the latents to
 # those of 100 steps, with both schedules. diffusers' last step is tiny, so that with two steps it is hardly better than with
 # one; with many steps it makes little difference.
 
@@ -286,8 +286,8 @@ axes[0].set_ylabel("share of prompts obeyed")
 plt.show()
 
 # %% [markdown]
-# With guidance 0 no prompt is obeyed, with 1 to 4 most are, with 8 about half. Four steps want a shift of 1 or 3: at 0.3 and at
-# 10 fewer prompts are obeyed. One step is never enough, two seldom; with four about four in five of these prompts are, from eight on nearly all.
+# With guidance 0 no prompt is obeyed, with 1 to 4 most are, with 8 fewer than half. Four steps want a shift of 1 or 3: at 0.3 and at
+# 10 fewer prompts are obeyed. One step is never enough, two seldom; with four about nine in ten of these prompts are, from eight on nearly all.
 #
 # The released *distilled* checkpoints need only 16 steps and no guidance: there the network was trained further to answer with
 # what many guided steps of its teacher do ([`kandinsky5/train.py`](../kandinsky5/train.py), `step_target`, `guided_target`).

@@ -502,9 +502,9 @@ grid(
 )
 
 # %% [markdown]
-# Heun is ahead where an accurate result is wanted: from 16 evaluations to 32 its distance falls to a quarter, as theory
-# promises, from 32 to 64 by half, where Euler's about halves each time. The right figure shows what hangs on the *last* step:
-# left to Euler, it alone adds a tenth. With 8 evaluations or fewer Euler is nearer; and a video that is a little off from the
+# Heun is ahead where an accurate result is wanted: from 16 evaluations to 32 its distance falls to a sixth, from 32 to 64 to
+# four tenths (theory promises a quarter each time), where Euler's about halves. The right figure shows what hangs on the *last*
+# step: left to Euler, it alone adds half. With 8 evaluations or fewer Euler is nearer; and a video that is a little off from the
 # exact path is not a worse video: the three above are squares that grow, at places a little apart. The released models are
 # sampled with Euler.
 #
