@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import zipfile
@@ -219,6 +220,12 @@ def test_inspect_knows_every_layout(native, diffusers, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["layout"] == "Diffusers"
     assert main(["inspect", str(native)]) == 0
     assert "NABLA 0.5" in capsys.readouterr().out
+
+
+def test_inspect_ends_quietly_where_nobody_reads_on():
+    command = f"{sys.executable} -m weights_convert inspect nano | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1])
+    assert done.stderr == ""
 
 
 def test_inspect_knows_the_folder_of_the_authors_download_script(diffusers, tmp_path, capsys):
