@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from kandinsky5 import dit
+from kandinsky5 import dit, nabla
 from kandinsky5.attention import dense_attention, expand_block_map
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.sampler import guided_velocity
@@ -317,17 +317,18 @@ def _ask(model: DiT, x: Tensor, features: TextFeatures, t: Tensor) -> Tensor:
 def autocast_dit(model: DiT) -> Iterator[None]:
     """Inside, a DiT trains under autocast with the precision that it has in half precision, and fast on a CPU.
 
-    The layers that stay in float32 do so. Attention is the definition, written out: the gradient of PyTorch's
-    fused kernel in bf16 on a CPU takes five times as long (80 tokens, 6 heads of 32).
+    The layers that stay in float32 do so, and so does NABLA's choice of tiles. Attention is the definition, written out:
+    the gradient of PyTorch's fused kernel in bf16 on a CPU takes five times as long (80 tokens, 6 heads of 32).
     """
     layers = [module for module in model.modules() if isinstance(module, Float32Linear)]
     for layer in layers:
         vars(layer)["forward"] = torch.autocast(_device(model).type, enabled=False)(layer.forward)
+    build_map, nabla.block_map = nabla.block_map, torch.autocast(_device(model).type, enabled=False)(nabla.block_map)
     fused, dit.attention = dit.attention, _written_out if _device(model).type == "cpu" else dit.attention
     try:
         yield
     finally:
-        dit.attention = fused
+        dit.attention, nabla.block_map = fused, build_map
         for layer in layers:
             del layer.forward
 

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from torch import nn
 
+from kandinsky5 import nabla
 from kandinsky5 import train as training
 from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, VAEConfig
@@ -352,6 +353,18 @@ def test_attention_written_out_is_the_same_attention():
     with training.autocast_dit(dit):
         torch.testing.assert_close(dit(x, features.text, features.pooled, t, features.mask), expected)
     assert training.dit.attention is attention
+
+
+def test_nabla_chooses_the_tiles_in_training_that_it_chooses_in_sampling():
+    """Its sums stay in float32 under autocast: in bf16 the cut falls elsewhere."""
+    grid, config = (16, 16, 16), presets.LONG.dit.nabla
+    q, k = (torch.randn(2, 1, 6, 16 * 256, 32, generator=generator([1])) * 6).bfloat16()
+    expected, chosen = nabla.block_map(q, k, grid, config), nabla.block_map
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not nabla.block_map(q, k, grid, config).equal(expected)
+        with training.autocast_dit(DiT(TINY)):
+            assert nabla.block_map(q, k, grid, config).equal(expected)
+    assert nabla.block_map is chosen
 
 
 # ---------------------------------------------------------------------------------------------- VAE
