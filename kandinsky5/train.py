@@ -411,12 +411,11 @@ def load_state(
 
 
 def load_recipe(folder: str | Path) -> Recipe:
-    """How the run in `folder` takes its steps; FileNotFoundError where there is none.
-
-    Of states of before there was a recipe in them nothing is known but the number of steps.
-    """
+    """How the run in `folder` takes its steps; FileNotFoundError without a run, ValueError where it is not said."""
     state = _load(folder)
-    return Recipe(**state.get("recipe", {"steps": state["step"]}))
+    if "recipe" not in state:
+        raise ValueError(f"the run in {folder} does not say its recipe: run its stage once more, which writes it down")
+    return Recipe(**state["recipe"])
 
 
 def load_average(model: Model, folder: str | Path) -> Model:

@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from kandinsky5 import train as training
@@ -52,6 +53,14 @@ def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     exported = tmp_path / "nano"  # read from and written to at once
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", exported, "--text", exported)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
+
+
+def test_what_could_not_be_loaded_is_not_exported(monkeypatch, tmp_path, capsys):
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "state.pt").touch()
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano")
+    assert "has nano, which the others stand on" in capsys.readouterr().err and not (tmp_path / "to").exists()
 
 
 def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, tmp_path):

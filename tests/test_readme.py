@@ -111,6 +111,35 @@ def test_the_table_of_nano_shows_what_the_judge_found():
         assert f"| {' | '.join(rates)} |" in row, name
 
 
+def test_what_is_said_of_nano_is_what_the_judge_found():
+    def judged(name: str) -> dict:
+        return json.loads((ROOT / "docs" / "judge" / f"judge_{name}.json").read_text())
+
+    def rates(name: str) -> dict[str, float]:
+        return {key: 100 * summary["answers"]["all"]["rate"] for key, summary in judged(name)["sets"].items()}
+
+    text, nano, few = " ".join(README.split()), rates("nano"), "seen, English"
+    wanted = {"seen, English": 95, "seen, Russian": 93, "held out, English": 85, "held out, Russian": 85}
+    assert all(nano[key] >= least for key, least in (wanted | {"two objects": 75}).items())
+    for name, less in (("nano-nocfg", 2), ("nano-distilled16steps", 3)):
+        assert all(rates(name)[key] >= nano[key] - less for key in (*wanted, "two objects")), name
+    assert "2 and 3 less than nano: reached." in text
+
+    two = judged("nano")["sets"]["two objects"]["answers"]
+    share = {key: round(100 * answer["rate"]) for key, answer in two.items()}
+    low, *_, high = sorted(share[key] for key in ("colour", "shape", "motion"))
+    assert f"colour, shape and motion of both are right in {low} to {high} %" in text
+    assert f"where the one stands to the other in {share['relation']} %" in text
+    image = judged("nano")["sets"]["image to video"]["answers"]["motion and first frame"]["rate"]
+    assert f"the motion and the first frame are right in {100 * image:.0f} %" in text
+
+    sparse, full = "nano-10s", "nano-10s-full-attention"
+    wrong = {name: {mistake["index"] for mistake in judged(name)["mistakes"][few]} for name in (sparse, full)}
+    only = len(wrong[full] - wrong[sparse]), len(wrong[sparse] - wrong[full])
+    assert f"has {rates(sparse)[few]:.1f} with NABLA and {rates(full)[few]:.1f} with full attention" in text
+    assert f"{only[0]} are right only with NABLA, {only[1]} only without): 2 points were wanted, and are not" in text
+
+
 def test_the_table_of_speed_shows_what_was_measured():
     measured = json.loads((ROOT / "benchmarks" / "results" / "compare.json").read_text()).values()
     table = README.split("| work | theirs / ours | wanted |\n|---|---|---|\n")[1].split("\n\n")[0].split("\n")

@@ -15,7 +15,7 @@ from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import distill, presets
-from kandinsky5.nano.train_dit import ClipStore
+from kandinsky5.nano.train_dit import ClipStore, load_dit
 from kandinsky5.nano.train_text import conversation, same_said, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, single_frame, standardise
 from kandinsky5.nano.world import Caption, caption, sample_scene
@@ -35,6 +35,7 @@ from kandinsky5.train import (
     train,
 )
 from kandinsky5.vae import VAE, CausalConv3d
+from random_weights import save_small_checkpoint
 
 TINY = DiTConfig(
     dim=32, ff_dim=32, time_dim=16, num_text_blocks=1, num_visual_blocks=1, rope_axes=(4, 6, 6),
@@ -282,6 +283,18 @@ def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_training_does_not_begin_with_a_checkpoint_of_other_sizes(tmp_path):
+    save_small_checkpoint(tmp_path / "small")
+    with pytest.raises(ValueError, match="has other sizes than nano's"):
+        load_dit(tmp_path / "small")
+
+
+def test_a_recipe_that_nobody_wrote_down_is_not_made_up(tmp_path):
+    training.save_average(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(ValueError, match="does not say its recipe"):
+        training.load_recipe(tmp_path)
+
+
 def test_a_batch_that_is_not_a_number_leaves_the_weights_alone(tmp_path):
     weights = []
 
@@ -460,3 +473,6 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     for options in ({"seed": 5}, {"num_frames": 9}, {"vae": other}):
         with pytest.raises(ValueError, match="world, a VAE or a number of frames that has changed"):
             ClipStore(tmp_path, **{"vae": vae, "num_frames": 5} | options)
+    (tmp_path / "origin.txt").unlink()  # as folders were that only knew their world
+    with pytest.raises(ValueError, match="has changed since: remove that folder"):
+        ClipStore(tmp_path, vae, num_frames=5)

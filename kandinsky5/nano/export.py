@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from kandinsky5.checkpoint import find_part, save_checkpoint
+from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
 from kandinsky5.nano.judge import EXAM, JUDGE_SEED
 from kandinsky5.nano.train_text import load_text_encoder
-from kandinsky5.nano.train_vae import as_checkpoint, load_vae
+from kandinsky5.nano.train_vae import is_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
 
@@ -78,8 +79,9 @@ def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) ->
 
 def find_tokenizer(source: Path, name: str) -> Path:
     """The folder of a tokenizer of a run, or of a checkpoint or its base."""
-    if checkpoint := as_checkpoint(source):
-        source = find_part(find_checkpoint(source), name, checkpoint.config.base)
+    if is_checkpoint(source):
+        folder = find_checkpoint(source)
+        source = find_part(folder, name, load_config(folder / "config.json").base)
     return source / name
 
 

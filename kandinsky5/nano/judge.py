@@ -42,6 +42,7 @@ from kandinsky5.nano.world import (
     draw_scene,
     sample_scene,
 )
+from kandinsky5.train import refusals_in_one_line
 
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
 COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB
@@ -476,7 +477,7 @@ def _percent(summary: dict, answer: str) -> str:
     return f"{100 * summary['answers'][answer]['rate']:.1f}" if answer in summary["answers"] else ""
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Beside the target first, so that a broken run leaves the old file as it was."""
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -541,14 +542,12 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
         results = list(examine(pipe, name, args.prompts, args.batch_size, tuple(args.canvas), args.seed, **options))
         document["sets"][name] = summarise(results)
         document["mistakes"][name] = [result for result in results if not all(result["answers"].values())]
-        _write(output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")  # what there is, after each set
-        _write(output.with_suffix(".md"), format_table(document["sets"]))
+        write_text(output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")  # what there is, after each set
+        write_text(output.with_suffix(".md"), format_table(document["sets"]))
     print(format_table(document["sets"]), end="")
     print(f"written to {output} and {output.with_suffix('.md').name}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    from kandinsky5.train import refusals_in_one_line
-
     with refusals_in_one_line("the sets that were done are on disk; begun again, it begins with the first"):
         main()

@@ -10,7 +10,6 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from kandinsky5 import video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.judge import judge_clip, score
+from kandinsky5.nano.judge import judge_clip, score, write_text
 from kandinsky5.nano.train_text import LANGUAGES, load_text_encoder
 from kandinsky5.nano.train_vae import as_checkpoint, draw_videos, load_vae, single_frame
 from kandinsky5.nano.world import Caption, Scene, caption, draw_scene, sample_scene
@@ -200,7 +199,10 @@ class ClipStore:
         self._keep_count()
 
     def _check_origin(self, path: Path) -> None:
-        """What is on disk belongs to scenes and an encoder that are not: with others it would be wrong."""
+        """What is on disk belongs to scenes and an encoder that are not: with others it would be wrong.
+
+        ValueError also where latents lie there whose origin nobody wrote down.
+        """
         scenes = [self.scene(i) for i in range(8)]
         origin = hashlib.sha256(f"{scenes} {self.num_frames}".encode())
         for scene in scenes:
@@ -208,9 +210,9 @@ class ClipStore:
         for part in (self.vae.encoder, self.vae.quant_conv):
             for weight in part.state_dict().values():
                 origin.update(weight.float().numpy().tobytes())
-        if not path.is_file():
+        if not (path.parent / "latents.f16").is_file():
             write_text(path, origin.hexdigest())
-        if path.read_text() != origin.hexdigest():
+        if not path.is_file() or path.read_text() != origin.hexdigest():
             raise ValueError(
                 f"the latents in {path.parent} are of a world, a VAE or a number of frames that has changed since: "
                 "remove that folder, the clips will be drawn and encoded again"
@@ -228,13 +230,6 @@ class ClipStore:
             with single_frame(self.vae):
                 first = self.vae.encode(video[:, :, :1]).mean
         return torch.cat([z, first], dim=2).permute(0, 2, 3, 4, 1).to(torch.float16).numpy()  # (B, T + 1, h, w, 16)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside it first, so that `path` is never half there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------------------- looking at it

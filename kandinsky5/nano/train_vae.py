@@ -55,10 +55,14 @@ def main() -> None:
     print(test(vae, folder / "decoder", DECODER_RECIPE.steps, count=300))
 
 
+def is_checkpoint(source: Path) -> bool:
+    """Whether it is a checkpoint's folder, or the name of one in the package, and not a run's folder."""
+    return (source / "config.json").is_file() or not source.exists() and str(source) in presets.PRESETS
+
+
 def as_checkpoint(source: Path) -> Pipeline | None:
-    """The checkpoint in folder `source`, or of that name in the package, in float32; None for a run's folder."""
-    is_checkpoint = (source / "config.json").is_file() or not source.exists() and str(source) in presets.PRESETS
-    return Pipeline.load(source, dtype=torch.float32) if is_checkpoint else None
+    """The checkpoint that `source` is, in float32; None for a run's folder."""
+    return Pipeline.load(source, dtype=torch.float32) if is_checkpoint(source) else None
 
 
 def load_vae(folder: Path) -> VAE:
