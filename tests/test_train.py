@@ -462,6 +462,16 @@ def test_clips_on_disk_do_not_depend_on_when_they_were_written(vae, tmp_path):
     torch.testing.assert_close(a[1][1:2], first, rtol=0.05, atol=0.05)  # bf16 and float16
 
 
+def test_clips_that_another_process_has_drawn_are_taken(vae, tmp_path, monkeypatch):
+    ours = ClipStore(tmp_path, vae, num_frames=5)
+    ours.fill(8)
+    theirs = ClipStore(tmp_path, vae, num_frames=5)
+    theirs.fill(16)
+    monkeypatch.setattr(ours, "_encode", None)
+    indices = np.arange(16)
+    assert all(torch.equal(x, y) for x, y in zip(ours.read(indices, 16), theirs.read(indices, 16), strict=True))
+
+
 def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     ClipStore(tmp_path, vae, num_frames=5)
     other = copy.deepcopy(vae)

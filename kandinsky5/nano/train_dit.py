@@ -163,7 +163,7 @@ class ClipStore:
         self.vae, self.num_frames, self.size, self.seed = vae, num_frames, size, seed
         self._check_origin(folder / "origin.txt")
         self.count_file = folder / "count.json"
-        self.count = json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0
+        self.count = self._read_count()
         T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
         path = folder / "latents.f16"
         self.records = np.memmap(
@@ -184,7 +184,9 @@ class ClipStore:
         return records[:, :-1], records[:, -1:]
 
     def fill(self, available: int) -> None:
-        """Draw and encode until there are at least `available` clips."""
+        """Draw and encode until there are at least `available` clips, unless another process has done so."""
+        if self.count < available:
+            self.count = self._read_count()
         if self.count >= available:
             return
         bar = tqdm(total=available, initial=self.count, desc="drawing and encoding", unit="clip", delay=2, leave=False)
@@ -217,6 +219,9 @@ class ClipStore:
                 f"the latents in {path.parent} are of a world, a VAE or a number of frames that has changed since: "
                 "remove that folder, the clips will be drawn and encoded again"
             )
+
+    def _read_count(self) -> int:
+        return json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0
 
     def _keep_count(self) -> None:
         self.records.flush()
