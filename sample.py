@@ -155,7 +155,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP); needs an i2v checkpoint")
     add("--negative-prompt", metavar="TEXT", help="what to avoid; has no effect at --guidance 1")
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
-    add("--width", type=int, metavar="PX", help="likewise; with --image both default to the image's shape")
+    shape = "likewise; with --image both default to its shape; a replay keeps its own"
+    add("--width", type=int, metavar="PX", help=shape)
     add("--num-frames", type=int, metavar="N", help="4k + 1; at 24 per second, 121 last 5 seconds")
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="more are slower and finer")
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="pull to the prompt; 1: none, half the time")

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 import torch  # noqa: E402
 from rows import ROWS, Row  # noqa: E402
 
+from kandinsky5.files import replacing, write_text  # noqa: E402
 from random_weights import relative_error  # noqa: E402
 
 SIDES = ("ours", "theirs")
@@ -193,7 +195,8 @@ def describe_machine(threads: int) -> dict:
     """Where and with what a row was measured."""
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
+    there = [name for name in ("torch", "diffusers", "transformers") if find_spec(name)]
+    packages = ", ".join(f"{name} {version(name)}" for name in there)
     return {
         "machine": f"{model} {platform.machine()}, {threads} threads on {os.cpu_count()} cores, {packages}",
         "load": round(os.getloadavg()[0], 2),  # of the last minute, these threads included
@@ -211,23 +214,15 @@ def write_results(results: dict, out: Path | None) -> None:
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "compare.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    replace_file(out / "compare.md", lambda path: path.write_text(build_table(results)))
+    write_text(out / "compare.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "compare.md", build_table(results))
     try:
         import matplotlib
     except ImportError:
         return
     matplotlib.use("Agg")
-    replace_file(out / "compare.svg", lambda path: plot_ratios(results, path))
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out / "compare.svg") as path:
+        plot_ratios(results, path)
 
 
 def build_table(results: dict) -> str:

@@ -18,7 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from compare import describe_machine, replace_file
+from compare import describe_machine
+
+from kandinsky5.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
@@ -88,7 +90,7 @@ def main() -> None:
                 shutil.rmtree(out)
     table = build_table(measured, nbytes, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    replace_file(options.out / "convert.md", lambda path: path.write_text(table))
+    write_text(options.out / "convert.md", table)
     print(table)
 
 

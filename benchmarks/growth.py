@@ -27,11 +27,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from compare import describe_machine, memory, replace_file
+from compare import describe_machine, memory
 from torch import Tensor
 
 from kandinsky5 import attention, nabla
 from kandinsky5.config import NablaConfig
+from kandinsky5.files import replacing, write_text
 from kandinsky5.heap import keep_freed_memory
 from kandinsky5.nabla import TILE
 
@@ -76,8 +77,8 @@ def main() -> None:
             print(f"{tokens:6,} tokens, {method}: {shown}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     table = build_table(measured, options)
-    replace_file(options.out / "growth.md", lambda path: path.write_text(table))
-    replace_file(options.out / "growth.json", lambda path: path.write_text(json.dumps(measured, indent=1) + "\n"))
+    write_text(options.out / "growth.md", table)
+    write_text(options.out / "growth.json", json.dumps(measured, indent=1) + "\n")
     plot(measured, options.out / "growth.svg")
     print("\n" + table)
 
@@ -213,7 +214,8 @@ def plot(measured: dict[str, dict[int, dict | str]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.margins(y=0.3)  # room for the legend
         axes.legend(loc="upper left")
-    replace_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
 
 

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from compare import describe_machine, replace_file  # noqa: E402
+from compare import describe_machine  # noqa: E402
 
 from kandinsky5 import Pipeline, magcache  # noqa: E402
+from kandinsky5.files import write_text  # noqa: E402
 from kandinsky5.nano import judge  # noqa: E402
 from random_weights import relative_error  # noqa: E402
 
@@ -72,7 +73,7 @@ def main() -> None:
         row["ratio"] = statistics.median(times["50 steps"] / times[name] for times in seconds)
     table = build_table(rows, pipe.config.sampling.guidance_scale, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    replace_file(options.out / "magcache.md", lambda path: path.write_text(table))
+    write_text(options.out / "magcache.md", table)
     print(table)
 
 

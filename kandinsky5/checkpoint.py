@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import shutil
 import tempfile
 import warnings
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import load_config, save_config
+from kandinsky5.files import replacing
 
 MODELS = ("dit", "vae", "qwen", "clip")
 
@@ -245,16 +245,8 @@ def save_checkpoint(
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to one safetensors file: beside it first, then renamed, so that `path` is never half there."""
-    path = Path(path)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
 
 
 def _read_json(path: Path) -> dict:

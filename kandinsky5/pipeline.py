@@ -234,27 +234,33 @@ class Pipeline:
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         takes = f"takes {self._check_memory(latents) / 1e9:.1f} GB"
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
-        num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
-        bar = tqdm(total=num_frames, desc="decoding", unit="frame", postfix=takes, disable=not progress)
+        num_frames, videos = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
+        bar = tqdm(total=len(z) * num_frames, desc="decoding", unit="frame", postfix=takes, disable=not progress)
         with bar, awake(self.vae):
-            for piece in vae_tiling.decode_pieces(self.vae, z, self.config.tiling):  # (B, 3, f, H, W)
-                _check_finite(piece, "the decoded frames")
-                pieces.append(_to_cpu(to_output(piece)))
-                bar.update(piece.shape[2])
-        return torch.cat(pieces, dim=1)  # (B, F, H, W, 3)
+            for one in z.split(1):  # all at once would take as many times the memory
+                pieces = []
+                for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling):  # (1, 3, f, H, W)
+                    _check_finite(piece, "the decoded frames")
+                    pieces.append(_to_cpu(to_output(piece)))
+                    bar.update(piece.shape[2])
+                videos.append(torch.cat(pieces, dim=1))
+        return torch.cat(videos)  # (B, F, H, W, 3)
 
     def _check_memory(self, latents: Tensor) -> int:
         """Bytes that decoding (B, T, h, w, 16) takes; ValueError where the device has less."""
         batch, T, h, w, _ = latents.shape
         vae, tiling = self.config.vae, self.config.tiling
         in_tiles = replace(tiling, space=True)
-        needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind, batch) for kind in (tiling, in_tiles))
+        needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind) for kind in (tiling, in_tiles))
+        frames = vae.time_factor * (T - 1) + 1
+        finished = (batch - 1) * frames * (vae.space_factor * h) * (vae.space_factor * w) * vae.image_channels
+        needed, tiled = needed + 2 * finished, tiled + 2 * finished  # twice when videos become one tensor
         if self.device.type == "cuda":  # where weights that rest (offload.py) have yet to come
             weights = sum(weight.nbytes for weight in self.vae.parameters() if weight.is_meta)
             needed, tiled = needed + weights, tiled + weights
         free = _free_memory(self.device)
         if free is not None and needed > free:
-            video = f"{vae.time_factor * (T - 1) + 1} frames of {vae.space_factor * h}x{vae.space_factor * w}"
+            video = f"{frames} frames of {vae.space_factor * h}x{vae.space_factor * w}"
             tiles = f"decode in tiles (--tile-space: {tiled / 1e9:.1f} GB), or " if tiled < needed else ""
             raise ValueError(
                 f"decoding {f'{batch} × ' * (batch > 1)}{video} takes about {needed / 1e9:.1f} GB of memory and "
@@ -335,7 +341,7 @@ class Pipeline:
                 raise ValueError(f"{name} {side}: {rule}; try {low} or {low + divisor}")
             if side > LONGEST_SIDE:
                 raise ValueError(f"{name} {side}: an mp4 holds sides up to {LONGEST_SIDE}; give --height and --width")
-        if num_frames < 1 or num_frames % time != 1:
+        if num_frames < 1 or (num_frames - 1) % time:
             low = max(num_frames - 1, 0) // time * time + 1
             raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
 

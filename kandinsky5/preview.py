@@ -41,6 +41,8 @@ def build_callback(vae: VAE, show: Show, every: int = 1) -> Callable[[int, float
 
     def callback(step: int, t: float, latents: Tensor) -> None:
         nonlocal before
+        if step == 0:
+            before = None  # what is left of another video
         x = latents[:, latents.shape[1] // 2].float()  # (B, H/8, W/8, 16)
         if before is not None and (step + 1) % every == 0:
             t_before, x_before = before

@@ -13,7 +13,6 @@ import copy
 import csv
 import functools
 import math
-import os
 import re
 import signal
 import sys
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from kandinsky5 import dit, nabla
 from kandinsky5.attention import dense_attention, expand_block_map
 from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.files import locked, replacing
 from kandinsky5.sampler import guided_velocity
 from kandinsky5.text_encoder import TextFeatures
 
@@ -79,7 +79,8 @@ def train(
     loss: seed → a scalar and figures for the log; it uses no other randomness than what it derives from the seed.
     folder: of the run. `state.pt` is all that is needed to go on, `loss.csv` and `loss.png` are the curves. If
         there is a state already the run goes on from it, with exactly the result of a run that was never cut;
-        ValueError where that had another recipe, or where anything but a DiT is to checkpoint gradients.
+        ValueError where that had another recipe, where another process is training in it, or where anything but
+        a DiT is to checkpoint gradients.
     sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
     stop_after: leave after this step as if cut off (the schedule is still that of recipe.steps).
@@ -93,54 +94,55 @@ def train(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = build_optimizers(model, recipe)
-    step, seconds = load_state(folder / "state.pt", model, average, optimizers, recipe)
-    for name in ("loss.csv", "samples.csv"):
-        drop_rows_after(folder / name, step)
-    began = saved = time.monotonic()
-    seconds_before = seconds
-    rows: list[dict[str, float]] = []
-    last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
+    with locked(folder, f"another process trains in {folder}: wait for it, stop it, or name another folder"):
+        average = copy.deepcopy(model).eval().requires_grad_(False)
+        optimizers = build_optimizers(model, recipe)
+        step, seconds = load_state(folder / "state.pt", model, average, optimizers, recipe)
+        for name in ("loss.csv", "samples.csv"):
+            drop_rows_after(folder / name, step)
+        began = saved = time.monotonic()
+        seconds_before = seconds
+        rows: list[dict[str, float]] = []
+        last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
 
-    model.train()
-    if step:
-        tqdm.write(f"{folder} goes on from step {step:,}", file=sys.stderr)
-    bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step", disable=not progress)
-    while step < last:
-        rate = learning_rate(step, recipe)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (recipe.muon_rate if isinstance(optimizer, torch.optim.Muon) else 1)
-        for part in range(recipe.accumulate):
-            with forget_activations(), torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
-                value, figures = loss([recipe.seed, step, part])
-            (value.float() / recipe.accumulate).backward()
-            rows.append({"loss": float(value.detach()), **figures})
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        rows[-1]["gradient"] = float(norm)
-        if torch.isfinite(norm):  # one bad batch must not spoil the run
+        model.train()
+        if step:
+            tqdm.write(f"{folder} goes on from step {step:,}", file=sys.stderr)
+        bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step", disable=not progress)
+        while step < last:
+            rate = learning_rate(step, recipe)
             for optimizer in optimizers:
-                optimizer.step()
-        model.zero_grad(set_to_none=True)
-        step += 1
-        bar.update()
-        update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * (recipe.muon_rate if isinstance(optimizer, torch.optim.Muon) else 1)
+            for part in range(recipe.accumulate):
+                with forget_activations(), torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bf16):
+                    value, figures = loss([recipe.seed, step, part])
+                (value.float() / recipe.accumulate).backward()
+                rows.append({"loss": float(value.detach()), **figures})
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            rows[-1]["gradient"] = float(norm)
+            if torch.isfinite(norm):  # one bad batch must not spoil the run
+                for optimizer in optimizers:
+                    optimizer.step()
+            model.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+            update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
 
-        if step % sample_every == 0 and sample is not None:
-            append_row(folder / "samples.csv", {"step": step, **(sample(average, step) or {})})
-            model.train()
-        if step % log_every == 0 or step == last:
-            seconds = seconds_before + time.monotonic() - began
-            row = {"step": step, "seconds": round(seconds, 1), "rate": rate, **_mean(rows)}
-            append_row(folder / "loss.csv", row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            rows = []
-            if time.monotonic() - saved > save_seconds or step == last:
-                save_state(folder / "state.pt", model, average, optimizers, recipe, step, seconds)
-                plot_losses(folder / "loss.csv", folder / "loss.png")
-                saved = time.monotonic()
-    bar.close()
+            if step % sample_every == 0 and sample is not None:
+                append_row(folder / "samples.csv", {"step": step, **(sample(average, step) or {})})
+                model.train()
+            if step % log_every == 0 or step == last:
+                seconds = seconds_before + time.monotonic() - began
+                row = {"step": step, "seconds": round(seconds, 1), "rate": rate, **_mean(rows)}
+                append_row(folder / "loss.csv", row)
+                bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                rows = []
+                if time.monotonic() - saved > save_seconds or step == last:
+                    save_state(folder / "state.pt", model, average, optimizers, recipe, step, seconds)
+                    plot_losses(folder / "loss.csv", folder / "loss.png")
+                    saved = time.monotonic()
+        bar.close()
     return average
 
 
@@ -378,9 +380,7 @@ def save_state(
         "average": average.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    _save(state, path)
 
 
 def load_state(
@@ -446,9 +446,16 @@ def _load(folder: str | Path) -> dict:
 def save_average(model: nn.Module, folder: str | Path) -> None:
     """Write a finished model where `load_average` finds it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    partial = Path(folder) / "state.partial"
-    torch.save({"average": model.state_dict()}, partial)
-    os.replace(partial, Path(folder) / "state.pt")
+    _save({"average": model.state_dict()}, Path(folder) / "state.pt")
+
+
+def _save(state: dict, path: Path) -> None:
+    """`torch.save`, whole or not at all; OSError where the disk is full."""
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path} ({error}): make room") from error
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
@@ -493,18 +500,15 @@ def plot_losses(path: Path, picture: Path) -> None:
         axes.set_title(name, fontsize=9)
         if all(value > 0 for _, value in points):
             axes.set_yscale("log")
-    partial = picture.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=80)
-    os.replace(partial, picture)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=80)
 
 
 def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -6,11 +6,8 @@ For the VAE they are floats in [-1, 1], channels first: (B, 3, F, H, W).
 
 import json
 import math
-import os
 import re
 import struct
-import tempfile
-import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from einops import rearrange
+
+from kandinsky5.files import check_replaceable, replacing
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
 # is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
@@ -133,7 +132,7 @@ def write_video(
     check_writable(path, len(frames), fps, quality)
     # ASCII JSON (\u043a for к), so that no tag or tool on the way can spoil it
     comment = None if metadata is None else json.dumps(metadata)
-    with _replacing(Path(path)) as temporary:
+    with _writing(Path(path)) as temporary:
         if temporary.suffix.lower() == ".png":
             temporary.write_bytes(_encode_png(frames[0], comment, compress))
         else:
@@ -154,13 +153,7 @@ def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quali
         raise ValueError(f"fps {fps} is not between 1 and 1000: choose one such as 24")
     if not 1 <= quality <= 10:
         raise ValueError(f"quality {quality} is not between 1 (small) and 10 (lossless to the eye): try 8")
-    try:
-        if path.is_dir():
-            raise OSError("it is a folder")
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({_reason(error)}): choose a folder you can write to") from error
+    check_replaceable(path)
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:
@@ -268,16 +261,13 @@ def _encode_png(rgb: np.ndarray, comment: str | None, compress: bool) -> bytes:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it to `path` if all went well, else remove it."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+def _writing(path: Path) -> Iterator[Path]:
+    """`replacing`, whose errors say what to do."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
     except (OSError, av.FFmpegError) as error:  # a full disk among them
         raise OSError(f"cannot write {path} ({_reason(error)}): free space or name another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 from kandinsky5 import train as training
 from kandinsky5.checkpoint import fingerprint
-from kandinsky5.nano import distill, export, judge, train_dit, train_text, train_vae
+from kandinsky5.dit import DiT
+from kandinsky5.nano import distill, export, judge, presets, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
-from kandinsky5.train import train
+from kandinsky5.train import Recipe, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +63,33 @@ def test_what_could_not_be_loaded_is_not_exported(monkeypatch, tmp_path, capsys)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano")
     assert "has nano, which the others stand on" in capsys.readouterr().err and not (tmp_path / "to").exists()
+
+
+def test_a_card_does_not_carry_the_answers_about_other_weights(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
+    monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
+    checkpoint = ["--vae", "nano", "--text", "nano"]
+    run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
+    exporting = ["--runs", tmp_path, "--to", tmp_path / "to", *checkpoint]
+    run(monkeypatch, export, *exporting)
+    before = fingerprint(tmp_path / "to" / "nano")
+    assert before != fingerprint(SHIPPED / "nano")
+    with pytest.raises(ValueError, match="judge_nano.json is about another nano: judge these weights"):
+        run(monkeypatch, export, *exporting, "--judged", ROOT / "docs" / "judge")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["nano"]
+    assert fingerprint(tmp_path / "to" / "nano") == before
+
+
+def test_an_export_that_was_stopped_loses_no_model(monkeypatch, tmp_path):
+    """Between its two renamings: the old nano, which VAE and encoders come from, lies aside."""
+    (tmp_path / "dit").mkdir()
+    model = DiT(presets.DIT)
+    train(model, lambda seed: (sum(p.sum() for p in model.parameters()), {}), Recipe(1), tmp_path / "dit")
+    shutil.copytree(SHIPPED / "nano", tmp_path / "nano.old")
+    nano = tmp_path / "nano"
+    run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
+    assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
+    assert nano.joinpath("vae.safetensors").read_bytes() == (SHIPPED / "nano" / "vae.safetensors").read_bytes()
 
 
 def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, tmp_path):

@@ -269,8 +269,18 @@ def test_every_size_decodes_on_the_meta_device(F, H, W):
     assert frames.device.type == "meta" and frames.dtype == torch.uint8 and frames.shape == (1, F, H, W, 3)
 
 
+def test_videos_are_decoded_one_after_the_other(pipe, monkeypatch):
+    decode, seen = pipe.vae.decode, []
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: seen.append(len(z)) or decode(z))
+    latents = torch.randn(3, 2, 4, 6, 16)
+    together = pipe.decode(latents)
+    assert seen == [1, 1, 1]
+    assert together.equal(torch.cat([pipe.decode(one) for one in latents.split(1)]))
+
+
 def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
     needed = pipe._check_memory(torch.zeros(1, 2, 4, 6, 16))
+    assert pipe._check_memory(torch.zeros(3, 2, 4, 6, 16)) == needed + 2 * 2 * 5 * 32 * 48 * 3  # two more, in bytes
     monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed)
     frames = run(pipe)
     monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed - 1)

@@ -93,6 +93,18 @@ def test_the_velocity_is_that_of_the_last_step(identity):
         assert (picture.float() - expected).abs().max() <= 0.51
 
 
+def test_one_callback_serves_one_video_after_the_other(identity):
+    shown = []
+    callback = preview.build_callback(None, lambda *arguments: shown.append(arguments))
+    for size in ((1, 3, 4, 4, 16), (1, 3, 2, 6, 16), (1, 3, 2, 6, 16)):
+        data, noise = torch.rand(size) * 2 - 1, torch.randn(size)
+        euler_sample(lambda x, t, v=noise - data: v, noise, flow_schedule(3, 3.0), callback=callback)
+        assert [step for step, _ in shown] == [1, 2]
+        expected = ((data[:, 1, ..., :3] + 1) * 127.5).round()
+        assert all((picture.float() - expected).abs().max() <= 1 for _, picture in shown)
+        shown.clear()
+
+
 def test_the_sampler_is_not_disturbed():
     pipe, shown = build_small_pipeline(), []
     options = {"num_inference_steps": 4, "output_type": "latents", "progress": False}

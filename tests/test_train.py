@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from kandinsky5 import train as training
 from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, VAEConfig
 from kandinsky5.dit import DiT
+from kandinsky5.files import locked
 from kandinsky5.nano import distill, presets
 from kandinsky5.nano.train_dit import ClipStore, load_dit
 from kandinsky5.nano.train_text import conversation, same_said, tokens_about
@@ -215,6 +218,27 @@ def test_a_run_does_not_go_on_with_another_recipe(tmp_path):
         run(Recipe(steps=5))
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with locked(tmp_path, "taken"), pytest.raises(ValueError, match="another process trains in"):
+        tiny_run(tmp_path)
+    tiny_run(tmp_path)
+
+
+def test_a_state_that_the_disk_has_no_room_for_is_said_in_one_line(tmp_path, monkeypatch):
+    tiny_run(tmp_path, stop_after=2)
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot write .*state.pt .*make room"):
+        tiny_run(tmp_path)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"state.pt", "loss.csv", "loss.png"}
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     dit, features = DiT(TINY), tiny_features(2)
     for parameter in dit.parameters():
@@ -287,6 +311,13 @@ def test_training_does_not_begin_with_a_checkpoint_of_other_sizes(tmp_path):
     save_small_checkpoint(tmp_path / "small")
     with pytest.raises(ValueError, match="has other sizes than nano's"):
         load_dit(tmp_path / "small")
+
+
+def test_a_teacher_with_nabla_is_taken_without():
+    teacher = load_dit(SHIPPED / "nano-10s")
+    assert teacher.config == presets.DIT
+    weights = Pipeline.load("nano-10s").dit.state_dict()
+    assert all(weight.equal(weights[name]) for name, weight in teacher.state_dict().items())
 
 
 def test_a_recipe_that_nobody_wrote_down_is_not_made_up(tmp_path):
@@ -470,6 +501,22 @@ def test_clips_that_another_process_has_drawn_are_taken(vae, tmp_path, monkeypat
     monkeypatch.setattr(ours, "_encode", None)
     indices = np.arange(16)
     assert all(torch.equal(x, y) for x, y in zip(ours.read(indices, 16), theirs.read(indices, 16), strict=True))
+
+
+def test_clips_are_drawn_again_where_somebody_removed_them(vae, tmp_path):
+    store = ClipStore(tmp_path, vae, num_frames=5)
+    before = store.read(np.arange(8), 8)
+    (tmp_path / "latents.f16").unlink()
+    after = ClipStore(tmp_path, vae, num_frames=5).read(np.arange(8), 8)
+    assert all(torch.equal(x, y) and x.any() for x, y in zip(before, after, strict=True))
+
+
+def test_a_full_disk_is_said_and_does_not_kill_the_process(vae, tmp_path, monkeypatch):
+    store = ClipStore(tmp_path, vae, num_frames=5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(OSError, match="has 1 MB free, too few for more clips: make room"):
+        store.fill(8)
+    assert store.count == 0
 
 
 def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):

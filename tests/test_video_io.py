@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from kandinsky5 import video_io
+from kandinsky5 import files, video_io
 from kandinsky5.video_io import (
     check_writable,
     from_uint8,
@@ -403,7 +403,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
     def denied(**_):  # root may write anywhere, so the system call is replaced
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(video_io.tempfile, "NamedTemporaryFile", denied)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", denied)
     with pytest.raises(OSError, match="Permission denied.*choose a folder"):
         check_writable(tmp_path / "out.mp4")
 

@@ -27,6 +27,7 @@ from kandinsky5.checkpoint import MODELS, save_checkpoint
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
+from kandinsky5.files import locked
 from kandinsky5.pipeline import SHIPPED
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
@@ -309,6 +310,22 @@ def test_an_interrupted_run_is_resumed_without_writing_finished_shards_again(nat
     assert not (tmp_path / "dst" / write.PLAN).exists()
 
 
+def test_a_run_with_another_base_is_not_gone_on_with(native, diffusers, tmp_path, monkeypatch):
+    """What the first run has linked from its base does not stay."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for base in (first, second):
+        shutil.copytree(native, base)
+    (first / "qwen_tokenizer" / "only_here.txt").write_text("first")
+    texts = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            from_diffusers(diffusers, tmp_path / "dst", only="dit", base=first, progress=False)
+    from_diffusers(diffusers, tmp_path / "dst", only="dit", base=second, resume=True, progress=False)
+    assert not (tmp_path / "dst" / "qwen_tokenizer" / "only_here.txt").exists()
+    assert {path: path.read_bytes() for path in texts} == texts
+
+
 @pytest.mark.parametrize("resume, first", [(True, {"dtype": "fp16"}), (False, {})], ids=["another run", "not asked to"])
 def test_an_unfinished_run_is_not_resumed(resume, first, native, tmp_path, monkeypatch):
     def interrupted(*arguments):
@@ -412,7 +429,7 @@ def assert_folders_equal(folder: Path, other: Path) -> None:
 
 def test_two_conversions_to_one_place_do_not_meet(native, tmp_path):
     (tmp_path / ".dst.partial").mkdir()
-    with write.locked(tmp_path / ".dst.partial", tmp_path / "dst"):
+    with locked(tmp_path / ".dst.partial", "taken"):
         with pytest.raises(ValueError, match="another conversion"):
             to_diffusers(native, tmp_path / "dst", progress=False)
 

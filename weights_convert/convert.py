@@ -349,7 +349,8 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
     """Copy a tokenizer's files, and see that it can be read: else ValueError."""
     found: tuple[str, ...] = next((files for files in TOKENIZER_FILES if (src / files[0]).is_file()), ())
     found = found or tuple(path.name for path in src.glob("*.model"))  # SentencePiece
-    dst.mkdir(exist_ok=True)
+    shutil.rmtree(dst, ignore_errors=True)  # of a run that was resumed
+    dst.mkdir()
     for file in (*found, *PROCESSOR_FILES):
         if (src / file).is_file():
             shutil.copyfile(src / file, dst / file)

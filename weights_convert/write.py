@@ -1,6 +1,5 @@
 """A folder of safetensors files, written tensor by tensor, that appears all at once when it is complete."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kandinsky5.files import locked
 from weights_convert.read import FLOATS, Stored, Weights, read_json, read_safetensors
 
 PLAN = "unfinished.json"  # stands in a folder as long as it is not complete
@@ -59,7 +59,7 @@ def write_folder(
     shards = [
         (part, file, names) for part in parts for file, names in plan_shards(part, options.max_shard_size).items()
     ]
-    with new_folder(destination, describe(shards), options.resume) as folder:
+    with new_folder(destination, describe(shards, linked), options.resume) as folder:
         for place, path in linked.items():
             link(path, folder / place)
         write_small_files(folder)
@@ -92,11 +92,12 @@ def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
         raise ValueError(f"{destination} exists already: choose another name, or remove it first")
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial")
+    taken = f"another conversion is writing {destination}: wait for it, or stop it"
     if partial.exists() and not (resume and (partial / PLAN).exists() and read_json(partial / PLAN) == plan):
-        with locked(partial, destination):
+        with locked(partial, taken):
             shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
-    with locked(partial, destination):
+    with locked(partial, taken):
         replace_text(partial / PLAN, json.dumps(plan))
         try:
             yield partial
@@ -110,25 +111,11 @@ def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
             raise
 
 
-@contextmanager
-def locked(folder: Path, destination: Path) -> Iterator[None]:
-    """Hold `folder` alone, or ValueError; the lock ends with the process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ValueError(f"another conversion is writing {destination}: wait for it, or stop it") from error
-    finally:
-        os.close(handle)
-
-
-def describe(shards: list[tuple[Part, str, list[str]]]) -> dict:
-    """What makes two runs the same: sources that have not changed since, and where each tensor goes."""
-    paths = {stored.path for part, _, _ in shards for stored in part.tensors.values()}
-    text = repr(
-        [(file, [(name, part.tensors[name], part.dtypes[name]) for name in names]) for part, file, names in shards]
-    )
+def describe(shards: list[tuple[Part, str, list[str]]], linked: Mapping[str, Path]) -> dict:
+    """What makes two runs the same: sources that have not changed since, and where each tensor and file goes."""
+    paths = {stored.path for part, _, _ in shards for stored in part.tensors.values()} | set(linked.values())
+    files = [(file, [(name, part.tensors[name], part.dtypes[name]) for name in names]) for part, file, names in shards]
+    text = repr((files, sorted(linked.items())))
     sources = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
     return {"sources": sources, "files": hashlib.sha256(text.encode()).hexdigest()}
 

@@ -10,7 +10,6 @@ Steps, guidance, shift and size are the checkpoint's own: measure again for othe
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections import deque
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kandinsky5.files import check_replaceable, write_text
 from kandinsky5.magcache import StepSkipping
 from kandinsky5.pipeline import Pipeline
 
@@ -39,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
-        if not options.output.parent.is_dir():
-            raise ValueError(f"cannot write {options.output}: there is no folder {options.output.parent}: make it")
+        check_replaceable(options.output)
         measured = measure_ratios(
             Pipeline.load(options.checkpoint, options.device),
             prompts,
@@ -110,12 +109,7 @@ def _measure_one(pipe: Pipeline, passes: int, **settings) -> list[float]:
 def save(skipping: StepSkipping, path: Path) -> None:
     """Write what `magcache.load` reads, one field on a line."""
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in dataclasses.asdict(skipping).items()]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

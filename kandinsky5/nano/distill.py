@@ -15,7 +15,7 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import TIMES, ClipStore, draw_batch, encode_text, load_dit, test
+from kandinsky5.nano.train_dit import CLIPS_AT_MOST, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
 from kandinsky5.sampler import flow_schedule
@@ -42,7 +42,9 @@ TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 12_000
 LONG_BATCH = 8  # clips of 33 frames at 128 x 128
 LONG_CLIPS_AT_FIRST, LONG_CLIPS_A_STEP = 640, 1  # on disk; each is drawn and encoded in a third of a second
-LONG_TIMES = replace(TIMES, shift=4.0)  # through √8 times the noise twice the side and length still show the same
+# Twice the side and length still show through √8 times the noise what goes where; a little more for its being there
+# that objects come out double.
+LONG_TIMES = replace(TIMES, shift=4.0)
 
 
 def main() -> None:
@@ -114,7 +116,7 @@ def train_long(
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        available = LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1]
+        available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
         arguments = (seed, dit, clips, available, text_encoder, nothing)
         batch, features = draw_batch(*arguments, batch_size=LONG_BATCH, sample_times=LONG_TIMES.sample)
         with autocast_dit(dit):  # NABLA's tiles through a mask: of so few tokens that is faster than tile by tile

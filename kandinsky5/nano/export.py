@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kandinsky5.checkpoint import find_part, save_checkpoint
+from kandinsky5.checkpoint import find_part, fingerprint, save_checkpoint
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
@@ -50,13 +50,21 @@ def main() -> None:
         parser.error(f"neither --runs {arguments.runs} nor --to {arguments.to} has nano, which the others stand on")
     for name, run in RUNS.items():
         if (arguments.runs / run / "state.pt").is_file():
-            folder, new = arguments.to / name, arguments.to / f"{name}.new"
+            folder, new, old = (arguments.to / f"{name}{end}" for end in ("", ".new", ".old"))
+            if old.is_dir() and not folder.is_dir():
+                old.rename(folder)  # stopped between the two renamings below
             shutil.rmtree(new, ignore_errors=True)
             export(name, arguments.runs / run, arguments.vae, arguments.text, new)
             judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
-            write_card(name, arguments.runs, new, judged, remarks.get(name, ""))
-            shutil.rmtree(folder, ignore_errors=True)  # only now: VAE and tokenizers may have come from there
+            try:
+                write_card(name, arguments.runs, new, judged, remarks.get(name, ""))
+            except ValueError:
+                shutil.rmtree(new)
+                raise
+            if folder.is_dir():  # only now: VAE and tokenizers may have come from there
+                folder.rename(old)
             new.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
 
 
@@ -127,7 +135,10 @@ STAGES = {
 
 
 def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark: str = "") -> None:
-    """The model card: data, recipe, steps and hours from the run's log, a remark, the judge's table."""
+    """The model card: data, recipe, steps and hours from the run's log, a remark, the judge's table.
+
+    ValueError where that is of other weights than those in `folder`.
+    """
     config, last = presets.PRESETS[name], read_rows(runs / RUNS[name] / "loss.csv")[-1]
     recipe = load_recipe(runs / RUNS[name])
     optimizer = "Muon for the blocks' matrices and AdamW for the rest" if recipe.muon else "AdamW"
@@ -154,14 +165,17 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark:
         sampling_steps=config.sampling.num_inference_steps,
         guidance=config.sampling.guidance_scale,
         shift=config.sampling.shift,
-        judged=describe_exam(name, judged) if judged and judged.is_file() else "Not yet.\n",
+        judged=describe_exam(name, judged, folder) if judged and judged.is_file() else "Not yet.\n",
     )
     (folder / "README.md").write_text(card)
 
 
-def describe_exam(name: str, judged: Path) -> str:
-    """The judge's table beside the file `judged`, below the command that makes it."""
-    settings = json.loads(judged.read_text(encoding="utf-8"))["settings"]
+def describe_exam(name: str, judged: Path, folder: Path) -> str:
+    """The judge's table beside the file `judged`, below the command that makes it; ValueError for other weights."""
+    document = json.loads(judged.read_text(encoding="utf-8"))
+    if document.get("fingerprint") != fingerprint(folder):
+        raise ValueError(f"{judged} is about another {name}: judge these weights, python -m kandinsky5.nano.judge")
+    settings = document["settings"]
     command = ["python", "-m", "kandinsky5.nano.judge", name]
     command += ["--prompts", str(settings["prompts"]), "--dtype", settings["dtype"]]
     for option, setting, default in (

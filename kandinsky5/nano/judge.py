@@ -14,7 +14,6 @@ generates with a checkpoint and writes a table of how often it did what the prom
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ import numpy as np
 from einops import rearrange, reduce
 from tqdm import tqdm
 
+from kandinsky5.files import check_replaceable, write_text
 from kandinsky5.nano.world import (
     AREA,
     BACKGROUNDS,
@@ -477,18 +477,11 @@ def _percent(summary: dict, answer: str) -> str:
     return f"{100 * summary['answers'][answer]['rate']:.1f}" if answer in summary["answers"] else ""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Beside the target first, so that a broken run leaves the old file as it was."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(arguments: list[str] | None = None, load: Callable | None = None) -> None:
-    """The command line; ValueError: --full-attention without NABLA. `load` stands in for `Pipeline.load` in tests."""
+    """The command line; `load` stands in for `Pipeline.load` in tests.
+
+    ValueError for --full-attention without NABLA, OSError where the answers cannot be written.
+    """
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m kandinsky5.nano.judge",
@@ -529,6 +522,7 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
 
     name = Path(args.checkpoint).resolve().name + "-full-attention" * args.full_attention
     output = Path(args.output or f"judge_{name}.json").with_suffix(".json")
+    check_replaceable(output)
     pipe = (load or Pipeline.load)(args.checkpoint, device=args.device, dtype=getattr(torch, args.dtype))
     if args.full_attention:
         if not pipe.config.dit.nabla:

@@ -10,6 +10,7 @@ import argparse
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from kandinsky5 import video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
+from kandinsky5.files import write_text
 from kandinsky5.nano import presets
-from kandinsky5.nano.judge import judge_clip, score, write_text
+from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.train_text import LANGUAGES, load_text_encoder
 from kandinsky5.nano.train_vae import as_checkpoint, draw_videos, load_vae, single_frame
 from kandinsky5.nano.world import Caption, Scene, caption, draw_scene, sample_scene
@@ -79,14 +81,18 @@ def main() -> None:
 
 
 def load_dit(source: Path) -> DiT:
-    """What the run in folder `source` has trained so far, or the DiT of a checkpoint; frozen, float32.
+    """What the run in folder `source` has trained so far, or the DiT of a checkpoint; frozen, float32, without NABLA.
 
     ValueError where that has other sizes than nano.
     """
     checkpoint = as_checkpoint(source)
     if checkpoint and replace(checkpoint.config.dit, nabla=None) != presets.DIT:
         raise ValueError(f"the DiT of {source} has other sizes than nano's: training goes on from one of that family")
-    return checkpoint.dit if checkpoint else load_average(DiT(presets.DIT), source)
+    if not checkpoint:
+        return load_average(DiT(presets.DIT), source)
+    dit = DiT(presets.DIT)
+    dit.load_state_dict(checkpoint.dit.state_dict())
+    return dit.eval().requires_grad_(False)
 
 
 def train_dit(folder: Path, dit: DiT, vae: VAE, text_encoder: TextEncoder, recipe: Recipe = RECIPE) -> DiT:
@@ -161,11 +167,12 @@ class ClipStore:
     def __init__(self, folder: Path, vae: VAE, num_frames: int = 17, size: int = 64, seed: int = CLIP_SEED):
         folder.mkdir(parents=True, exist_ok=True)
         self.vae, self.num_frames, self.size, self.seed = vae, num_frames, size, seed
+        path, self.count_file = folder / "latents.f16", folder / "count.json"
+        if not path.is_file():
+            self.count_file.unlink(missing_ok=True)  # of latents that somebody removed
         self._check_origin(folder / "origin.txt")
-        self.count_file = folder / "count.json"
         self.count = self._read_count()
         T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
-        path = folder / "latents.f16"
         self.records = np.memmap(
             path,
             dtype=np.float16,
@@ -184,13 +191,17 @@ class ClipStore:
         return records[:, :-1], records[:, -1:]
 
     def fill(self, available: int) -> None:
-        """Draw and encode until there are at least `available` clips, unless another process has done so."""
+        """Draw and encode until there are at least `available` clips, unless another process has done so.
+
+        OSError where the disk is full.
+        """
         if self.count < available:
             self.count = self._read_count()
         if self.count >= available:
             return
         bar = tqdm(total=available, initial=self.count, desc="drawing and encoding", unit="clip", delay=2, leave=False)
         while self.count < available:
+            self._check_free_space()
             rows = range(self.count, self.count + self.CHUNK)
             self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
             self.count += self.CHUNK
@@ -219,6 +230,12 @@ class ClipStore:
                 f"the latents in {path.parent} are of a world, a VAE or a number of frames that has changed since: "
                 "remove that folder, the clips will be drawn and encoded again"
             )
+
+    def _check_free_space(self) -> None:
+        """The file is as long as it may ever be and takes room as it fills: a full disk would end the process."""
+        free = shutil.disk_usage(self.count_file.parent).free
+        if free < max(self.CHUNK * self.records[0].nbytes, 2**24):
+            raise OSError(f"{self.count_file.parent} has {free / 1e6:.0f} MB free, too few for more clips: make room")
 
     def _read_count(self) -> int:
         return json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0

@@ -11,7 +11,6 @@ real model.
 """
 
 import argparse
-import os
 import string
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
+from kandinsky5.files import replacing
 from kandinsky5.nano import presets
 from kandinsky5.nano.train_vae import as_checkpoint, draw_videos
 from kandinsky5.nano.world import (
@@ -115,8 +115,8 @@ def train_tokenizers(folder: Path) -> None:
         backend.train_from_iterator(texts, trainer)
         target = folder / f"{name}_tokenizer"
         target.mkdir(parents=True, exist_ok=True)
-        backend.save(str(target / "tokenizer.partial"))
-        os.replace(target / "tokenizer.partial", target / "tokenizer.json")
+        with replacing(target / "tokenizer.json") as temporary:
+            backend.save(str(temporary))
 
 
 def _qwen_backend() -> Backend:
