@@ -233,4 +233,6 @@ def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatc
         assert run(*more) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert words in line
+    monkeypatch.setattr(calibration, "measure_ratios", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run("-o", tmp_path / "b.json") == 130 and "interrupted: nothing was written" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before

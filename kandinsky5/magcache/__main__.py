@@ -23,7 +23,7 @@ from kandinsky5.pipeline import Pipeline
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; returns 0, or 2 after one line about what is wrong with it."""
+    """Run one command line; returns 0, 2 after one line about what is wrong with it, 130 when it was interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="converted checkpoint folder, or a small model of this package such as nano")
@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     print(f"{options.output}: {measured.source}")
     return 0
 
