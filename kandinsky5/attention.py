@@ -4,7 +4,7 @@
       dense_attention         the definition, written out: softmax(q kᵀ / √D) v with an optional bool mask
       scaled_dot_product      PyTorch's fused kernels
       chunked_attention       the definition for a few hundred queries at a time: on a CPU in bf16 2.5 × as fast
-      block_sparse_attention  NABLA: for each tile of queries the kept tiles of keys; any device, no compiler
+      block_sparse_attention  NABLA: for each tile of queries its kept tiles of keys; any device, no compiler
       flex                    the same through compiled flex_attention, on CUDA
 
 q (B, N, L, D), k and v (B, N, S, D). `mask` is bool and True where a key may be seen (a bf16 mask that is added
@@ -25,7 +25,8 @@ from torch import Tensor
 from kandinsky5.nabla import TILE
 
 KERNELS = ("auto", "sdpa", "chunked", "flex", "dense")
-SCORES = 2**20  # how many scores chunked_attention holds at a time: 2 MB in bf16, which stay in the cache
+SCORES = 2**20  # how many scores are held at a time on a CPU: 2 MB in bf16, which stay in the cache
+TILE_PAIRS = 2**21  # of tiles, whose choice block_sparse_attention lists at a time: 16 bytes for each that is kept
 LONG = 512  # queries from which chunks are worth their while; text stays below
 
 _kernel = "auto"
@@ -126,24 +127,31 @@ def expand_block_map(block_map: Tensor) -> Tensor:
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, fused: bool = False) -> Tensor:
     """Exact softmax attention over the kept tiles; q, k, v (B, N, L, D) in tile order → (B, N, L, D).
 
-    One tile of queries of one head at a time: its kept tiles of keys and values are gathered, and what is left is
-    attention of 64 queries. Memory grows as L does, but for a head's list of kept tiles and the map itself, of a byte
-    for each 64 × 64 of scores. fused: through PyTorch's kernel, as "sdpa" says.
+    Tiles of queries that keep equally many, of whatever head, are computed together: their kept tiles of keys and
+    values are gathered, and what is left is a batch of small attentions, SCORES scores at a time. Memory grows as L
+    does, but for the map itself, of a byte for each 64 × 64 of scores. Each tile keeps at least one.
+    fused: through PyTorch's kernel, as "sdpa" says.
     """
-    B, N, L, _ = q.shape
-    q, k, v = (x.reshape(B * N, L // TILE, TILE, -1) for x in (q, k, v))  # (B·N, tiles, 64, D)
-    kept = block_map.flatten(0, 1)  # (B·N, tiles, tiles)
+    B, N, L, D = q.shape
+    per_head = L // TILE
+    q, k, v = (x.reshape(B * N * per_head, TILE, D) for x in (q, k, v))  # tiles, head after head
     out = torch.empty_like(q)
-    for n in range(B * N):
-        chosen = kept[n].nonzero()[:, 1].split(kept[n].sum(dim=-1).tolist())  # key tiles of each query tile
-        for i, tiles in enumerate(chosen):
-            queries = q[n, i][None]  # (1, 64, D)
-            keys, values = (x[n].index_select(0, tiles).flatten(0, 1)[None] for x in (k, v))  # (1, kept·64, D)
-            if fused:
-                out[n, i] = F.scaled_dot_product_attention(queries, keys, values)[0]
-            else:
-                out[n, i] = (_softmax(_scaled_scores(queries, keys)) @ values)[0]
-    return out.view(B, N, L, -1)
+    rows = torch.arange(len(q), device=q.device).split(max(1, TILE_PAIRS // per_head**2) * per_head)  # of a few heads each
+    for some, kept in zip(rows, block_map.reshape(-1, per_head).split(len(rows[0])), strict=True):
+        counts = kept.sum(dim=-1)
+        for count in counts.unique().tolist():
+            alike = counts == count
+            first = some[alike] // per_head * per_head  # of the head's tiles
+            chosen = kept[alike].nonzero()[:, 1].view(-1, count) + first[:, None]  # key tiles of each query tile
+            size = max(1, SCORES // (TILE * TILE * count))
+            for where, tiles in zip(some[alike].split(size), chosen.split(size), strict=True):
+                keys, values = (x.index_select(0, tiles.flatten()).view(len(tiles), -1, D) for x in (k, v))
+                if fused:
+                    queries, keys, values = (x[:, None] for x in (q[where], keys, values))  # one head
+                    out[where] = F.scaled_dot_product_attention(queries, keys, values)[:, 0]
+                else:
+                    out[where] = _softmax(_scaled_scores(q[where], keys)) @ values
+    return out.view(B, N, L, D)
 
 
 def build_block_mask(block_map: Tensor):

@@ -81,7 +81,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("fused", [False, True])
-def test_block_sparse_equals_dense(share, fused):
+@pytest.mark.parametrize("scores, pairs", [(10**9, 10**9), (3 * 64 * 64, 80), (1, 1)])
+def test_block_sparse_equals_dense(share, fused, scores, pairs, monkeypatch):
+    """All tiles that keep equally many at once, a few of two heads, and one of one."""
+    monkeypatch.setattr(module, "SCORES", scores)
+    monkeypatch.setattr(module, "TILE_PAIRS", pairs)
     q, k, v = random_qkv(2, 3, 6 * 64, 16)
     chosen = random_map(2, 3, 6, share)
     expected = dense_attention(q, k, v, expand_block_map(chosen))
