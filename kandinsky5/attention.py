@@ -136,8 +136,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, f
     per_head = L // TILE
     q, k, v = (x.reshape(B * N * per_head, TILE, D) for x in (q, k, v))  # tiles, head after head
     out = torch.empty_like(q)
-    rows = torch.arange(len(q), device=q.device).split(max(1, TILE_PAIRS // per_head**2) * per_head)  # of a few heads each
-    for some, kept in zip(rows, block_map.reshape(-1, per_head).split(len(rows[0])), strict=True):
+    at_once = max(1, TILE_PAIRS // per_head**2) * per_head  # rows of the map, those of a few heads
+    numbers, rows = torch.arange(len(q), device=q.device), block_map.reshape(-1, per_head)
+    for some, kept in zip(numbers.split(at_once), rows.split(at_once), strict=True):
         counts = kept.sum(dim=-1)
         for count in counts.unique().tolist():
             alike = counts == count

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from kandinsky5 import dit, nabla
-from kandinsky5.attention import dense_attention, expand_block_map
+from kandinsky5.attention import block_sparse_attention, dense_attention
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.files import locked, replacing
 from kandinsky5.sampler import guided_velocity
@@ -336,7 +336,7 @@ def autocast_dit(model: DiT) -> Iterator[None]:
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block_map: Tensor | None = None):
-    return dense_attention(q, k, v, expand_block_map(block_map) if block_map is not None else mask)
+    return dense_attention(q, k, v, mask) if block_map is None else block_sparse_attention(q, k, v, block_map)
 
 
 @contextlib.contextmanager

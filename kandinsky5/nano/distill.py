@@ -119,7 +119,7 @@ def train_long(
         available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
         arguments = (seed, dit, clips, available, text_encoder, nothing)
         batch, features = draw_batch(*arguments, batch_size=LONG_BATCH, sample_times=LONG_TIMES.sample)
-        with autocast_dit(dit):  # NABLA's tiles through a mask: of so few tokens that is faster than tile by tile
+        with autocast_dit(dit):
             asked = (batch.x, features.text, features.pooled, batch.t, features.mask)
             predicted = dit(*asked, config.sampling.rope_scale)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
