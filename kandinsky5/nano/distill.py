@@ -15,14 +15,13 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import CLIPS_AT_MOST, ClipStore, draw_batch, encode_text, load_dit, test
+from kandinsky5.nano.train_dit import CLIPS_AT_MOST, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.train import (
     FlowBatch,
-    FlowTimes,
     Recipe,
     autocast_dit,
     flow_loss,
@@ -43,8 +42,7 @@ TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 12_000
 LONG_BATCH = 8  # clips of 33 frames at 128 x 128
 LONG_CLIPS_AT_FIRST, LONG_CLIPS_A_STEP = 640, 1  # on disk; each is drawn and encoded in a third of a second
-# Seven in ten between 0.9 and 0.997: there it is decided what goes where, of a scene so large and long, and doubled.
-LONG_TIMES = FlowTimes("logit-normal", mean=3.3, std=1.6)
+LONG_TIMES = replace(TIMES, shift=2.0)  # on a side twice as long the same is seen through twice the noise
 
 
 def main() -> None:
