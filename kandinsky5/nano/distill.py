@@ -15,7 +15,7 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import CLIPS_AT_MOST, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
+from kandinsky5.nano.train_dit import CLIPS_AT_MOST, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
 from kandinsky5.sampler import flow_schedule
@@ -42,7 +42,6 @@ TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 12_000
 LONG_BATCH = 8  # clips of 33 frames at 128 x 128
 LONG_CLIPS_AT_FIRST, LONG_CLIPS_A_STEP = 640, 1  # on disk; each is drawn and encoded in a third of a second
-LONG_TIMES = replace(TIMES, shift=2.0)  # on a side twice as long the same is seen through twice the noise
 
 
 def main() -> None:
@@ -115,11 +114,10 @@ def train_long(
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
-        arguments = (seed, dit, clips, available, text_encoder, nothing)
-        batch, features = draw_batch(*arguments, batch_size=LONG_BATCH, sample_times=LONG_TIMES.sample)
+        batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
-            asked = (batch.x, features.text, features.pooled, batch.t, features.mask)
-            predicted = dit(*asked, config.sampling.rope_scale)
+            arguments = (batch.x, features.text, features.pooled, batch.t, features.mask)
+            predicted = dit(*arguments, config.sampling.rope_scale)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
