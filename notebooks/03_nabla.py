@@ -248,7 +248,7 @@ sparse = block_sparse_attention(q, k, v, tile_map)
 masked = dense_attention(q, k, v, expand_block_map(tile_map))
 full = dense_attention(q, k, v)
 everything = block_sparse_attention(q, k, v, nabla.block_map(q, k, grid, replace(config, P=1.0)))
-print(f"tile by tile against the masked definition: {error(sparse, masked):.1e}")
+print(f"kept tiles against the masked definition:   {error(sparse, masked):.1e}")
 print(f"P = 1 against full attention:               {error(everything, full):.1e}")
 print(f"P = {config.P} against full attention:             {error(sparse, full):.1e}")
 assert error(sparse, masked) < 1e-5 and error(everything, full) < 1e-5
@@ -316,7 +316,7 @@ plt.show()
 
 # %% [markdown]
 # Time falls in proportion to what is left out, and making the map costs next to nothing. (If all tiles
-# are kept, PyTorch's kernel is the faster one: ours goes tile by tile.) In blocks 2 to 4 choosing is better than chance, in
+# are kept, PyTorch's kernel is the faster one: ours gathers them first.) In blocks 2 to 4 choosing is better than chance, in
 # block 1 where half or more is kept; block 0, which attends to everything nearly alike, loses nothing by chance. So how small P can be depends on the model: released
 # long-clip models were *trained* with NABLA at P = 0.7 to 0.9, so that their mass is where the map can find it; `nano`'s weights
 # here were trained with full attention on short clips.
