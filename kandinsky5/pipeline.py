@@ -234,17 +234,15 @@ class Pipeline:
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         takes = f"takes {self._check_memory(latents) / 1e9:.1f} GB"
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
-        num_frames, videos = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
+        num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
         bar = tqdm(total=len(z) * num_frames, desc="decoding", unit="frame", postfix=takes, disable=not progress)
         with bar, awake(self.vae):
             for one in z.split(1):  # all at once would take as many times the memory
-                pieces = []
                 for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling):  # (1, 3, f, H, W)
                     _check_finite(piece, "the decoded frames")
                     pieces.append(_to_cpu(to_output(piece)))
                     bar.update(piece.shape[2])
-                videos.append(torch.cat(pieces, dim=1))
-        return torch.cat(videos)  # (B, F, H, W, 3)
+        return torch.cat(pieces, dim=1)[0].unflatten(0, (len(z), num_frames))  # (B, F, H, W, 3)
 
     def _check_memory(self, latents: Tensor) -> int:
         """Bytes that decoding (B, T, h, w, 16) takes; ValueError where the device has less."""
@@ -254,7 +252,7 @@ class Pipeline:
         needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind) for kind in (tiling, in_tiles))
         frames = vae.time_factor * (T - 1) + 1
         finished = (batch - 1) * frames * (vae.space_factor * h) * (vae.space_factor * w) * vae.image_channels
-        needed, tiled = needed + 2 * finished, tiled + 2 * finished  # twice when videos become one tensor
+        needed, tiled = needed + 2 * finished, tiled + 2 * finished  # twice when pieces become one tensor
         if self.device.type == "cuda":  # where weights that rest (offload.py) have yet to come
             weights = sum(weight.nbytes for weight in self.vae.parameters() if weight.is_meta)
             needed, tiled = needed + weights, tiled + weights
