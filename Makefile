@@ -42,14 +42,14 @@ notebooks: ## execute notebooks/*.py and write them with their outputs as .ipynb
 RUNS ?= runs
 FROM = --vae $(RUNS)/vae --text $(RUNS)/text
 
-.PHONY: nano vae text dit nocfg distilled long
-nano vae text dit nocfg distilled long: export OMP_NUM_THREADS ?= 1
+.PHONY: nano vae text dit nocfg distilled long sparse
+nano vae text dit nocfg distilled long sparse: export OMP_NUM_THREADS ?= 1
 
 NAMES = nano nano-nocfg nano-distilled16steps nano-10s
 PROMPTS ?= 300
 EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
 
-nano: vae text dit nocfg distilled long ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
+nano: vae text dit nocfg distilled long sparse ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
 	$(EXPORT)
 	mkdir -p $(RUNS)/judge
 	set -e; for name in $(NAMES); do $(PYTHON) -m kandinsky5.nano.judge $(RUNS)/checkpoints/$$name --dtype bfloat16 \
@@ -73,3 +73,6 @@ distilled: nocfg ## nano in 16 steps, from that
 
 long: dit ## nano of twice the length and size with NABLA, from nano
 	$(PYTHON) -m kandinsky5.nano.distill long --folder $(RUNS)/long --teacher $(RUNS)/dit --clips $(RUNS)/long/clips $(FROM)
+
+sparse: long ## that once more, to answer through NABLA as with full attention: nano-10s
+	$(PYTHON) -m kandinsky5.nano.distill sparse --folder $(RUNS)/sparse --teacher $(RUNS)/long --clips $(RUNS)/long/clips $(FROM)

@@ -30,6 +30,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
     monkeypatch.setattr(judge, "examine", examine_in_one_step)
     monkeypatch.setattr(judge, "EXAM", {name: judge.EXAM[name] for name in ("two objects", "ground truth")})
 
@@ -58,8 +59,8 @@ def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
 
 
 def test_what_could_not_be_loaded_is_not_exported(monkeypatch, tmp_path, capsys):
-    (tmp_path / "long").mkdir()
-    (tmp_path / "long" / "state.pt").touch()
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse" / "state.pt").touch()
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano")
     assert "has nano, which the others stand on" in capsys.readouterr().err and not (tmp_path / "to").exists()
@@ -96,6 +97,7 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
     monkeypatch.setattr(training, "plot_losses", lambda *_: None)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     checkpoint = ["--vae", "nano", "--text", "nano"]
@@ -104,6 +106,7 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
         (train_dit, ["--start-from", "nano", *checkpoint]),
         (distill, ["nocfg", "--clips", tmp_path / "clips", *nano]),
         (distill, ["long", "--clips", tmp_path / "long_clips", *nano]),
+        (distill, ["sparse", "--clips", tmp_path / "long_clips", *nano]),
     ):
         ends = []
         for stops in ((2,), (1, 2)):

@@ -1,8 +1,9 @@
-"""The last stages, all from `nano`: guidance in one pass, sixteen steps, and twice the length with NABLA.
+"""The last stages, all from `nano`: guidance in one pass, sixteen steps, and twice the length with NABLA in two stages.
 
 python -m kandinsky5.nano.distill nocfg     --folder runs/nocfg     --teacher runs/dit   --clips runs/dit/clips …
 python -m kandinsky5.nano.distill distilled --folder runs/distilled --teacher runs/nocfg --clips runs/dit/clips …
 python -m kandinsky5.nano.distill long      --folder runs/long      --teacher runs/dit   --clips runs/long/clips …
+python -m kandinsky5.nano.distill sparse    --folder runs/sparse    --teacher runs/long  --clips runs/long/clips …
 """
 
 import argparse
@@ -15,7 +16,7 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import CLIPS_AT_MOST, ClipStore, draw_batch, encode_text, load_dit, test
+from kandinsky5.nano.train_dit import CLIPS_AT_MOST, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import load_vae
 from kandinsky5.sampler import flow_schedule
@@ -36,12 +37,18 @@ RECIPES = {
     "nocfg": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "long": Recipe(steps=3600, learning_rate=1e-3, warmup=100, constant=0.5, ema=0.998, muon=presets.MUON),
+    "sparse": Recipe(
+        steps=1500, learning_rate=3e-4, warmup=50, constant=0.3, ema=0.995, weight_decay=0.0, muon=presets.MUON
+    ),
 }
-CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG}
+CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG, "sparse": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 12_000
 LONG_BATCH = 8  # clips of 33 frames at 128 x 128
 LONG_CLIPS_AT_FIRST, LONG_CLIPS_A_STEP = 640, 1  # on disk; each is drawn and encoded in a third of a second
+SPARSE_CLIPS = 6656  # what the long stage left, and more
+SPARSE_TIMES = replace(TIMES, shift=2.0)  # nearer the noise, where frames have to agree on what goes where
+SPARSE_PROMPT_DROPPED = 0.3  # guidance asks twice, so what is answered without a prompt counts nearly as much
 
 
 def main() -> None:
@@ -67,8 +74,8 @@ def main() -> None:
     teacher = load_dit(arguments.teacher)
     folder, config = arguments.folder, CONFIGS[arguments.stage]
     clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
-    stage = train_long if config is presets.LONG else distill
-    stage(folder, config, teacher, clips, text_encoder, recipe)
+    stages = {"nocfg": distill, "distilled": distill, "long": train_long, "sparse": train_sparse}
+    stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe)
 
 
 def distill(
@@ -116,12 +123,36 @@ def train_long(
         available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
-            arguments = (batch.x, features.text, features.pooled, batch.t, features.mask)
-            predicted = dit(*arguments, config.sampling.rope_scale)
+            predicted = _ask(dit, batch, features, config)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
     return train(dit, loss, recipe, folder, sample, sample_every=800)
+
+
+def train_sparse(
+    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
+) -> DiT:
+    """Train a copy of `teacher` to answer through NABLA what the teacher answers with full attention.
+
+    A clip teaches little of how its frames come to agree near the noise, where it is one of very many that fit; the
+    teacher's answer is the mean over all of them. Returns the average.
+    """
+    torch.manual_seed(recipe.seed)
+    student = start_from(teacher, config)
+    nothing = encode_text(text_encoder, [""])
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        arguments = (seed, student, clips, SPARSE_CLIPS, text_encoder, nothing, LONG_BATCH, SPARSE_TIMES.sample)
+        batch, features = draw_batch(*arguments, prompt_dropped=SPARSE_PROMPT_DROPPED)
+        with torch.no_grad(), autocast_dit(teacher):
+            target = _ask(teacher, batch, features, config).float()
+        with autocast_dit(student):
+            predicted = _ask(student, batch, features, config)
+        return flow_loss(predicted, target, batch.asked), {}
+
+    sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
+    return train(student, loss, recipe, folder, sample, sample_every=800)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
@@ -129,6 +160,10 @@ def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
     student = DiT(config.dit)
     student.load_state_dict(teacher.state_dict())
     return student
+
+
+def _ask(dit: DiT, batch: FlowBatch, features: TextFeatures, config: PipelineConfig) -> Tensor:
+    return dit(batch.x, features.text, features.pooled, batch.t, features.mask, config.sampling.rope_scale)
 
 
 def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, schedule: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ from kandinsky5.nano.train_vae import is_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
 
-RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "long"}
+RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
 
 
 def main() -> None:
     """Write a checkpoint folder for each run that there is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and long")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and sparse")
     parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
     parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
     parser.add_argument("--judged", type=Path, help="folder of the judge's answers for these weights, judge_NAME.json")
@@ -124,13 +124,13 @@ WHAT = {
     "nano": "Text and image to video, with guidance: every step asks the network twice.",
     "nano-nocfg": "`nano` with its guidance distilled into one pass a step.",
     "nano-distilled16steps": "`nano-nocfg` distilled into 16 steps of one pass.",
-    "nano-10s": "`nano` fine-tuned on clips twice as long and twice as wide, with NABLA.",
+    "nano-10s": "`nano` fine-tuned on clips twice as long and twice as wide, and to answer through NABLA as without.",
 }
 STAGES = {
     "nano": "after the VAE and the text encoders",
     "nano-nocfg": "from nano",
     "nano-distilled16steps": "from nano-nocfg",
-    "nano-10s": "from nano",
+    "nano-10s": "from nano trained on longer clips",
 }
 
 

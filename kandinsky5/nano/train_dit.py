@@ -123,16 +123,18 @@ def draw_batch(
     nothing: TextFeatures,
     batch_size: int = BATCH,
     sample_times: Callable[[int, torch.Generator], Tensor] = TIMES.sample,
+    prompt_dropped: float = PROMPT_DROPPED,
 ) -> tuple[FlowBatch, TextFeatures]:
     """What a step trains on; it depends on nothing but `seed` and the number of clips that there are by then.
 
-    B = batch_size clips of those below `available`, at times (B,), and what the DiT is told of them.
+    B = batch_size clips of those below `available`, at times (B,), and what the DiT is told of them: nothing of a share
+    `prompt_dropped`.
     """
     rng, random = np.random.default_rng(seed), generator(seed)
     chosen = rng.integers(available, size=batch_size)
     latents, first_frame = clips.read(chosen, available)  # (B, 5, 8, 8, 16), (B, 1, 8, 8, 16)
     said = [caption(clips.scene(int(i)), LANGUAGES[rng.integers(2)], rng).text for i in chosen]
-    dropped = torch.from_numpy(rng.random(batch_size) < PROMPT_DROPPED)
+    dropped = torch.from_numpy(rng.random(batch_size) < prompt_dropped)
     given = torch.from_numpy(rng.random(batch_size) < FIRST_FRAME_GIVEN)
     noise = torch.randn(latents.shape, generator=random)
     batch = flow_batch(dit, latents, sample_times(batch_size, random), noise, first_frame, given)
