@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +16,13 @@ from torch import nn
 from kandinsky5 import nabla
 from kandinsky5 import train as training
 from kandinsky5.attention import attention
-from kandinsky5.config import DiTConfig, VAEConfig
+from kandinsky5.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
 from kandinsky5.nano import distill, presets
 from kandinsky5.nano.train_dit import ClipStore, load_dit
-from kandinsky5.nano.train_text import conversation, same_said, tokens_about
-from kandinsky5.nano.train_vae import draw_confetti, draw_videos, single_frame, standardise
+from kandinsky5.nano.train_text import conversation, load_text_encoder, same_said, tokens_about
+from kandinsky5.nano.train_vae import draw_confetti, draw_videos, load_vae, single_frame, standardise
 from kandinsky5.nano.world import Caption, caption, sample_scene
 from kandinsky5.pipeline import SHIPPED, Pipeline
 from kandinsky5.sampler import euler_sample, flow_schedule
@@ -373,6 +375,22 @@ def test_sixteen_steps_are_taught_where_three_of_the_teacher_lead():
             there = there + (t_next - t) * there * t * asked[i]
         landed = x[i, ..., :4] + (schedule[start + 1] - schedule[start]) * taught[i]
         torch.testing.assert_close(landed, there)
+
+
+@pytest.mark.parametrize(("window", "learns"), [((17, 1, 1), False), ((1, 1, 1), True)])
+def test_the_sparse_stage_teaches_what_full_attention_answers(monkeypatch, tmp_path, window, learns):
+    """Where NABLA keeps every tile there is nothing to learn; nor ever in the steps with full attention."""
+    config = replace(presets.LONG, dit=replace(presets.LONG.dit, nabla=NablaConfig(P=0.6, window=window)))
+    recipe = replace(distill.RECIPES["sparse"], learning_rate=0.0, bf16=False)
+    monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
+    monkeypatch.setattr(distill, "LONG_BATCH", 2)
+    monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=3, progress=False))
+    nano = SHIPPED / "nano"
+    clips = ClipStore(tmp_path / "clips", load_vae(nano), config.sampling.num_frames, config.sampling.height)
+    distill.train_sparse(tmp_path, config, load_dit(nano), clips, load_text_encoder(nano), recipe)
+    row = training.read_rows(tmp_path / "loss.csv")[0]
+    assert float(row["loss_full"]) < 1e-9
+    assert float(row["loss_nabla"]) > 1e-3 if learns else float(row["loss_nabla"]) < 1e-9
 
 
 def test_captions_that_say_the_same_are_right_for_each_others_clips():

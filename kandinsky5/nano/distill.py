@@ -7,6 +7,7 @@ python -m kandinsky5.nano.distill sparse    --folder runs/sparse    --teacher ru
 """
 
 import argparse
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ RECIPES = {
     "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "long": Recipe(steps=3600, learning_rate=1e-3, warmup=100, constant=0.5, ema=0.998, muon=presets.MUON),
     "sparse": Recipe(
-        steps=1500, learning_rate=3e-4, warmup=50, constant=0.3, ema=0.995, weight_decay=0.0, muon=presets.MUON
+        steps=1800, learning_rate=3e-4, warmup=50, constant=0.3, ema=0.995, weight_decay=0.0, muon=presets.MUON
     ),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG, "sparse": presets.LONG}
@@ -136,10 +137,13 @@ def train_sparse(
     """Train a copy of `teacher` to answer through NABLA what the teacher answers with full attention.
 
     A clip teaches little of how its frames come to agree near the noise, where it is one of very many that fit; the
-    teacher's answer is the mean over all of them. Returns the average.
+    teacher's answer is the mean over all of them. Every third step is with full attention, which would else be
+    forgotten. Returns the average.
     """
     torch.manual_seed(recipe.seed)
     student = start_from(teacher, config)
+    full = copy.copy(student)  # the same weights
+    full.config = teacher.config
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -147,9 +151,10 @@ def train_sparse(
         batch, features = draw_batch(*arguments, prompt_dropped=SPARSE_PROMPT_DROPPED)
         with torch.no_grad(), autocast_dit(teacher):
             target = _ask(teacher, batch, features, config).float()
-        with autocast_dit(student):
-            predicted = _ask(student, batch, features, config)
-        return flow_loss(predicted, target, batch.asked), {}
+        asked = full if seed[1] % 3 == 2 else student
+        with autocast_dit(asked):
+            value = flow_loss(_ask(asked, batch, features, config), target, batch.asked)
+        return value, {"loss_full" if asked is full else "loss_nabla": float(value.detach())}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
     return train(student, loss, recipe, folder, sample, sample_every=800)
