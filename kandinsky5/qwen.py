@@ -33,38 +33,34 @@ class Qwen(nn.Module):
         self.blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, past: list[Past] | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """ids (B, S), mask (B, S) bool, True for real tokens → (B, S, dim).
 
         With padding on the right no mask is needed; with a mask the padding may be anywhere, and positions count
-        the real tokens. past: `build_past` of the tokens that stand before each row of ids; not with a mask.
+        the real tokens. prefix (1, P): the tokens that stand before each row of ids, which are computed once for all
+        rows; not with a mask.
         """
-        S, P = ids.shape[1], past[0].k.shape[2] if past else 0
-        causal = torch.ones(S, P + S, dtype=torch.bool, device=ids.device).tril(P)  # (S, P + S), rows are queries
-        positions = torch.arange(P, P + S, device=ids.device)[None]  # (1, S)
+        S, P = ids.shape[1], prefix.shape[1] if prefix is not None else 0
+        causal = torch.ones(P + S, P + S, dtype=torch.bool, device=ids.device).tril()  # rows are queries
+        positions, seen = torch.arange(P + S, device=ids.device)[None], causal[P:]  # (1, P + S), (S, P + S)
         if mask is not None:
-            assert past is None, "a mask and a past together are not used"
+            assert prefix is None, "a mask and a prefix together are not used"
             # A padding token sees itself, as a row without any key has no softmax.
-            causal = causal & mask[:, None, None] | torch.eye(S, dtype=torch.bool, device=ids.device)  # (B, 1, S, S)
+            seen = causal & mask[:, None, None] | torch.eye(S, dtype=torch.bool, device=ids.device)  # (B, 1, S, S)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
         angles = self.build_angles(positions)
+        angles_before, angles = angles[:, :, :P], angles[:, :, P:]
 
-        x = self.embedding(ids)  # (B, S, dim)
+        x, past = self.embedding(ids), None  # (B, S, dim)
+        before = self.embedding(prefix) if prefix is not None else None  # (1, P, dim)
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, causal, past[i] if past else None)
-        return self.norm(x)
-
-    def build_past(self, ids: Tensor) -> list[Past]:
-        """ids (1, P) → what each block's attention keeps of them for the tokens that follow."""
-        P = ids.shape[1]
-        causal = torch.ones(P, P, dtype=torch.bool, device=ids.device).tril()
-        angles = self.build_angles(torch.arange(P, device=ids.device)[None])
-        x, past = self.embedding(ids), []
-        for block in self.blocks:
             assert isinstance(block, QwenBlock)
-            past.append(block.attention.keys_and_values(block.attention_norm(x), angles))
-            x = block(x, angles, causal)
-        return past
+            if before is not None:
+                past = block.attention.keys_and_values(block.attention_norm(before), angles_before)
+                if i + 1 < len(self.blocks):  # behind the last block nobody asks for them
+                    before = block(before, angles_before, causal[:P, :P])
+            x = block(x, angles, seen, past)
+        return self.norm(x)
 
     def build_angles(self, positions: Tensor) -> Tensor:
         """Rotary angles in radians, float32, for all heads: positions (B, S) → (B, 1, S, D/2)."""

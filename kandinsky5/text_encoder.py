@@ -73,9 +73,9 @@ class TextEncoder(nn.Module):
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
         common = min(len(os.path.commonprefix(ids)), dropped)
-        past = self.qwen.build_past(torch.tensor([ids[0][:common]], device=device)) if common else None
+        prefix = torch.tensor([ids[0][:common]], device=device) if common else None
         rest = pad_sequence([torch.tensor(i[common:]) for i in ids], batch_first=True).to(device)
-        text = self.qwen(rest, past=past)[:, dropped - common :]  # (B, S, 3584)
+        text = self.qwen(rest, prefix=prefix)[:, dropped - common :]  # (B, S, 3584)
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
         return TextFeatures(text, mask.to(device), pooled)
 
