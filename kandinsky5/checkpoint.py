@@ -38,15 +38,16 @@ def load_weights(
     """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
-    to dtype. On the CPU, tensors that have the right precision are views of the mapped file. ValueError, with the
-    tensors' names and both shapes, where file and model differ in anything.
+    to dtype; these stay in half precision where they are stored so. On the CPU, tensors that have the right precision
+    are views of the mapped file. ValueError, with the tensors' names and both shapes, where file and model differ in
+    anything.
     """
     model = model.to(dtype)
     wanted, files, device = model.state_dict(), TensorFiles(folder, name), torch.device(device)
     files.check_fit(wanted)
     if device.type != "meta":
         bar = tqdm(wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False)
-        state = {n: files[n].to(device=device, dtype=t.dtype) for n, t in bar}
+        state = {n: _cast(files[n], t.dtype, dtype).to(device) for n, t in bar}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -60,7 +61,19 @@ def map_weights(model: nn.Module, folder: Path, name: str, dtype: torch.dtype) -
     model.to(dtype).eval().requires_grad_(False)
     files = TensorFiles(folder, name, read_only=True)
     files.check_fit(model.state_dict())
-    return {n: files[n] for n in model.state_dict()}
+    views = {n: files[n] for n in model.state_dict()}
+    state = {n: _cast(views[n].to("meta"), t.dtype, dtype) for n, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)  # which says in what precision each will work
+    return views
+
+
+def _cast(stored: Tensor, own: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """A stored weight in the precision that it has in a model cast to `dtype`, which wants it in its `own`.
+
+    What stays in float32 there is multiplied by a layer that widens its weights itself (`dit.Float32Linear`): where
+    they are stored in half precision, a copy in float32 would hold the same numbers in twice the memory.
+    """
+    return stored if own != dtype and stored.itemsize == 2 else stored.to(own)
 
 
 def find_part(folder: Path, part: str, base: str | None) -> Path:

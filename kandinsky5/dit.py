@@ -302,11 +302,13 @@ class Float32Linear(nn.Linear):
     """A Linear that stays in float32 when the model around it is cast to half precision: (…, in) → (…, out).
 
     The official code computes the time embedder and the modulations so; diffusers lists them in
-    `_keep_in_fp32_modules` (transformer_kandinsky.py).
+    `_keep_in_fp32_modules` (transformer_kandinsky.py). Weights that come from a file in half precision may stay so
+    (checkpoint.py): they are widened here, which changes no number.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def _apply(self, fn, recurse=True):
         # Module.to(), .half() and .bfloat16() come here. The device may change, the precision must not.

@@ -5,7 +5,7 @@
 
 On a GPU both cost the time of copying. On a CPU nothing is copied where file and model have the same precision: the
 pages of the file are the weights, and the system may drop them and read them again. What is copied is what has to be
-cast, such as float32 modulations from a bf16 file, with "blocks" that of two blocks at a time.
+cast, such as a float32 file for a model in bf16, with "blocks" that of two blocks at a time.
 
 A resting model has its parameters on the meta device. What is written to weights that are awake is lost when they go.
 """

@@ -67,6 +67,24 @@ def test_half_precision_leaves_the_float32_islands(saved):
     assert pipe.dtype == torch.bfloat16 and not pipe.dit.training
 
 
+@pytest.mark.parametrize("offload", [None, "model", "blocks"])
+def test_float32_islands_that_are_stored_in_half_precision_are_not_copied(copy, offload):
+    """They stay views of the file, and the numbers are those of copies in float32."""
+    stored = {name: weight.bfloat16() for name, weight in load_file(copy / "dit.safetensors").items()}
+    save_file(stored, copy / "dit.safetensors")
+    pipe, wide = Pipeline.load(copy, offload=offload), Pipeline.load(copy)
+    for name, parameter in wide.dit.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        if "modulation" in name or "time_embedder" in name:
+            parameter.data = parameter.data.float()
+    results = [p("a fox", num_inference_steps=2, output_type="latents", progress=False) for p in (pipe, wide)]
+    assert results[0].equal(results[1])
+    islands = [p for name, p in pipe.dit.named_parameters() if "modulation" in name or "time_embedder" in name]
+    assert {p.dtype for p in islands} == {torch.bfloat16}
+    exact = Pipeline.load(copy, dtype=torch.float32, offload=offload)
+    assert {p.dtype for p in exact.dit.parameters()} == {torch.float32}
+
+
 def test_weights_are_views_of_the_mapped_file(saved):
     """No copy: the process's own (anonymous) memory stays as it is, however large the file."""
 

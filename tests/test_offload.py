@@ -243,7 +243,7 @@ def write_random_dit(folder: Path, config: DiTConfig, dtype: torch.dtype, blocks
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_a_dit_runs_in_less_memory_than_it_has_weights(tmp_path, stored):
-    """What is cast is cast block by block, of a float32 file all of it; without offloading the limit does not do."""
+    """A float32 file is cast block by block, of one in bf16 nothing is; without offloading the limit does not do."""
     config = replace(LITE, dim=768, ff_dim=3072, num_visual_blocks={torch.bfloat16: 9, torch.float32: 5}[stored])
     size = write_random_dit(tmp_path, config, stored)
     assert size > 270e6
