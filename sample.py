@@ -134,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if not words and not isinstance(error, MemoryError):
             raise
-        reason = f"not enough memory ({words[0] if words else error}): ask for less --height, --width or --num-frames"
+        remedies = "try --offload model or blocks, --tile-space, or less --height, --width or --num-frames"
+        reason = f"not enough memory ({words[0] if words else error}): {remedies}"
     if "replay" in options and options["replay"] not in reason:  # what is wrong may stand there
         reason = f"replaying {options['replay']}: {reason}"
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)

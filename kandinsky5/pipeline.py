@@ -39,6 +39,7 @@ from kandinsky5.vae import VAE
 # So few that what a second pass holds besides is nothing beside the weights; above, one pass was not faster.
 ONE_PASS = 8192
 LONGEST_SIDE = 16384  # pixels: x264's limit
+KEPT_BY_HEAP = 300_000_000  # bytes that glibc may keep of what decoding has freed: measured, see vae_tiling.vae_memory
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
 
 
@@ -174,7 +175,7 @@ class Pipeline:
         batch = len(prompts) * num_videos_per_prompt
         latents, generators = self._initial_noise(latents, seed, batch, height, width, num_frames)
         if output_type != "latents":
-            self._check_memory(latents)  # now and not when the steps are done
+            self._check_memory(latents, output_type)  # now and not when the steps are done
 
         texts = [*prompts, *negatives] if guided else prompts
         bar = tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress)
@@ -232,7 +233,7 @@ class Pipeline:
             raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
         z = (latents.to(self.device) / self.config.vae.scaling_factor).to(self.dtype)
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
-        takes = f"takes {self._check_memory(latents) / 1e9:.1f} GB"
+        takes = f"takes {self._check_memory(latents, output_type) / 1e9:.1f} GB"
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
         bar = tqdm(total=len(z) * num_frames, desc="decoding", unit="frame", postfix=takes, disable=not progress)
@@ -244,25 +245,36 @@ class Pipeline:
                     bar.update(piece.shape[2])
         return torch.cat(pieces, dim=1)[0].unflatten(0, (len(z), num_frames))  # (B, F, H, W, 3)
 
-    def _check_memory(self, latents: Tensor) -> int:
-        """Bytes that decoding (B, T, h, w, 16) takes; ValueError where the device has less."""
+    def _check_memory(self, latents: Tensor, output_type: str) -> int:
+        """Bytes that decoding (B, T, h, w, 16) takes on the device; ValueError where that, or the CPU, has less."""
         batch, T, h, w, _ = latents.shape
-        vae, tiling = self.config.vae, self.config.tiling
+        vae, tiling, on_gpu = self.config.vae, self.config.tiling, self.device.type == "cuda"
+        frames, height, width = vae.time_factor * (T - 1) + 1, vae.space_factor * h, vae.space_factor * w
+        video = 2 * frames * height * width * vae.image_channels  # twice when pieces become one tensor
+        finished = batch * video * (1 if output_type == "uint8" else 4)
+        # `vae_memory` counts one video in bytes. Finished ones lie in the CPU's memory, and resting weights come yet.
+        resting = sum(weight.nbytes for weight in self.vae.parameters() if weight.is_meta)
+        more = (resting if on_gpu else finished + KEPT_BY_HEAP) - video
         in_tiles = replace(tiling, space=True)
-        needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind) for kind in (tiling, in_tiles))
-        frames = vae.time_factor * (T - 1) + 1
-        finished = (batch - 1) * frames * (vae.space_factor * h) * (vae.space_factor * w) * vae.image_channels
-        needed, tiled = needed + 2 * finished, tiled + 2 * finished  # twice when pieces become one tensor
-        if self.device.type == "cuda":  # where weights that rest (offload.py) have yet to come
-            weights = sum(weight.nbytes for weight in self.vae.parameters() if weight.is_meta)
-            needed, tiled = needed + weights, tiled + weights
+        needed, tiled = (vae_tiling.vae_memory(vae, (T, h, w), self.dtype, kind) + more for kind in (tiling, in_tiles))
+
+        clip, fewer = f"{frames} frames of {height}x{width}", ""
+        if batch > 1:
+            clip, fewer = f"{batch} × {clip}", "ask for fewer videos at once, or "
+        less = f"{fewer}ask for less --height, --width or --num-frames"
         free = _free_memory(self.device)
         if free is not None and needed > free:
-            video = f"{frames} frames of {vae.space_factor * h}x{vae.space_factor * w}"
-            tiles = f"decode in tiles (--tile-space: {tiled / 1e9:.1f} GB), or " if tiled < needed else ""
+            tiles = f"decode in tiles (--tile-space: {tiled / 1e9:.1f} GB), or " if tiled < min(needed, free) else ""
+            alone = "keep the other models off the GPU meanwhile (--offload model), or "
             raise ValueError(
-                f"decoding {f'{batch} × ' * (batch > 1)}{video} takes about {needed / 1e9:.1f} GB of memory and "
-                f"{free / 1e9:.1f} GB are free: {tiles}ask for less --height, --width or --num-frames"
+                f"decoding {clip} takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
+                f"{alone if on_gpu and not hasattr(self.vae, 'resting') else ''}{tiles}{less}"
+            )
+        left = _free_memory(torch.device("cpu"))
+        if on_gpu and left is not None and finished > left:
+            raise ValueError(
+                f"{clip}, when they are decoded, take {finished / 1e9:.1f} GB of the CPU's memory and "
+                f"{left / 1e9:.1f} GB are free: {less}"
             )
         return needed
 

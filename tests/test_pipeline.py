@@ -279,18 +279,39 @@ def test_videos_are_decoded_one_after_the_other(pipe, monkeypatch):
 
 
 def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
-    needed = pipe._check_memory(torch.zeros(1, 2, 4, 6, 16))
-    assert pipe._check_memory(torch.zeros(3, 2, 4, 6, 16)) == needed + 2 * 2 * 5 * 32 * 48 * 3  # two more, in bytes
+    video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_memory(torch.zeros(1, 2, 4, 6, 16), "uint8")
+    assert pipe._check_memory(torch.zeros(3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
+    assert pipe._check_memory(torch.zeros(3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
     monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed)
     frames = run(pipe)
     monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed - 1)
     with pytest.raises(ValueError, match="decoding 5 frames of 32x48 takes about .* GB are free: ask for less"):
         pipe(prompt="a fox", progress=False, callback=lambda *step: pytest.fail("not before the first step"))
-    with pytest.raises(ValueError, match="decoding 2 × 5 frames of 32x48 .* are free: ask for less"):
+    with pytest.raises(ValueError, match="decoding 2 × 5 frames of 32x48 .* are free: ask for fewer videos at once"):
         pipe.decode(torch.zeros(2, 2, 4, 6, 16))
+    with pytest.raises(ValueError, match="of 512x512 .* are free: ask for less"):  # nor would it in tiles
+        pipe.decode(torch.zeros(1, 2, 64, 64, 16))
+    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed + 5 * 10**8)
     with pytest.raises(ValueError, match=r"of 512x512 .* decode in tiles \(--tile-space: 0.\d GB\), or ask for less"):
         pipe.decode(torch.zeros(1, 2, 64, 64, 16))
     assert run(pipe, output_type="latents").shape == (1, 2, 4, 6, 16) and len(frames) == 1  # nothing to decode
+
+
+def test_on_a_gpu_finished_videos_are_the_cpus_memory(pipe, monkeypatch):
+    """As if it were on one: neither more videos nor floats need more of it, but the CPU must hold them."""
+    latents = torch.zeros(3, 2, 4, 6, 16)
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
+    free = {"cuda": 10**12, "cpu": 10**12}
+    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: free[device.type])
+    needed = pipe._check_memory(latents[:1], "uint8")
+    assert pipe._check_memory(latents, "float") == needed
+    free["cpu"] = 3 * 2 * 5 * 32 * 48 * 3 * 4 - 1
+    with pytest.raises(ValueError, match="3 × 5 frames of 32x48, when they are decoded, take .* of the CPU's memory"):
+        pipe._check_memory(latents, "float")
+    pipe._check_memory(latents, "uint8")
+    free["cuda"] = needed - 1
+    with pytest.raises(ValueError, match=r"keep the other models off the GPU meanwhile \(--offload model\), or"):
+        pipe._check_memory(latents, "uint8")
 
 
 def test_free_memory_is_known_on_linux():
