@@ -9,7 +9,7 @@ PYTHON ?= python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test: ## the tests, without the large one; with the extra `parity` also those beside diffusers and transformers
+test: ## the tests, without the large one; those beside diffusers and transformers are pytest tests/parity (extra `parity`)
 	$(PYTHON) -m pytest
 
 lint: ## what ruff finds wrong, formatting included; changes nothing
@@ -54,6 +54,8 @@ nano: vae text dit nocfg distilled long sparse ## the nano family from nothing: 
 	mkdir -p $(RUNS)/judge
 	set -e; for name in $(NAMES); do $(PYTHON) -m kandinsky5.nano.judge $(RUNS)/checkpoints/$$name --dtype bfloat16 \
 		--prompts $(PROMPTS) -o $(RUNS)/judge/judge_$$name.json; done
+	$(PYTHON) -m kandinsky5.nano.judge $(RUNS)/checkpoints/nano-10s --full-attention --sets 'seen, English' \
+		--dtype bfloat16 --prompts $(PROMPTS) -o $(RUNS)/judge/judge_nano-10s-full-attention.json
 	$(EXPORT) --judged $(RUNS)/judge
 
 vae: ## nano's VAE

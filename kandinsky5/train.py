@@ -174,9 +174,12 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
     Muon takes the nearest orthogonal matrix of the averaged gradient as its step, so that it moves in all directions
     alike; scaled as in arXiv 2502.16982. It is for the matrices inside a network, not for embeddings or the output.
+    ValueError where recipe.muon finds no matrix.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = [n for n, p in trained.items() if recipe.muon and p.ndim == 2 and re.search(recipe.muon, n)]
+    if recipe.muon and not muon:
+        raise ValueError(f"muon {recipe.muon!r} is in no matrix's name: correct it, or leave it out for AdamW alone")
     rest = [p for n, p in trained.items() if n not in muon]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -191,8 +194,10 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · model, in float32."""
+    """average ← decay · average + (1 − decay) · model, in float32; buffers are the model's."""
     torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    for buffer, current in zip(average.buffers(), model.buffers(), strict=True):
+        buffer.copy_(current)
 
 
 def generator(seed: list[int]) -> torch.Generator:
@@ -417,6 +422,12 @@ def load_recipe(folder: str | Path) -> Recipe:
     if "recipe" not in state:
         raise ValueError(f"the run in {folder} does not say its recipe: run its stage once more, which writes it down")
     return Recipe(**state["recipe"])
+
+
+def load_progress(folder: str | Path) -> tuple[int, float]:
+    """Steps that the run in `folder` has taken, and seconds that they took; FileNotFoundError without a run."""
+    state = _load(folder)
+    return state["step"], state["seconds"]
 
 
 def load_average(model: Model, folder: str | Path) -> Model:

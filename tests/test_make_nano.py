@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import itertools
+import json
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from kandinsky5.train import Recipe, train
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_the_stages_fit_together(monkeypatch, tmp_path):
     for stage in (train_vae, train_text, train_dit, distill):
         monkeypatch.setattr(stage, "train", functools.partial(train, stop_after=1))
@@ -32,9 +36,10 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
     monkeypatch.setattr(judge, "examine", examine_in_one_step)
-    monkeypatch.setattr(judge, "EXAM", {name: judge.EXAM[name] for name in ("two objects", "ground truth")})
+    monkeypatch.setattr(judge, "EXAM", {name: judge.EXAM[name] for name in ("seen, English", "ground truth")})
 
-    make = ["make", "--silent", "nano", "PYTHON=echo", f"RUNS={tmp_path}", "PROMPTS=1"]
+    say = f"{sys.executable} -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))'"
+    make = ["make", "--silent", "nano", f"PYTHON={say}", f"RUNS={tmp_path}", "PROMPTS=1"]
     for command in subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         _, module, *arguments = shlex.split(command)  # -m kandinsky5.nano.train_vae --folder …
         run(monkeypatch, importlib.import_module(module), *arguments)
@@ -42,6 +47,8 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     for name in ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s"):
         card = (tmp_path / "checkpoints" / name / "README.md").read_text()
         assert "**Trained**: 1 steps" in card and "| ground truth | 1 | 100.0 |" in card
+    full = json.loads((tmp_path / "judge" / "judge_nano-10s-full-attention.json").read_text())
+    assert full["settings"]["full_attention"] and full["sets"]["seen, English"]["clips"] == 1
 
 
 def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
@@ -91,6 +98,29 @@ def test_an_export_that_was_stopped_loses_no_model(monkeypatch, tmp_path):
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
     assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
     assert nano.joinpath("vae.safetensors").read_bytes() == (SHIPPED / "nano" / "vae.safetensors").read_bytes()
+    shutil.copytree(nano, tmp_path / "nano.old")  # stopped before the old one was away
+    run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
+    assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda document: document["settings"].update(full_attention=True), "with full attention or another canvas"),
+        (lambda document: document["settings"].update(canvas=[96, 96]), "with full attention or another canvas"),
+        (lambda document: document["sets"].pop("two objects"), "breaks off after seen, English"),
+    ],
+)
+def test_a_card_does_not_carry_half_answers_or_answers_about_something_else(tmp_path, change, words):
+    document = json.loads((ROOT / "docs" / "judge" / "judge_nano.json").read_text(encoding="utf-8"))
+    judged = tmp_path / "judge_nano.json"
+    judged.write_text(json.dumps(document))
+    table = (ROOT / "docs" / "judge" / "judge_nano.md").read_text(encoding="utf-8")
+    assert export.describe_exam("nano", judged, SHIPPED / "nano").endswith(table)
+    change(document)
+    judged.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=words):
+        export.describe_exam("nano", judged, SHIPPED / "nano")
 
 
 def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, tmp_path):
@@ -107,6 +137,7 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
         (distill, ["nocfg", "--clips", tmp_path / "clips", *nano]),
         (distill, ["long", "--clips", tmp_path / "long_clips", *nano]),
         (distill, ["sparse", "--clips", tmp_path / "long_clips", *nano]),
+        (distill, ["distilled", "--clips", tmp_path / "clips", "--teacher", "nano-nocfg", *checkpoint]),
     ):
         ends = []
         for stops in ((2,), (1, 2)):
@@ -116,8 +147,14 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
                 run(monkeypatch, stage, "--folder", folder, *arguments)
             ends.append(torch.load(folder / "state.pt"))
         assert ends[0]["step"] == ends[1]["step"] == 2
-        for name, weights in ends[0]["model"].items():
-            assert weights.equal(ends[1]["model"][name]), (stage.__name__, arguments[0], name)
+        for kind, name in itertools.product(("model", "average"), ends[0]["model"]):
+            assert ends[0][kind][name].equal(ends[1][kind][name]), (stage.__name__, arguments[0], kind, name)
+
+
+def test_steps_are_not_distilled_from_a_teacher_that_needs_guidance(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="--teacher nano needs guidance"):
+        arguments = ("--teacher", "nano", "--clips", tmp_path, "--vae", "nano", "--text", "nano")
+        run(monkeypatch, distill, "distilled", "--folder", tmp_path / "run", *arguments)
 
 
 def run(monkeypatch, module, *arguments) -> None:

@@ -62,6 +62,12 @@ def test_the_judge_saw_the_weights_that_are_shipped():
     for name in presets.PRESETS:
         judged = json.loads((JUDGED / f"judge_{name}.json").read_text(encoding="utf-8"))
         assert judged["fingerprint"] == fingerprint(SHIPPED / name), f"{name} was judged with other weights"
+        assert not judged["settings"]["full_attention"]
+    full = json.loads((JUDGED / "judge_nano-10s-full-attention.json").read_text(encoding="utf-8"))
+    sparse = json.loads((JUDGED / "judge_nano-10s.json").read_text(encoding="utf-8"))
+    assert full["fingerprint"] == sparse["fingerprint"] and full["settings"]["full_attention"]
+    alike = ("prompts", "batch_size", "dtype", "seed", "num_inference_steps", "guidance_scale", "canvas")
+    assert all(full["settings"][name] == sparse["settings"][name] for name in alike)
 
 
 def test_the_family_takes_30_mb_at_most():

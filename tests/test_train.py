@@ -379,18 +379,63 @@ def test_sixteen_steps_are_taught_where_three_of_the_teacher_lead():
 
 @pytest.mark.parametrize(("window", "learns"), [((17, 1, 1), False), ((1, 1, 1), True)])
 def test_the_sparse_stage_teaches_what_full_attention_answers(monkeypatch, tmp_path, window, learns):
-    """Where NABLA keeps every tile there is nothing to learn; nor ever in the steps with full attention."""
-    config = replace(presets.LONG, dit=replace(presets.LONG.dit, nabla=NablaConfig(P=0.6, window=window)))
-    recipe = replace(distill.RECIPES["sparse"], learning_rate=0.0, bf16=False)
-    monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
-    monkeypatch.setattr(distill, "LONG_BATCH", 2)
-    monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=3, progress=False))
-    nano = SHIPPED / "nano"
-    clips = ClipStore(tmp_path / "clips", load_vae(nano), config.sampling.num_frames, config.sampling.height)
-    distill.train_sparse(tmp_path, config, load_dit(nano), clips, load_text_encoder(nano), recipe)
+    """Where NABLA keeps every tile there is nothing to learn; nor in the steps with full attention, at rate 0."""
+    run_sparse(monkeypatch, tmp_path, 3, window, learning_rate=0.0)
     row = training.read_rows(tmp_path / "loss.csv")[0]
     assert float(row["loss_full"]) < 1e-9
     assert float(row["loss_nabla"]) > 1e-3 if learns else float(row["loss_nabla"]) < 1e-9
+
+
+def test_the_sparse_stage_trains_full_attention_in_every_third_step(monkeypatch, tmp_path):
+    """The same weights: they change in that step too."""
+    ends = []
+    for stop in (2, 3):
+        run_sparse(monkeypatch, tmp_path, stop)
+        ends.append(torch.load(tmp_path / "state.pt")["model"])
+    name = "visual_blocks.0.self_attention.to_q.weight"
+    assert ends[0].keys() == ends[1].keys() and not ends[0][name].equal(ends[1][name])
+
+
+def run_sparse(monkeypatch, folder, stop, window=(1, 1, 1), **recipe):
+    config = replace(presets.LONG, dit=replace(presets.LONG.dit, nabla=NablaConfig(P=0.6, window=window)))
+    recipe = replace(distill.RECIPES["sparse"], bf16=False, **recipe)
+    monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
+    monkeypatch.setattr(distill, "LONG_BATCH", 2)
+    monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=stop, progress=False))
+    nano = SHIPPED / "nano"
+    clips = ClipStore(folder / "clips", load_vae(nano), config.sampling.num_frames, config.sampling.height)
+    distill.train_sparse(folder, config, load_dit(nano), clips, load_text_encoder(nano), recipe)
+
+
+def test_a_step_takes_the_mean_gradient_of_its_batches_clipped(monkeypatch, tmp_path):
+    """By hand, with plain gradient descent in AdamW's place, which hardly notices how long a gradient is."""
+    model = nn.Linear(2, 1, bias=False)
+    monkeypatch.setattr(training, "build_optimizers", lambda model, recipe: [torch.optim.SGD(model.parameters())])
+    gradients = torch.randn(3, 1, 2, generator=generator([3]))
+
+    def loss(seed):
+        return (model.weight * gradients[seed[2]]).sum(), {}
+
+    mean = gradients.mean(dim=0)
+    for clip in (0.5 * float(mean.norm()), 2 * float(mean.norm())):
+        nn.init.zeros_(model.weight)
+        folder = tmp_path / f"{clip}"
+        recipe = Recipe(1, learning_rate=0.1, warmup=0, accumulate=3, clip_norm=clip, bf16=False, ema=0.999)
+        average = train(model, loss, recipe, folder, progress=False)
+        wanted = -0.1 * mean * min(1, clip / float(mean.norm()))
+        torch.testing.assert_close(model.weight.detach(), wanted, rtol=1e-4, atol=0)
+        torch.testing.assert_close(average.weight, wanted * (1 - 2 / 11), rtol=1e-4, atol=0)  # decay (1 + 1)/(10 + 1)
+
+
+def test_averaged_weights_come_with_the_models_buffers(tmp_path):
+    model = nn.BatchNorm1d(2)
+    average = train(model, lambda seed: (model(torch.randn(8, 2) + 5).sum(), {}), Recipe(3), tmp_path, progress=False)
+    assert average.running_mean.equal(model.running_mean) and model.running_mean.min() > 1
+
+
+def test_muon_that_finds_no_matrix_is_a_mistake():
+    with pytest.raises(ValueError, match="'no_such' is in no matrix's name"):
+        training.build_optimizers(nn.Linear(2, 2), Recipe(1, muon="no_such"))
 
 
 def test_captions_that_say_the_same_are_right_for_each_others_clips():

@@ -19,7 +19,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.nano.train_dit import CLIPS_AT_MOST, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
-from kandinsky5.nano.train_vae import load_vae
+from kandinsky5.nano.train_vae import as_checkpoint, load_vae
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.train import (
@@ -53,7 +53,10 @@ SPARSE_PROMPT_DROPPED = 0.3  # guidance asks twice, so what is answered without 
 
 
 def main() -> None:
-    """Run one stage of distillation, as far as it is not done."""
+    """Run one stage of distillation, as far as it is not done.
+
+    ValueError where steps are to be distilled from a checkpoint that needs guidance.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=RECIPES)
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
@@ -72,7 +75,9 @@ def main() -> None:
     recipe = replace(recipe, steps=steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
     vae = load_vae(arguments.vae)
     text_encoder = load_text_encoder(arguments.text)
-    teacher = load_dit(arguments.teacher)
+    teacher, checkpoint = load_dit(arguments.teacher), as_checkpoint(arguments.teacher)
+    if arguments.stage == "distilled" and checkpoint and checkpoint.config.sampling.guidance_scale != 1:
+        raise ValueError(f"--teacher {arguments.teacher} needs guidance: steps are distilled from one like nano-nocfg")
     folder, config = arguments.folder, CONFIGS[arguments.stage]
     clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
     stages = {"nocfg": distill, "distilled": distill, "long": train_long, "sparse": train_sparse}

@@ -10,6 +10,7 @@ import argparse
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from kandinsky5.checkpoint import find_part, fingerprint, save_checkpoint
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets, world
-from kandinsky5.nano.judge import EXAM, JUDGE_SEED
+from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import is_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
-from kandinsky5.train import load_average, load_recipe, read_rows, refusals_in_one_line
+from kandinsky5.train import load_average, load_progress, load_recipe, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
+LONG = "long"  # the run that sparse goes on from
 
 
 def main() -> None:
@@ -53,19 +55,22 @@ def main() -> None:
             folder, new, old = (arguments.to / f"{name}{end}" for end in ("", ".new", ".old"))
             if old.is_dir() and not folder.is_dir():
                 old.rename(folder)  # stopped between the two renamings below
-            shutil.rmtree(new, ignore_errors=True)
-            export(name, arguments.runs / run, arguments.vae, arguments.text, new)
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
             judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
             try:
+                export(name, arguments.runs / run, arguments.vae, arguments.text, new)
                 write_card(name, arguments.runs, new, judged, remarks.get(name, ""))
-            except ValueError:
-                shutil.rmtree(new)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
                 raise
             if folder.is_dir():  # only now: VAE and tokenizers may have come from there
                 folder.rename(old)
             new.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
             print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
+        elif name == "nano-10s" and (arguments.runs / LONG / "state.pt").is_file():
+            print(f"{arguments.runs / LONG} waits for the stage {run}, which makes {name} of it", file=sys.stderr)
 
 
 def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) -> None:
@@ -135,12 +140,16 @@ STAGES = {
 
 
 def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark: str = "") -> None:
-    """The model card: data, recipe, steps and hours from the run's log, a remark, the judge's table.
+    """The model card: data, recipe, steps and hours of the run, a remark, the judge's table.
 
-    ValueError where that is of other weights than those in `folder`.
+    ValueError where that is of other weights than those in `folder`, or not of the whole exam that it names.
     """
-    config, last = presets.PRESETS[name], read_rows(runs / RUNS[name] / "loss.csv")[-1]
-    recipe = load_recipe(runs / RUNS[name])
+    config, run = presets.PRESETS[name], runs / RUNS[name]
+    recipe, (steps, seconds) = load_recipe(run), load_progress(run)
+    before = STAGES[name]
+    if name == "nano-10s" and (runs / LONG / "state.pt").is_file():
+        long_steps, long_seconds = load_progress(runs / LONG)
+        before += f" ({long_steps:,} steps in {long_seconds / 3600:.1f} hours)"
     optimizer = "Muon for the blocks' matrices and AdamW for the rest" if recipe.muon else "AdamW"
     card = CARD.format(
         name=name,
@@ -159,9 +168,9 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark:
         remark=f" {remark}" if remark else "",
         recipe=f"{optimizer}, learning rate {recipe.learning_rate:g} with warm-up and cosine, averaged weights",
         seed=recipe.seed,
-        steps=int(last["step"]),
-        hours=float(last["seconds"]) / 3600,
-        before=STAGES[name],
+        steps=steps,
+        hours=seconds / 3600,
+        before=before,
         sampling_steps=config.sampling.num_inference_steps,
         guidance=config.sampling.guidance_scale,
         shift=config.sampling.shift,
@@ -171,11 +180,18 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark:
 
 
 def describe_exam(name: str, judged: Path, folder: Path) -> str:
-    """The judge's table beside the file `judged`, below the command that makes it; ValueError for other weights."""
+    """The judge's answers in the file `judged` as a table, below the command that gives them.
+
+    ValueError where they are about other weights, another canvas or full attention, or break off.
+    """
     document = json.loads(judged.read_text(encoding="utf-8"))
+    settings = document["settings"]
     if document.get("fingerprint") != fingerprint(folder):
         raise ValueError(f"{judged} is about another {name}: judge these weights, python -m kandinsky5.nano.judge")
-    settings = document["settings"]
+    if settings["full_attention"] or tuple(settings["canvas"]) != CANVAS:
+        raise ValueError(f"{judged} is with full attention or another canvas: judge {name} without these options")
+    if set(document["sets"]) != set(settings["sets"]):
+        raise ValueError(f"{judged} breaks off after {', '.join(document['sets'])}: judge {name} once more")
     command = ["python", "-m", "kandinsky5.nano.judge", name]
     command += ["--prompts", str(settings["prompts"]), "--dtype", settings["dtype"]]
     for option, setting, default in (
@@ -188,8 +204,7 @@ def describe_exam(name: str, judged: Path, folder: Path) -> str:
             command += [option, str(settings[setting])]
     if settings["sets"] != list(EXAM):
         command += ["--sets", *settings["sets"]]
-    table = judged.with_suffix(".md").read_text(encoding="utf-8")
-    return JUDGED.format(command=shlex.join(command), table=table)
+    return JUDGED.format(command=shlex.join(command), table=format_table(document["sets"]))
 
 
 if __name__ == "__main__":

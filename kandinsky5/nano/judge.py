@@ -4,7 +4,8 @@
 from it and, for each colour and frame, place and size (moments) and shape (that of which a drawing, there and
 as large, differs least); from the frames together it gets the motion (a straight line through places and
 sizes). `score` then says which words of a caption are true. A clip that is not of this world (noise, a blank,
-an object that vanishes, changes or jumps about) fails in at least one of them.
+an object that vanishes, changes or jumps about) fails in at least one of them. It does not see what is thinner than
+three pixels, such as a line across the background, nor that an even motion rests for a third of the time.
 
     python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
 
@@ -492,7 +493,13 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     add = parser.add_argument
     add("checkpoint", help="checkpoint folder, or preset such as nano")
     add("--prompts", type=int, default=300, metavar="N", help="clips in each set (default: 300)")
-    add("--batch-size", type=int, default=8, metavar="N", help="generated at once; changes no clip (default: 8)")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="generated at once; changes clips by rounding (default: 8)",
+    )
     add("--sets", nargs="+", choices=EXAM, default=list(EXAM), metavar="SET", help="of: " + "; ".join(EXAM))
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="default: the checkpoint's")
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="default: the checkpoint's")
