@@ -236,3 +236,16 @@ def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(calibration, "measure_ratios", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("-o", tmp_path / "b.json") == 130 and "interrupted: nothing was written" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("skipping", "words"),
+    [
+        (7, "step_skipping 7: give True, a file of"),
+        ({"conditional": [1.0], "speed": 2}, "step_skipping: StepSkipping has no field speed"),
+        ({"conditional": "1.0"}, "step_skipping: conditional is '1.0' and should be a list"),
+    ],
+)
+def test_ratios_of_another_kind_are_refused_in_one_line(skipping, words):
+    with pytest.raises(ValueError, match=words):
+        magcache.plan_skips(skipping, "nano", 10)

@@ -131,7 +131,12 @@ def test_what_is_said_of_nano_is_what_the_judge_found():
     assert f"colour, shape and motion of both are right in {low} to {high} %" in text
     assert f"where the one stands to the other in {share['relation']} %" in text
     image = judged("nano")["sets"]["image to video"]["answers"]["motion and first frame"]["rate"]
-    assert f"the motion and the first frame are right in {100 * image:.0f} %" in text
+    assert image >= 0.95 and f"the motion and the first frame are right in {100 * image:.0f} %" in text
+
+    drawn, vae = judged("nano")["sets"]["ground truth"], judged("nano")["sets"]["VAE"]
+    assert drawn["answers"]["all"]["rate"] == 1 and vae["answers"]["all"]["rate"] >= 0.97 and vae["psnr"] >= 30
+    seen = f"all of the drawn clips and on {100 * vae['answers']['all']['rate']:.1f} % of what the VAE makes of them"
+    assert f"{seen} ({vae['psnr']:.0f} dB)" in text
 
     sparse, full = "nano-10s", "nano-10s-full-attention"
     wrong = {name: {mistake["index"] for mistake in judged(name)["mistakes"][few]} for name in (sparse, full)}

@@ -144,4 +144,12 @@ def _find(skipping: Literal[True] | str | Path | dict | StepSkipping, model: str
         skipping = FOLDER / f"{model}.json"
     if isinstance(skipping, (str, Path)):
         skipping = load(skipping)
-    return StepSkipping(**skipping) if isinstance(skipping, dict) else skipping
+    if isinstance(skipping, dict):
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in skipping.items()}
+        try:
+            return from_json(StepSkipping, lists)
+        except ValueError as error:
+            raise ValueError(f"step_skipping: {error}; give what a file of `{COMMAND}` holds") from error
+    if not isinstance(skipping, StepSkipping):
+        raise ValueError(f"step_skipping {skipping!r}: give True, a file of `{COMMAND}`, or the ratios in it")
+    return skipping
