@@ -4,7 +4,8 @@
 
 Absolute figures mean little, so every row is a ratio theirs / ours (above 1: we are ahead) with equal weights and
 inputs on both sides. Times are taken in turn, ours, theirs, ours, theirs, …, and the ratio is the median over such
-pairs, with the smallest and the largest beside it. Memory is taken in a fresh process for every figure, which holds
+pairs, with the smallest and the largest beside it; where theirs takes a minute it runs once, and stands in each pair
+("1 + 2 runs", and what varies is ours). Memory is taken in a fresh process for every figure, which holds
 one side alone. rows.py says what each row does. The table goes to RESULTS/compare.md and compare.json, a plot of the
 ratios (with matplotlib) to compare.svg; rows that were not run now stay in it as they are. The machine should do
 nothing else meanwhile.
@@ -236,7 +237,7 @@ def build_table(results: dict) -> str:
         wanted = "" if row["wanted"] is None else f"{row['wanted']:.3g}"
         reached = "" if row["wanted"] is None else "reached" if is_reached(row) else "**not reached**"
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
-        ratio, runs, date = f"{row['ratio']:.2f}", len(row["pairs"]), row["date"].split()[0]
+        ratio, runs, date = f"{row['ratio']:.2f}", count_runs(row), row["date"].split()[0]
         cells = (row["work"], figures, ratio, spread, runs, wanted, reached, error, date)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
@@ -244,6 +245,12 @@ def build_table(results: dict) -> str:
     return "\n".join(
         [*lines, "", f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.", ""]
     )
+
+
+def count_runs(row: dict) -> str:
+    """How often both sides ran; of a side that ran once and stands in each pair, "1 + " how often the other did."""
+    theirs = {str(pair["theirs"]) for pair in row["pairs"]}
+    return f"{len(row['pairs'])}" if len(theirs) == len(row["pairs"]) else f"1 + {len(row['pairs'])}"
 
 
 def is_reached(row: dict) -> bool:

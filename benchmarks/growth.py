@@ -147,9 +147,9 @@ def build_map(q: Tensor, k: Tensor) -> Tensor:
 
 
 def fit_exponent(figures: dict[int, dict | str], key: str) -> float | None:
-    """p of the fit c · tokensᵖ from FIT_FROM on; None for fewer than two points."""
+    """p of the fit c · tokensᵖ from FIT_FROM on; None for fewer than three points."""
     points = [(math.log(n), math.log(f[key])) for n, f in figures.items() if n >= FIT_FROM and not isinstance(f, str)]
-    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 2 else None
 
 
 def format_figure(figure: dict | str, key: str) -> str:

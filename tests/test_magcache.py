@@ -144,6 +144,8 @@ def test_weights_that_rest_skip_steps_too(pipe, offload):
     resting = Pipeline(pipe.config, dit, pipe.vae, pipe.text_encoder)
     skipped = resting("a fox", step_skipping=RATIOS, **OPTIONS)
     assert skipped.equal(pipe("a fox", step_skipping=RATIOS, **OPTIONS)) and next(dit.parameters()).is_meta
+    measured = [calibration.measure_ratios(p, PROMPTS, num_inference_steps=3, progress=False) for p in (resting, pipe)]
+    assert measured[0] == measured[1]
 
 
 def test_missing_ratios_are_answered_with_the_command_that_measures_them(pipe, tmp_path):
@@ -212,7 +214,7 @@ def test_ratios_do_not_depend_on_whether_both_passes_go_as_one(pipe, monkeypatch
 
 
 def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatch, pipe):
-    monkeypatch.setattr(calibration.Pipeline, "load", lambda checkpoint, device: pipe)
+    monkeypatch.setattr(calibration.Pipeline, "load", lambda *_, **__: pipe)
     (tmp_path / "prompts.txt").write_text("a fox\n\na dog\n")
     arguments = ["small", "--prompts", tmp_path / "prompts.txt", "--steps", "3", "--device", "cpu"]
     run = lambda *more: calibration.main([str(argument) for argument in (*arguments, *more)])  # noqa: E731

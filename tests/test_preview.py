@@ -199,3 +199,8 @@ def test_a_picture_fits_the_terminal(monkeypatch, columns, rows, height, width, 
 def test_no_terminal_is_said(capsys):
     with pytest.raises(ValueError, match="the output is no terminal: give a file, --preview FILE.png"):
         preview.open_place(True)
+
+
+def test_a_preview_every_0_steps_is_refused():
+    with pytest.raises(ValueError, match="a preview every 0 steps: it must be at least 1"):
+        preview.build_callback(None, print, every=0)

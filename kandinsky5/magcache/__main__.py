@@ -4,7 +4,8 @@
     python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s --step-skipping ratios.json
 
 The prompts stand one on a line. Each costs a whole generation; the ratios hardly depend on them, a few are enough.
-Steps, guidance, shift and size are the checkpoint's own: measure again for others that you use much.
+Steps, guidance, shift and size are the checkpoint's own if you name no others: measure again for those that you use
+much. A checkpoint that is larger than the memory is measured with --offload, as it is sampled.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kandinsky5.files import check_replaceable, write_text
 from kandinsky5.magcache import StepSkipping
+from kandinsky5.offload import MODES
 from kandinsky5.pipeline import Pipeline
 
 
@@ -31,21 +33,25 @@ def main(arguments: list[str] | None = None) -> int:
     add("--image", metavar="FILE", help="first frame of all of them, for an i2v checkpoint")
     add("--steps", type=int, metavar="N", help="default: the checkpoint's")
     add("--guidance", type=float, metavar="W", help="likewise")
+    add("--shift", type=float, metavar="S", help="likewise")
     add("--height", type=int, metavar="PX", help="likewise")
     add("--width", type=int, metavar="PX", help="likewise")
     add("--num-frames", type=int, metavar="N", help="likewise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
+    add("--offload", choices=MODES, help="keep only the model that works on the device, or only its block")
     add("-o", "--output", required=True, type=Path, metavar="RATIOS.json")
     options = parser.parse_args(arguments)
     try:
         prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
         check_replaceable(options.output)
         measured = measure_ratios(
-            Pipeline.load(options.checkpoint, options.device),
+            Pipeline.load(options.checkpoint, options.device, getattr(torch, options.dtype), offload=options.offload),
             prompts,
             image=options.image,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
+            shift=options.shift,
             height=options.height,
             width=options.width,
             num_frames=options.num_frames,
@@ -99,7 +105,7 @@ def _measure_one(pipe: Pipeline, passes: int, **settings) -> list[float]:
                 ratios.append(float((residual.norm(dim=-1) / before[0].norm(dim=-1)).mean()))
             before.append(residual)
 
-    blocks = list(pipe.dit.visual_blocks)
+    blocks = list(pipe.dit.visual_blocks.children())
     hooks = [blocks[0].register_forward_pre_hook(enter), blocks[-1].register_forward_hook(leave)]
     try:
         pipe(**settings, output_type="latents")
