@@ -170,7 +170,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--device", metavar="NAME", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="precision of the models (default: bfloat16)")
-    add("--attention", choices=KERNELS, help="how the DiT computes it; sdpa is the closest in bf16 (default: auto)")
+    add(
+        "--attention",
+        choices=KERNELS,
+        help="how the DiT computes it; sdpa is the closest in bf16, and needs no compiler for NABLA (default: auto)",
+    )
     shown = "the middle frame, at most ten times from the second step on, in the terminal or in a file"
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)
     add("--offload", choices=OFFLOAD, help="keep on the device only the model that works, or of it only the block")

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kandinsky5 import Pipeline, attention, checkpoint, nabla, vae_tiling
+from kandinsky5 import Pipeline, attention, checkpoint, nabla, offload, preview, vae_tiling
+from kandinsky5.compile import compile_models
 from kandinsky5.config import (
     NEGATIVE_PROMPT,
     CLIPConfig,
@@ -195,6 +196,61 @@ def guidance(side: str, config: DiTConfig, grid: tuple[int, int, int]) -> Work:
             return dit(**both) if together else torch.cat([dit(**inputs), dit(**inputs)])
 
     return run
+
+
+def streaming(side: str, tiny: bool, folder: Path) -> Work:
+    """1,536 tokens through 8 Lite blocks, whose mapped weights come and go (--offload blocks); theirs: all there."""
+    config, grid = (TINY_DIT, (1, 8, 8)) if tiny else (DiTConfig(num_visual_blocks=8), (4, 32, 48))
+    inputs, file = dit_inputs(config, grid), folder / "streamed" / "dit.safetensors"
+    if not file.exists():
+        file.parent.mkdir()
+        state = build("ours", "dit", config, torch.bfloat16).state_dict()
+        save_file({name: x.bfloat16() for name, x in state.items()}, file)
+    with torch.device("meta"):
+        dit = DiT(config)
+    if side == "theirs":
+        checkpoint.load_weights(dit, file.parent, "dit", "cpu", torch.bfloat16)
+    else:
+        weights = checkpoint.map_weights(dit, file.parent, "dit", torch.bfloat16)
+        offload.rest(dit, weights, torch.device("cpu"), "blocks")
+
+    def run() -> Tensor:
+        with keep_freed_memory(inputs["x"].device), offload.awake(dit):
+            return dit(**inputs)
+
+    return run
+
+
+def dit_compiled(side: str, tiny: bool, folder: Path) -> Work:
+    """A compiled DiT of Lite's width, one block, 1,536 tokens; theirs: plain code. The run to warm up compiles."""
+    config, grid = (TINY_DIT, (1, 8, 8)) if tiny else (DiTConfig(num_text_blocks=1, num_visual_blocks=1), (4, 32, 48))
+    inputs, dit = dit_inputs(config, grid), build("ours", "dit", config, torch.bfloat16)
+    if side == "ours":
+        compile_models(dit, build("ours", "vae", TINY_VAE, torch.bfloat16))
+    return lambda: dit(**inputs)
+
+
+def decoder_compiled(side: str, tiny: bool, folder: Path) -> Work:
+    """A compiled decoder, 3×16×24 latents; theirs: plain code."""
+    config, grid = (TINY_VAE, (2, 4, 6)) if tiny else (VAEConfig(), (3, 16, 24))
+    vae = build("ours", "vae", config, torch.bfloat16)
+    z = torch.randn(1, 16, *grid, generator=torch.Generator().manual_seed(1)).bfloat16()
+    if side == "ours":
+        compile_models(build("ours", "dit", TINY_DIT, torch.bfloat16), vae)
+    return lambda: vae.decode(z)
+
+
+def previews(side: str, tiny: bool, folder: Path) -> Work:
+    """Ten steps of a small pipeline with a picture after each, drawn and thrown away; theirs: without."""
+    config, size = (SMALL, (25, 128, 192)) if not tiny else (replace(SMALL, dit=TINY_DIT, vae=TINY_VAE), (5, 32, 48))
+    if tiny:
+        config = replace(config, qwen=TINY_QWEN, clip=TINY_CLIP)
+    dit, vae = (build("ours", name, getattr(config, name), torch.bfloat16) for name in ("dit", "vae"))
+    pipe = Pipeline(config, dit, vae, build_text_encoder(config, torch.bfloat16))
+    options = dict(zip(("num_frames", "height", "width"), size, strict=True)) | {"output_type": "latents"}
+    if side == "ours":
+        options["callback"] = preview.build_callback(vae, lambda step, picture: None)
+    return lambda: pipe(PROMPTS[0], num_inference_steps=10, progress=False, **options)
 
 
 def dit_forward(side: str, config: DiTConfig, grid: tuple[int, int, int], peaked: float | None = None) -> Work:
@@ -456,6 +512,10 @@ ROWS = [
     Row("attention-long", "of that the attention alone; our own dense", attention_long, None, None),
     Row("guidance-short", "guidance, 7×16×24, in one pass; in two", guidance_short, None, 2e-2),
     Row("guidance-long", "guidance, 13×32×48, Lite width, 1 block, in two passes; in one", guidance_long, None, 2e-2),
+    Row("streaming", "DiT forward, 8 blocks, 4×32×48, --offload blocks; all there", streaming, None, 1e-6),
+    Row("compiled", "DiT forward, 1 block, 4×32×48, compiled; plain", dit_compiled, None, 2e-2),
+    Row("compiled-decoder", "VAE decode 3×16×24, compiled; plain", decoder_compiled, None, 2e-2),
+    Row("preview", "10 steps of the small model with a preview each; without", previews, 0.99, 1e-6),
     Row("share", "DiT forward, share of the bf16 matmul rate", dit_matmul_share, 0.6, None),
     Row("decode32", "VAE decode 5×16×24, float32", vae_decode_float32, 1.35, 1e-5),
     Row("decode16", "VAE decode 5×16×24, bf16", vae_decode_bfloat16, 1.35, 2e-2, exact=True),

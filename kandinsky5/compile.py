@@ -2,7 +2,7 @@
 
 A block is compiled once for all blocks of its kind and for all sizes. Only what is 1 is never taken for the same as
 what is more: a batch of one, and with NABLA a single frame, row or column of tiles. It is one graph: attention is a
-single operation in it (`attention.py`), which takes the same kernel as without.
+single operation in it (`attention.py`), which takes the same kernel as without, and has no gradient: for sampling.
 
 The decoder is not compiled whole: it loops over frames, for each length others, and the kernels of its convolutions
 hang on size and threads. What is compiled is `GroupNorm.activate`, which large frames go through (`vae.PIECE`).
