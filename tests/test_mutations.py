@@ -22,6 +22,7 @@ import test_magcache
 import test_nabla
 import test_offload
 import test_pipeline
+import test_text_encoder
 from golden_data import load_golden_pipeline, measure_error
 from kandinsky5 import (
     Pipeline,
@@ -342,6 +343,13 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("the window kept with rows for columns",
      lambda patch, folder: test_nabla.test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with(),
      nabla.keep_window, "window, device", "window[::-1], device"),
+    ("maps of the heads with the keys of other heads",
+     lambda patch, folder: test_nabla.test_block_map_is_per_head_and_per_sample_and_contains_the_window(),
+     nabla.block_map, "k.split(1, dim=1), strict", "k.split(1, dim=1)[::-1], strict"),
+    ("the whole template before a prompt that changes its end",
+     lambda patch, folder: test_text_encoder.test_features_are_those_of_one_pass_over_template_and_prompt(
+         build_small_pipeline().text_encoder, ["\na fox", "a dog"]),
+     text_encoder.TextEncoder.encode, "min(len(os.path.commonprefix(ids)), dropped)", "dropped"),
     ("a model that stays awake",
      lambda patch, folder: test_offload.test_only_what_works_is_awake(save_small_checkpoint(folder / "small"), "model"),
      offload.awake, 'model.to("meta")', "pass"),
