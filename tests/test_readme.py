@@ -142,7 +142,8 @@ def test_what_is_said_of_nano_is_what_the_judge_found():
     wrong = {name: {mistake["index"] for mistake in judged(name)["mistakes"][few]} for name in (sparse, full)}
     only = len(wrong[full] - wrong[sparse]), len(wrong[sparse] - wrong[full])
     assert f"has {rates(sparse)[few]:.1f} with NABLA and {rates(full)[few]:.1f} with full attention" in text
-    assert f"{only[0]} are right only with NABLA, {only[1]} only without): 2 points were wanted, and are not" in text
+    assert f"{only[0]} are right only with NABLA, {only[1]} only without): at most 2 points less were" in text
+    assert rates(sparse)[few] >= rates(full)[few] - 2
 
 
 def test_the_table_of_speed_shows_what_was_measured():
