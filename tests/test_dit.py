@@ -1,5 +1,6 @@
 """Properties of the DiT that need no reference; tests/test_golden.py and tests/parity/ hold it to diffusers."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,21 @@ def test_half_precision_leaves_the_float32_islands(dtype):
     velocity = half(**{name: x.to(dtype) for name, x in inputs.items()}, t=t)
     assert velocity.dtype == dtype
     assert relative_error(velocity, expected) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_linear_widens_half_weights_piece_by_piece(dtype, monkeypatch):
+    exact = Float32Linear(24, 50)
+    for parameter in exact.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    half, x = copy.deepcopy(exact), torch.randn(3, 24)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for at_a_time in (24 * 16, 24, 1, 2**20):
+        monkeypatch.setattr(Float32Linear, "WIDENED", at_a_time)
+        out = half(x.to(dtype))
+        assert out.dtype == torch.float32 and out.shape == (3, 50)
+        torch.testing.assert_close(out, exact(x.to(dtype)), rtol=1e-6, atol=1e-6)
 
 
 def test_float32_linear_can_be_moved_and_widened():
