@@ -242,9 +242,10 @@ def decoder_compiled(side: str, tiny: bool, folder: Path) -> Work:
 
 def previews(side: str, tiny: bool, folder: Path) -> Work:
     """Ten steps of a small pipeline with a picture after each, drawn and thrown away; theirs: without."""
-    config, size = (SMALL, (25, 128, 192)) if not tiny else (replace(SMALL, dit=TINY_DIT, vae=TINY_VAE), (5, 32, 48))
+    config, size = SMALL, (25, 128, 192)
     if tiny:
-        config = replace(config, qwen=TINY_QWEN, clip=TINY_CLIP)
+        config = replace(SMALL, dit=TINY_DIT, vae=TINY_VAE, qwen=TINY_QWEN, clip=TINY_CLIP)
+        size = (5, 32, 48)
     dit, vae = (build("ours", name, getattr(config, name), torch.bfloat16) for name in ("dit", "vae"))
     pipe = Pipeline(config, dit, vae, build_text_encoder(config, torch.bfloat16))
     options = dict(zip(("num_frames", "height", "width"), size, strict=True)) | {"output_type": "latents"}

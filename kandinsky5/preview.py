@@ -34,10 +34,9 @@ SIDE = 384  # pixels of a preview's longer side in a file
 def build_callback(vae: VAE, show: Show, every: int = 1) -> Callable[[int, float, Tensor], None]:
     """A callback for `Pipeline.__call__` that calls `show(step, picture)` after every `every`-th step.
 
-    ValueError unless that is at least 1.
-
     picture: uint8 (B, H/8, W/8, 3), the middle frame. There is none after the first step: the velocity is taken from
     two latents in a row, v = (x' − x) / (t' − t), which is what Euler's method went by.
+    ValueError unless every is at least 1.
     """
     if every < 1:
         raise ValueError(f"a preview every {every} steps: it must be at least 1")

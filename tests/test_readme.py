@@ -150,7 +150,10 @@ def test_the_table_of_speed_shows_what_was_measured():
     measured = json.loads((ROOT / "benchmarks" / "results" / "compare.json").read_text()).values()
     table = README.split("| work | theirs / ours | wanted |\n|---|---|---|\n")[1].split("\n\n")[0].split("\n")
     assert len(table) > 8
-    assert set(table) <= {f"| {row['work']} | {row['ratio']:.2f} | {row['wanted'] or 0:.3g} |" for row in measured}
+    wanted = {row["work"]: "–" if row["wanted"] is None else f"{row['wanted']:.3g}" for row in measured}
+    assert set(table) <= {f"| {row['work']} | {row['ratio']:.2f} | {wanted[row['work']]} |" for row in measured}
+    preview = next(row for row in measured if row["work"].startswith("10 steps of the small model with a preview"))
+    assert f"{preview['ratio']:.3f} ({preview['spread'][0]:.2f} to {preview['spread'][1]:.2f})" in README
 
 
 def test_tokens_and_decoding_of_what_a_video_costs_are_computed_from_the_presets():
