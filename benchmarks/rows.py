@@ -6,6 +6,7 @@ once, to see that a row works; `folder` is for files. To add a row, write such a
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,24 @@ from weights_convert.read import write_json
 from weights_convert.sizes import to_their_config
 
 Work = Callable[[], Tensor | None]
+
+
+class Step(NamedTuple):
+    """Work of ours that is timed as a later step of a generation: in the pipeline's heap, and after one that is not."""
+
+    forward: Work
+
+    def __call__(self) -> Tensor | None:
+        with keep_freed_memory(torch.device("cpu")):
+            return self.forward()
+
+    def time(self) -> tuple[float, Tensor | None]:
+        """Seconds and the result."""
+        with keep_freed_memory(torch.device("cpu")):
+            self.forward()
+            start = time.perf_counter()
+            result = self.forward()
+            return time.perf_counter() - start, result
 
 TEXT_TOKENS = 64  # of the prompt that the DiT's rows attend to
 TINY_DIT = DiTConfig(
@@ -191,11 +210,7 @@ def guidance(side: str, config: DiTConfig, grid: tuple[int, int, int]) -> Work:
     both = {name: torch.cat([x, x]) for name, x in inputs.items()}
     together = (math.prod(grid) < ONE_PASS) == (side == "ours")
 
-    def run() -> Tensor:
-        with keep_freed_memory(inputs["x"].device):
-            return dit(**both) if together else torch.cat([dit(**inputs), dit(**inputs)])
-
-    return run
+    return Step(lambda: dit(**both) if together else torch.cat([dit(**inputs), dit(**inputs)]))
 
 
 def streaming(side: str, tiny: bool, folder: Path) -> Work:
@@ -267,14 +282,7 @@ def dit_forward(side: str, config: DiTConfig, grid: tuple[int, int, int], peaked
         for name, parameter in dit.named_parameters():
             if "visual" in name and name.endswith(("self_attention.q_norm.weight", "self_attention.query_norm.weight")):
                 parameter *= peaked
-    if side != "ours":
-        return lambda: call_their_dit(dit, config, **inputs)
-
-    def run() -> Tensor:
-        with keep_freed_memory(inputs["x"].device):  # as the pipeline does for all its steps
-            return dit(**inputs)
-
-    return run
+    return Step(lambda: dit(**inputs)) if side == "ours" else lambda: call_their_dit(dit, config, **inputs)
 
 
 def dit_inputs(config: DiTConfig, grid: tuple[int, int, int], device: str = "cpu") -> dict[str, Tensor]:
