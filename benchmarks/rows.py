@@ -60,6 +60,7 @@ class Step(NamedTuple):
             result = self.forward()
             return time.perf_counter() - start, result
 
+
 TEXT_TOKENS = 64  # of the prompt that the DiT's rows attend to
 TINY_DIT = DiTConfig(
     dim=128, ff_dim=256, time_dim=32, num_text_blocks=1, num_visual_blocks=2, text_dim=64, pooled_dim=32
