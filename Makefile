@@ -9,7 +9,7 @@ PYTHON ?= python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test: ## the tests, without the large one; those beside diffusers and transformers are pytest tests/parity (extra `parity`)
+test: ## the tests, without those marked large or stages; those beside diffusers and transformers are pytest tests/parity (extra `parity`)
 	$(PYTHON) -m pytest
 
 lint: ## what ruff finds wrong, formatting included; changes nothing

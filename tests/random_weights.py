@@ -1,5 +1,6 @@
 """Small models with random weights, for tests that need no reference."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,8 +61,7 @@ def build_small_pipeline(config: PipelineConfig = SMALL, **changes) -> Pipeline:
     """A pipeline of small random models and the real tokenizers; `changes` replace fields of the config."""
     config = replace(config, **changes)
     models = build_small_models(config)
-    tokenizers = [Tokenizer.load(tokenizer_folder(name)) for name in ("qwen2.5", "clip-vit-large-patch14")]
-    text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *tokenizers)
+    text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *load_tokenizers())
     return Pipeline(config, models["dit"], models["vae"], text_encoder)
 
 
@@ -70,8 +70,13 @@ def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
     with torch.device("meta"):
         models = [DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)]
     dit, vae, qwen, clip = (model.to(torch.bfloat16).eval() for model in models)
-    tokenizers = [Tokenizer.load(tokenizer_folder(name)) for name in ("qwen2.5", "clip-vit-large-patch14")]
-    return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *tokenizers))
+    return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers()))
+
+
+@functools.cache
+def load_tokenizers() -> tuple[Tokenizer, Tokenizer]:
+    """Qwen's and CLIP's, read once: it takes most of a second."""
+    return Tokenizer.load(tokenizer_folder("qwen2.5")), Tokenizer.load(tokenizer_folder("clip-vit-large-patch14"))
 
 
 def save_small_checkpoint(folder: Path, config: PipelineConfig = SMALL) -> Path:

@@ -24,6 +24,7 @@ from kandinsky5.train import Recipe, train
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.stages
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_the_stages_fit_together(monkeypatch, tmp_path):
     for stage in (train_vae, train_text, train_dit, distill):
@@ -123,6 +124,7 @@ def test_a_card_does_not_carry_half_answers_or_answers_about_something_else(tmp_
         export.describe_exam("nano", judged, SHIPPED / "nano")
 
 
+@pytest.mark.stages
 def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, tmp_path):
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)

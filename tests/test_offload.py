@@ -255,9 +255,7 @@ def test_a_dit_runs_in_less_memory_than_it_has_weights(tmp_path, stored):
 
 
 @pytest.mark.large
-def test_4_gb_of_weights_run_in_2_gb_of_memory(request, tmp_path):
-    if "large" not in (request.config.getoption("-m") or ""):
-        pytest.skip("4 GB of weights: pytest -m large")
+def test_4_gb_of_weights_run_in_2_gb_of_memory(tmp_path):
     size = write_random_dit(tmp_path, LITE, torch.bfloat16)
     assert size > 3.9e9
     velocity = forward(tmp_path, "blocks", "bfloat16", limit=2_000_000_000)

@@ -25,12 +25,6 @@ sys.exit(status)
 """
 
 
-@pytest.fixture(autouse=True)
-def only_on_request(request):
-    if "large" not in (request.config.getoption("-m") or ""):
-        pytest.skip("4 GB of weights: pytest -m large")
-
-
 def test_lite_goes_native_and_back_in_bounded_memory(tmp_path):
     source = tmp_path / "transformer"
     largest = write_random_lite(source)
