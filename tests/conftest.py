@@ -1,7 +1,29 @@
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
+
+from kandinsky5.tokenizer import Tokenizer
+
+read = Tokenizer.load
+seen: dict[tuple, Tokenizer] = {}
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers_in_every_run():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def equal_tokenizers_are_read_once(monkeypatch):
+    """Qwen's vocabulary takes half a second, and hundreds of tests load it from a checkpoint of their own."""
+
+    def load(folder):
+        files = sorted(path for path in Path(folder).glob("*") if path.is_file())
+        key = tuple((path.name, hashlib.sha1(path.read_bytes()).digest()) for path in files)
+        if key not in seen:
+            seen[key] = read(folder)
+        return seen[key]
+
+    monkeypatch.setattr(Tokenizer, "load", load)

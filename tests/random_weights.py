@@ -1,6 +1,5 @@
 """Small models with random weights, for tests that need no reference."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,9 +72,8 @@ def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
     return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers()))
 
 
-@functools.cache
 def load_tokenizers() -> tuple[Tokenizer, Tokenizer]:
-    """Qwen's and CLIP's, read once: it takes most of a second."""
+    """Qwen's and CLIP's."""
     return Tokenizer.load(tokenizer_folder("qwen2.5")), Tokenizer.load(tokenizer_folder("clip-vit-large-patch14"))
 
 

@@ -43,7 +43,6 @@ from kandinsky5 import (
     vae_tiling,
     video_io,
 )
-from kandinsky5.tokenizer import Tokenizer
 from random_weights import build_small_pipeline, save_small_checkpoint
 
 
@@ -403,7 +402,6 @@ def test_the_case_notices(mutation, golden, monkeypatch):
 def test_the_comparison_with_the_plain_definition_notices(
     name, test, function, right, wrong, monkeypatch, tmp_path_factory
 ):
-    monkeypatch.setattr(Tokenizer, "load", test_offload.read_tokenizer)  # vocabularies are read once
     with monkeypatch.context() as patch:
         replace_code(patch, function, right, right)
         test(patch, tmp_path_factory.mktemp("right"))

@@ -1,6 +1,5 @@
 """Offloading: the same numbers from models that are never whole in the memory of their device."""
 
-import functools
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from kandinsky5 import Pipeline, offload
 from kandinsky5.checkpoint import load_weights, map_weights
 from kandinsky5.config import LITE, DiTConfig
 from kandinsky5.dit import DiT
-from kandinsky5.tokenizer import Tokenizer
 from random_weights import SMALL_DIT, save_small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,14 +27,6 @@ CPU = torch.device("cpu")
 def saved(tmp_path_factory):
     """A checkpoint in float32."""
     return save_small_checkpoint(tmp_path_factory.mktemp("native") / "small")
-
-
-@pytest.fixture(autouse=True)
-def vocabularies_are_read_once(monkeypatch):
-    monkeypatch.setattr(Tokenizer, "load", read_tokenizer)
-
-
-read_tokenizer = functools.cache(Tokenizer.load)
 
 
 def run(pipe, **arguments):

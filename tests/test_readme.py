@@ -51,7 +51,7 @@ NOT_RUN = {
     "pip install": "likewise; .ci/run installs by the README's own lines. Its extras are looked up",
     "python notebooks/build.py": ".ci/run does, with --check",
     "python benchmarks/compare.py": "tests/parity/test_benchmarks.py does, in small: it needs diffusers",
-    "pytest": ".ci/run runs the tests, those marked large or stages, and the parity suite with the libraries that it needs",
+    "pytest": ".ci/run runs the tests, those with a marker, and the parity suite with the libraries that it needs",
 }
 
 
