@@ -534,7 +534,7 @@ def test_150_damaged_configs_give_one_line_or_a_video(here, cli):
     for seed in range(150):
         Path("small/config.json").write_text(json.dumps(damaged(good, seed)))
         codes[expect_one_line_or_a_video(cli, FOX)] += 1
-    assert codes[2] > 150 and codes[0] > 10
+    assert codes[2] > 90 and codes[0] > 6
 
 
 def test_150_damaged_settings_give_one_line_or_a_video(here, cli, monkeypatch):
@@ -544,7 +544,7 @@ def test_150_damaged_settings_give_one_line_or_a_video(here, cli, monkeypatch):
     for seed in range(150):
         video_io.write_video("bad.png", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), metadata=damaged(good, seed))
         codes[expect_one_line_or_a_video(cli, ["--replay", "bad.png"], "bad.png")] += 1
-    assert codes[2] > 150 and codes[0] > 10
+    assert codes[2] > 90 and codes[0] > 6
 
 
 def expect_one_line_or_a_video(cli, arguments, *words) -> int:
