@@ -26,5 +26,5 @@ def in_pieces(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Te
     out = torch.empty(x.shape, dtype=x.dtype)
     for i in range(0, L, PIECE):
         tokens = (..., slice(i, i + PIECE), slice(None))
-        out[tokens] = function(x[tokens], *(y[tokens] if y.shape[-2] == L else y for y in others))
+        out[tokens] = function(x[tokens], *(y[tokens] if y.shape[-2:-1] == (L,) else y for y in others))
     return out

@@ -137,11 +137,11 @@ def test_float32_islands_round_once_at_their_end(island):
 
 @pytest.mark.parametrize("island", [add_gated, RMSNorm, apply_rope], ids=lambda island: island.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("L", [7, 8, 9, 29])
+@pytest.mark.parametrize("L", [7, 8, 9, 16, 29])
 def test_a_few_tokens_at_a_time_are_the_same_bits_as_all_at_once(island, dtype, L, monkeypatch):
     x, out = torch.randn(2, 2, L, 3, 16, dtype=dtype).transpose(2, 3)  # heads, as they come from a Linear
     norm, rotations = randomise(RMSNorm(16)), build_rotations(100 * torch.rand(L, 8))
-    gate = torch.randn(2, L, 16)[:, None] if L == 9 else torch.randn(2, 1, 1, 16)  # of each token, or one for all
+    gate = torch.randn({16: (16,), 9: (2, 1, L, 16)}.get(L, (2, 1, 1, 16)))  # one for all, each token's, each sample's
     compute = {
         add_gated: lambda: add_gated(x, gate, out),
         RMSNorm: lambda: norm(x),
