@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 
 import torch  # noqa: E402
-from rows import ROWS, Row, Step  # noqa: E402
+from rows import ROWS, Row  # noqa: E402
 
 from kandinsky5.files import replacing, write_text  # noqa: E402
 from random_weights import relative_error  # noqa: E402
@@ -133,13 +133,9 @@ def measure_here(row: Row, folder: Path, options: argparse.Namespace) -> Callabl
     @torch.inference_mode()
     def measure(side: str) -> dict:
         gc.collect()
-        if isinstance(work[side], Step):
-            seconds, result = work[side].time()
-        else:
-            start = time.perf_counter()
-            result = work[side]()
-            seconds = time.perf_counter() - start
-        return {"seconds": seconds, "result": result}
+        start = time.perf_counter()
+        result = work[side]()
+        return {"seconds": time.perf_counter() - start, "result": result}
 
     for side in SIDES[:1] if row.once else SIDES:
         measure(side)

@@ -10,6 +10,14 @@ read = Tokenizer.load
 seen: dict[tuple, Tokenizer] = {}
 
 
+def pytest_collection_modifyitems(config, items):
+    """What takes long runs only where its marker is asked for."""
+    for item in items:
+        for name in ("large", "stages"):
+            if item.get_closest_marker(name) and name not in config.getoption("-m"):
+                item.add_marker(pytest.mark.skip(reason=f"takes long: pytest -m {name}"))
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers_in_every_run():
     torch.manual_seed(0)

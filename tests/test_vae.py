@@ -106,7 +106,7 @@ def test_one_tile_over_everything_is_the_plain_vae(vae, tiling):
     assert vae_tiling.decode(vae, posterior.mean, tiling).equal(vae.decode(posterior.mean))
 
 
-@pytest.mark.parametrize("frames", [1, 13, 17, 33])
+@pytest.mark.parametrize("frames", [1, 13, 17, 25, 33])
 @pytest.mark.parametrize("space", [False, True])
 def test_tiles_cover_every_frame_and_pixel_once(vae, frames, space):
     tiling = Tiling(space=space, pixels=32, pixel_stride=24)
