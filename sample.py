@@ -151,7 +151,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("prompt", nargs="?", help="what the video shows; the models were trained with long descriptions, to 256 tokens")
+    add(
+        "prompt",
+        nargs="?",
+        help="what the video shows; the models were trained with long descriptions, to 256 tokens; empty: anything",
+    )
     add("--checkpoint", metavar="DIR", help="converted checkpoint folder, or one of nano's names (default: nano)")
     add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP); needs an i2v checkpoint")
     add("--negative-prompt", metavar="TEXT", help="what to avoid; has no effect at --guidance 1")

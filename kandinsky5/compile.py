@@ -10,6 +10,7 @@ hang on size and threads. What is compiled is `GroupNorm.activate`, which large 
 
 import os
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from kandinsky5.vae import VAE, GroupNorm
 def compile_models(dit: DiT, vae: VAE, backend: str = "inductor") -> None:
     """Compile in place; the work is done when a block first runs. ValueError where there is no C++ compiler."""
     _check_compiler()
+    warnings.filterwarnings(
+        "ignore", "Torchinductor does not support code generation for complex"
+    )  # RoPE: runs as it is
     how: dict[str, Any] = {"dynamic": True, "backend": backend, "recompile_limit": 32}
     for block in [*_plainly(dit.text_blocks), *_plainly(dit.visual_blocks)]:
         block.compile(fullgraph=True, **how)

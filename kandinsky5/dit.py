@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from kandinsky5 import nabla
 from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, NablaConfig
-from kandinsky5.pieces import in_pieces
 from kandinsky5.rope import apply_rope, build_angles, build_angles_3d, build_rotations
 
 
@@ -178,11 +177,8 @@ def modulate_in_one_pass(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    """The residual sum x + gate · out; in float32, back in x's precision.
-
-    x, out (B, L, dim), gate that broadcasts to them.
-    """
-    return in_pieces(lambda x, gate, out: (x.float() + gate * out.float()).type_as(x), x, gate, out)
+    """The residual sum x + gate · out, any shapes that broadcast; in float32, back in x's precision."""
+    return (x.float() + gate * out.float()).type_as(x)
 
 
 class Attention(nn.Module):
@@ -243,8 +239,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        return in_pieces(lambda x: F.rms_norm(x.float(), x.shape[-1:], weight, eps=None).type_as(x), x)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=None).type_as(x)
 
 
 class Modulation(nn.Module):

@@ -13,8 +13,6 @@ no buffers of the models, which `.to(torch.bfloat16)` would round.
 import torch
 from torch import Tensor
 
-from kandinsky5.pieces import in_pieces
-
 
 def build_angles(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
     """Angles of one axis: position · theta^(−i / (dim/2)).
@@ -59,12 +57,8 @@ def build_rotations(angles: Tensor) -> Tensor:
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate interleaved pairs: x (B, N, L, D), rotations (L, D/2) complex64 → (B, N, L, D), computed in float32."""
-
-    def turn(x: Tensor, rotations: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, N, L, D/2)
-        return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
-
-    return in_pieces(turn, x, rotations)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, N, L, D/2)
+    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 
 
 def apply_rope_half_split(x: Tensor, angles: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from kandinsky5.text_encoder import TextFeatures
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 Model = TypeVar("Model", bound=nn.Module)  # what goes in comes out
-GOES_ON = "the same command goes on from what was saved last, a minute ago or not yet"
+GOES_ON = "the same command goes on from its last save, which was about a minute ago; in the first minute there is none"
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,10 @@ def fill(model: Model, state: dict[str, Tensor], source: Path) -> Model:
 def _load(folder: str | Path) -> dict:
     path = Path(folder) / "state.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: run the stage that trains it first (see the Makefile)")
+        raise FileNotFoundError(
+            f"there is no {path}: run the stage that trains it first (see the Makefile), or name "
+            "a checkpoint such as nano"
+        )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from kandinsky5 import dit, pieces
+from kandinsky5 import dit
 from kandinsky5.config import LITE, PRO
 from kandinsky5.dit import DiT, Float32Linear, RMSNorm, add_gated, modulate, modulate_in_one_pass, patchify, unpatchify
 from kandinsky5.rope import apply_rope, build_angles_3d, build_rotations
@@ -133,44 +133,6 @@ def test_float32_islands_round_once_at_their_end(island):
     }[island]
     assert compute(x, out).dtype == torch.bfloat16
     assert compute(x, out).equal(compute(x.float(), out.float()).bfloat16())
-
-
-@pytest.mark.parametrize("island", [add_gated, RMSNorm, apply_rope], ids=lambda island: island.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("L", [7, 8, 9, 16, 29])
-def test_a_few_tokens_at_a_time_are_the_same_bits_as_all_at_once(island, dtype, L, monkeypatch):
-    x, out = torch.randn(2, 2, L, 3, 16, dtype=dtype).transpose(2, 3)  # heads, as they come from a Linear
-    norm, rotations = randomise(RMSNorm(16)), build_rotations(100 * torch.rand(L, 8))
-    gate = torch.randn({16: (16,), 9: (2, 1, L, 16)}.get(L, (2, 1, 1, 16)))  # one for all, each token's, each sample's
-    gate = 0.7 if L == 7 else gate
-    compute = {
-        add_gated: lambda: add_gated(x, gate, out),
-        RMSNorm: lambda: norm(x),
-        apply_rope: lambda: apply_rope(x, rotations),
-    }[island]
-    sizes, plain = [], torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.shape) or plain(x))
-    monkeypatch.setattr(pieces, "PIECE", 8 * 2 * 3 * 16)
-    expected = compute().detach()  # with gradients
-    assert (2, 3, L, 16) in sizes
-    sizes.clear()
-    with torch.no_grad():
-        result = compute()
-    assert result.equal(expected) and result.dtype == dtype
-    assert max(size[-2] for size in sizes if len(size) == 4) == min(L, 8)
-
-
-def test_pieces_take_what_all_at_once_takes(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 8)
-    x, norm = torch.randn(2, 29, 16), randomise(RMSNorm(16))
-    for compute in (
-        lambda: norm(x[0, 0]),
-        lambda: add_gated(x[:1], torch.ones(2, 1, 1), x),  # a gate for each sample, and one x
-        lambda: torch.vmap(norm)(x),
-    ):
-        with torch.no_grad():
-            result = compute()
-        assert result.equal(compute())
 
 
 @pytest.mark.parametrize("B", [1, 3])

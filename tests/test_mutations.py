@@ -18,7 +18,6 @@ import torch
 import cases
 import test_attention
 import test_compile
-import test_dit
 import test_magcache
 import test_nabla
 import test_offload
@@ -33,7 +32,6 @@ from kandinsky5 import (
     magcache,
     nabla,
     offload,
-    pieces,
     pipeline,
     qwen,
     rope,
@@ -341,10 +339,6 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("flex with queries for keys",
      lambda patch, folder: test_attention.test_flex_equals_dense(),
      attention.build_block_mask, "q // TILE, k // TILE", "k // TILE, q // TILE"),
-    ("rotations of the first tokens for all pieces",
-     lambda patch, folder: test_dit.test_a_few_tokens_at_a_time_are_the_same_bits_as_all_at_once(
-         rope.apply_rope, torch.float32, 29, patch),
-     pieces.in_pieces, "*(some(y, i)", "*(some(y, 0)[..., : some(x, i).shape[-2], :]"),
     ("the window kept with rows for columns",
      lambda patch, folder: test_nabla.test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with(),
      nabla.keep_window, "window, device", "window[::-1], device"),

@@ -570,6 +570,26 @@ def test_clips_that_another_process_has_drawn_are_taken(vae, tmp_path, monkeypat
     assert all(torch.equal(x, y) for x, y in zip(ours.read(indices, 16), theirs.read(indices, 16), strict=True))
 
 
+def test_clips_drawn_before_ctrl_c_are_not_drawn_again(vae, tmp_path, monkeypatch):
+    store, drawn = ClipStore(tmp_path, vae, num_frames=5), []
+    encode = ClipStore._encode
+
+    def stop_at_the_third(self, scenes):
+        drawn.append(len(scenes))
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return encode(self, scenes)
+
+    monkeypatch.setattr(ClipStore, "_encode", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        store.fill(32)
+    again = ClipStore(tmp_path, vae, num_frames=5)
+    assert again.count == 16
+    again.fill(32)
+    assert len(drawn) == 5  # two, the one that was stopped, and the other two
+    assert again.read(np.arange(32), 32)[0].flatten(1).any(dim=1).all()
+
+
 def test_clips_are_drawn_again_where_somebody_removed_them(vae, tmp_path):
     store = ClipStore(tmp_path, vae, num_frames=5)
     before = store.read(np.arange(8), 8)

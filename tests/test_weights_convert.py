@@ -207,6 +207,11 @@ def test_nano_goes_to_diffusers_and_back_unchanged(tmp_path):
     from_diffusers(tmp_path / "d", tmp_path / "n", progress=False)
     assert load_config(tmp_path / "n" / "config.json") == load_config(SHIPPED / "nano" / "config.json")
     assert inspect("nano")["models"] == inspect(SHIPPED / "nano")["models"]
+    assert inspect(tmp_path / "d")["tasks"] == inspect(tmp_path / "n")["tasks"] == ("t2v", "i2v")
+    (tmp_path / "d" / "kandinsky5.json").unlink()
+    assert inspect(tmp_path / "d")["tasks"] == ("t2v",)
+    with pytest.raises(ValueError, match="there is no .*nowhere: check the path"):
+        from_diffusers(tmp_path / "nowhere", tmp_path / "e", progress=False)
     with pytest.raises(ValueError, match="in the Diffusers layout already"):
         to_diffusers(tmp_path / "d", tmp_path / "e", progress=False)
 

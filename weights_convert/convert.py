@@ -63,6 +63,8 @@ def from_diffusers(
     """
     src, models = Path(src), _chosen(only)
     whole = (src / "model_index.json").is_file()
+    if not src.exists():
+        raise ValueError(f"there is no {src}: check the path")
     if not whole and not only:
         raise ValueError(
             f"{src} is not in the Diffusers layout (no model_index.json); for one model alone, say which: --only"
@@ -76,10 +78,7 @@ def from_diffusers(
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
         shift = read_shift(src / "scheduler" / "scheduler_config.json")
-        tasks = read_tasks(src)
-        if (src / NATIVE_CONFIG).is_file() and set(tasks) <= set(config.tasks):
-            tasks = config.tasks  # a model of ours may know both; model_index.json names one
-        config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
+        config = replace(config, tasks=read_tasks(src), sampling=replace(config.sampling, shift=shift))
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, task_known=whole) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
@@ -312,11 +311,16 @@ def presets_like(config: PipelineConfig) -> list[str]:
 
 
 def read_tasks(src: Path) -> tuple[str, ...]:
-    """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class."""
+    """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class.
+
+    Both where our own config lies beside it and says so: model_index.json names one.
+    """
     class_name = read_json(src / "model_index.json").get("_class_name")
     if not isinstance(class_name, str) or class_name not in TASKS:
         raise ValueError(f"{src / 'model_index.json'} is for {class_name!r}; this code knows {' and '.join(TASKS)}")
-    return (TASKS[class_name],)
+    task = TASKS[class_name]
+    ours = load_config(src / NATIVE_CONFIG).tasks if (src / NATIVE_CONFIG).is_file() else ()
+    return ours if task in ours else (task,)
 
 
 def read_shift(path: Path) -> float:

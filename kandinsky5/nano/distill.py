@@ -57,7 +57,7 @@ def main() -> None:
 
     ValueError where steps are to be distilled from a checkpoint that needs guidance.
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m kandinsky5.nano.distill", description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=RECIPES)
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     parser.add_argument("--teacher", type=Path, required=True, help="run or checkpoint to start from")

@@ -33,7 +33,7 @@ LONG = "long"  # the run that sparse goes on from
 
 def main() -> None:
     """Write a checkpoint folder for each run that there is."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m kandinsky5.nano.export", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and sparse")
     parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
     parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")

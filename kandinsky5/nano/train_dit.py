@@ -58,7 +58,7 @@ CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during t
 
 def main() -> None:
     """Train nano's DiT, as far as it is not done."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_dit", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
     parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
@@ -202,16 +202,18 @@ class ClipStore:
         if self.count >= available:
             return
         bar = tqdm(total=available, initial=self.count, desc="drawing and encoding", unit="clip", delay=2, leave=False)
-        while self.count < available:
-            self._check_free_space()
-            rows = range(self.count, self.count + self.CHUNK)
-            self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
-            self.count += self.CHUNK
-            bar.update(self.CHUNK)
-            if self.count % 512 == 0:
-                self._keep_count()
-        bar.close()
-        self._keep_count()
+        try:
+            while self.count < available:
+                self._check_free_space()
+                rows = range(self.count, self.count + self.CHUNK)
+                self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
+                self.count += self.CHUNK
+                bar.update(self.CHUNK)
+                if self.count % 512 == 0:
+                    self._keep_count()
+        finally:  # after Ctrl-C the next one goes on from here
+            bar.close()
+            self._keep_count()
 
     def _check_origin(self, path: Path) -> None:
         """What is on disk belongs to scenes and an encoder that are not: with others it would be wrong.

@@ -57,7 +57,7 @@ LANGUAGES = ("english", "russian")
 
 def main() -> None:
     """Train tokenizers, Qwen and CLIP, each as far as it is not done."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
     if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():

@@ -45,7 +45,7 @@ TEST_SEED = 10**6  # scenes that are never drawn for training
 
 def main() -> None:
     """Train on frames, then on clips, and standardise the latents; each as far as it is not done."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
     if not (folder / "standardised" / "state.pt").is_file():
