@@ -672,7 +672,7 @@ def test_odd_values_in_the_other_files(file, odd, message, diffusers, tmp_path, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("from-diffusers gone dst", "gone is not in the Diffusers layout"),
+        ("from-diffusers gone dst", "there is no gone: check the path"),
         ("from-diffusers gone dst --only vae", "gone is missing"),
         ("from-diffusers {diffusers} {diffusers}", "exists already: choose another name, or remove it"),
         ("from-diffusers {diffusers} dst --preset t2v-lite-sft", "did you mean t2v-lite-sft-"),

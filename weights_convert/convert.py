@@ -63,7 +63,7 @@ def from_diffusers(
     """
     src, models = Path(src), _chosen(only)
     whole = (src / "model_index.json").is_file()
-    if not src.exists():
+    if not src.exists() and not only:
         raise ValueError(f"there is no {src}: check the path")
     if not whole and not only:
         raise ValueError(
