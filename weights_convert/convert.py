@@ -63,9 +63,9 @@ def from_diffusers(
     """
     src, models = Path(src), _chosen(only)
     whole = (src / "model_index.json").is_file()
-    if not src.exists() and not only:
-        raise ValueError(f"there is no {src}: check the path")
     if not whole and not only:
+        if not src.exists():
+            raise ValueError(f"there is no {src}: check the path")
         raise ValueError(
             f"{src} is not in the Diffusers layout (no model_index.json); for one model alone, say which: --only"
         )
