@@ -45,7 +45,6 @@ FROM = --vae $(RUNS)/vae --text $(RUNS)/text
 .PHONY: nano vae text dit nocfg distilled long sparse
 nano vae text dit nocfg distilled long sparse: export OMP_NUM_THREADS ?= 1
 
-NAMES = nano nano-nocfg nano-distilled16steps nano-10s
 PROMPTS ?= 300
 JUDGE = $(PYTHON) -m kandinsky5.nano.judge --dtype bfloat16 --prompts $(PROMPTS)
 EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
@@ -53,8 +52,9 @@ EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)
 nano: vae text dit nocfg distilled long sparse ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
 	$(EXPORT)
 	mkdir -p $(RUNS)/judge
-	set -e; for name in $(NAMES); do $(JUDGE) $(RUNS)/checkpoints/$$name -o $(RUNS)/judge/judge_$$name.json; done
-	$(JUDGE) $(RUNS)/checkpoints/nano-10s --full-attention --sets 'seen, English' -o $(RUNS)/judge/judge_nano-10s-full-attention.json
+	set -e; for name in nano nano-nocfg nano-distilled16steps; do $(JUDGE) $(RUNS)/checkpoints/$$name -o $(RUNS)/judge/judge_$$name.json; done
+	$(JUDGE) $(RUNS)/checkpoints/nano-10s --sets 'seen, English' -o $(RUNS)/judge/judge_nano-10s.json
+	$(JUDGE) $(RUNS)/checkpoints/nano-10s --sets 'seen, English' --full-attention -o $(RUNS)/judge/judge_nano-10s-full-attention.json
 	$(EXPORT) --judged $(RUNS)/judge
 
 vae: ## nano's VAE

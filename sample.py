@@ -25,8 +25,9 @@ import kandinsky5
 from kandinsky5 import Pipeline, magcache, preview, video_io
 from kandinsky5.attention import KERNELS
 from kandinsky5.checkpoint import fingerprint
+from kandinsky5.config import PipelineConfig
 from kandinsky5.offload import MODES as OFFLOAD
-from kandinsky5.pipeline import find_checkpoint
+from kandinsky5.pipeline import SHIPPED, find_checkpoint
 from kandinsky5.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
 from kandinsky5.rope import scale_for_size
 
@@ -88,6 +89,7 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     for name in FROM_CHECKPOINT - {"height", "width"}:  # those may follow from the image
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
+    note_other_size(settings, pipe.config)
 
     every = (settings["num_inference_steps"] + 9) // 10  # rounded up: 10 pictures or fewer
     frames = pipe(
@@ -113,6 +115,16 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     video_io.write_video(output, frames, settings["fps"], settings["quality"], to_metadata(settings))
     plural = "s" if len(frames) > 1 else ""
     return f"{output}: {len(frames)} frame{plural} of {frames.shape[1]}x{frames.shape[2]}, seed {settings['seed']}"
+
+
+def note_other_size(settings: dict, config: PipelineConfig) -> None:
+    """A line on stderr where a model of this package, which was trained on one size, is asked for another."""
+    usual = config.sampling
+    if find_checkpoint(settings["checkpoint"]).parent == SHIPPED and any(
+        settings.get(name, getattr(usual, name)) != getattr(usual, name) for name in ("num_frames", "height", "width")
+    ):
+        trained = f"{usual.num_frames} frames of {usual.height}x{usual.width}"
+        print(f"note: {config.name} was trained on {trained} alone: others come out worse", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

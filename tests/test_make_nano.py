@@ -9,28 +9,33 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from kandinsky5 import train as training
+from kandinsky5 import video_io
 from kandinsky5.checkpoint import fingerprint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import distill, export, judge, presets, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
-from kandinsky5.train import Recipe, train
+from kandinsky5.train import Recipe, read_rows, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.stages
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="curves need the extra `train`")
 def test_the_stages_fit_together(monkeypatch, tmp_path):
     for stage in (train_vae, train_text, train_dit, distill):
-        monkeypatch.setattr(stage, "train", functools.partial(train, stop_after=1))
+        monkeypatch.setattr(stage, "train", train_one_step)
     monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
-    monkeypatch.setattr(train_vae, "test", lambda *_, **__: {})
+    monkeypatch.setattr(train_vae, "test", try_vae_on_few)
+    for stage in (train_dit, distill):
+        monkeypatch.setattr(stage, "test", try_dit_in_one_step)
     monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 2000)
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
@@ -45,9 +50,25 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
         _, module, *arguments = shlex.split(command)  # -m kandinsky5.nano.train_vae --folder …
         run(monkeypatch, importlib.import_module(module), *arguments)
 
+    runs = [
+        *(f"vae/{stage}" for stage in ("frames", "clips", "decoder")),
+        "dit",
+        "nocfg",
+        "distilled",
+        "long",
+        "sparse",
+    ]
+    for run_folder in (tmp_path / name for name in runs):
+        assert len(read_rows(run_folder / "samples.csv")) == 1, run_folder
+        assert video_io.read_image(run_folder / "sample_000001.png").float().std() > 1
+        assert video_io.read_image(run_folder / "loss.png").float().std() > 1
     for name in ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s"):
         card = (tmp_path / "checkpoints" / name / "README.md").read_text()
-        assert "**Trained**: 1 steps" in card and "| ground truth | 1 | 100.0 |" in card
+        assert "**Trained**: 1 steps" in card and "| seen, English | 1 |" in card
+        assert ("--full-attention" in card) == ("NABLA with P 0.6 and a window of 3 × 1 × 1 tiles" in card)
+        assert ("longer clips: 1 steps" in card) == (name == "nano-10s")
+        assert ("VAE, decoder: 1 steps" in card and "CLIP: 1 steps" in card) == (name == "nano")
+        assert ("| ground truth | 1 | 100.0 |" in card) == (name != "nano-10s")
     full = json.loads((tmp_path / "judge" / "judge_nano-10s-full-attention.json").read_text())
     assert full["settings"]["full_attention"] and full["sets"]["seen, English"]["clips"] == 1
 
@@ -107,8 +128,8 @@ def test_an_export_that_was_stopped_loses_no_model(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda document: document["settings"].update(full_attention=True), "with full attention or another canvas"),
-        (lambda document: document["settings"].update(canvas=[96, 96]), "with full attention or another canvas"),
+        (lambda document: document["settings"].update(full_attention=True), "judge nano without --full-attention"),
+        (lambda document: document["settings"].update(canvas=[96, 96]), "and without --canvas"),
         (lambda document: document["sets"].pop("two objects"), "breaks off after seen, English"),
     ],
 )
@@ -153,6 +174,39 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
             assert ends[0][kind][name].equal(ends[1][kind][name]), (stage.__name__, arguments[0], kind, name)
 
 
+@pytest.mark.stages
+@pytest.mark.parametrize(
+    ("stage", "runs"), [(train_vae, ("frames", "clips", "standardised", "decoder")), (train_text, ("qwen", "clip"))]
+)
+def test_vae_and_text_encoders_cut_off_in_each_of_their_runs_end_as_in_one_go(monkeypatch, tmp_path, stage, runs):
+    monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
+    monkeypatch.setattr(train_vae, "test", lambda *_, **__: {})
+    monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 2000)
+
+    def train_two_steps(model, loss, recipe, folder, *arguments, **options):
+        cut = folder.is_relative_to(tmp_path / "cut") and not (folder / "state.pt").exists()
+        options |= {"stop_after": 1} if cut else {}
+        average = train(model, loss, replace(recipe, steps=2), folder, *arguments, **options)
+        if cut:
+            raise KeyboardInterrupt
+        return average
+
+    monkeypatch.setattr(stage, "train", train_two_steps)
+    run(monkeypatch, stage, "--folder", tmp_path / "whole")
+    cuts = 0
+    while True:
+        try:
+            run(monkeypatch, stage, "--folder", tmp_path / "cut")
+            break
+        except KeyboardInterrupt:
+            cuts += 1
+    assert cuts == len(set(runs) - {"standardised"})
+    for name in runs:
+        whole, cut = (torch.load(tmp_path / place / name / "state.pt") for place in ("whole", "cut"))
+        for kind in whole.keys() & {"model", "average"}:
+            assert all(whole[kind][n].equal(cut[kind][n]) for n in whole[kind]), (name, kind)
+
+
 def test_steps_are_not_distilled_from_a_teacher_that_needs_guidance(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--teacher nano needs guidance"):
         arguments = ("--teacher", "nano", "--clips", tmp_path, "--vae", "nano", "--text", "nano")
@@ -162,6 +216,19 @@ def test_steps_are_not_distilled_from_a_teacher_that_needs_guidance(monkeypatch,
 def run(monkeypatch, module, *arguments) -> None:
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
     module.main()
+
+
+def train_one_step(*arguments, **options):
+    return train(*arguments, **options | {"stop_after": 1, "sample_every": 1})
+
+
+def try_vae_on_few(vae, folder, step, count=8, test=train_vae.test):
+    return test(vae, folder, step, min(count, 8))
+
+
+def try_dit_in_one_step(config, dit, vae, text_encoder, picture, count=8, test=train_dit.test):
+    config = replace(config, sampling=replace(config.sampling, num_inference_steps=1))
+    return test(config, dit, vae, text_encoder, picture, min(count, 8))
 
 
 def examine_in_one_step(*arguments, examine=judge.examine, **options):

@@ -328,7 +328,8 @@ class FakePipeline:
     """Draws what was asked for (it knows the questions by heart), or noise."""
 
     def __init__(self, honest: bool, clip_noise: float = 0.0, vae_noise: float = 0.0):
-        sampling = SimpleNamespace(num_frames=17, height=64, width=64, fps=10)
+        steps = {"num_inference_steps": 50, "guidance_scale": 2.0, "shift": 3.0}
+        sampling = SimpleNamespace(num_frames=17, height=64, width=64, fps=10, **steps)
         self.config, self.vae = SimpleNamespace(sampling=sampling), IdentityVAE(vae_noise)
         self.honest, self.clip_noise = honest, clip_noise
         self.scenes, self.calls = {}, []
@@ -366,6 +367,7 @@ def test_a_pipeline_that_draws_what_it_is_asked_scores_all(tmp_path, capsys):
     pipe = FakePipeline(honest=True)
     document = run_command(tmp_path, pipe, "--batch-size", "5", "--steps", "9", "--guidance", "2")
     assert list(document["sets"]) == list(judge.EXAM)
+    assert document["sampling"] == {"num_inference_steps": 9, "guidance_scale": 2, "shift": 3}
     for name, summary in document["sets"].items():
         assert summary["clips"] == 12 and document["mistakes"][name] == [], name
         assert summary["answers"]["all"] == {
@@ -393,6 +395,7 @@ def test_a_pipeline_that_draws_noise_scores_nothing(tmp_path):
         answers = document["sets"][name]["answers"]
         assert answers["all"]["right"] == answers["motion"]["right"] == answers["objects"]["right"] == 0
         assert len(document["mistakes"][name]) == 12 and document["mistakes"][name][0]["text"]
+        assert all(mistake["unexplained"] > judge.MAX_UNEXPLAINED for mistake in document["mistakes"][name])
     assert document["sets"]["image to video"]["answers"]["first frame"]["right"] == 0
 
 

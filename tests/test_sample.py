@@ -727,6 +727,21 @@ def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
 # --- help, import
 
 
+@pytest.mark.parametrize(
+    ("options", "noted"),
+    [
+        ([], False),
+        (["--num-frames", "17"], False),
+        (["--num-frames", "5"], True),
+        (["--height", "32", "--width", "64"], True),
+    ],
+)
+def test_a_size_that_nano_was_not_trained_on_is_noted(cli, options, noted):
+    code, _, lines = cli("a red circle moves left", "--steps", "1", *options)
+    note = "note: nano was trained on 17 frames of 64x64 alone: others come out worse"
+    assert (code, lines) == (0, [note] if noted else [])
+
+
 def test_help_teaches(cli):
     code, out, lines = cli("--help")
     assert code == 0 and lines == []

@@ -19,7 +19,7 @@ from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
-from kandinsky5.nano import distill, presets
+from kandinsky5.nano import distill, presets, train_text
 from kandinsky5.nano.train_dit import ClipStore, load_dit
 from kandinsky5.nano.train_text import conversation, load_text_encoder, same_said, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, load_vae, single_frame, standardise
@@ -455,6 +455,18 @@ def test_captions_that_say_the_same_are_right_for_each_others_clips():
     same = torch.eye(5)
     same[:2, :2] = 0.5
     assert same_said(said).equal(same)
+
+
+def test_tokenizers_of_the_same_captions_are_the_same_files(monkeypatch, tmp_path):
+    """The library's trainer takes words in an order that is another each time."""
+    monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 400)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        train_text.train_tokenizers(folder)
+    for name, special in (("qwen", train_text.QWEN_SPECIAL), ("clip", train_text.CLIP_SPECIAL)):
+        a, b = (tmp_path / folder / f"{name}_tokenizer" / "tokenizer.json" for folder in "ab")
+        assert a.read_bytes() == b.read_bytes()
+        tokenizer = Backend.from_file(str(a))
+        assert {token.content for token in tokenizer.get_added_tokens_decoder().values()} == set(special)
 
 
 def test_attention_written_out_is_the_same_attention():

@@ -60,7 +60,8 @@ def main() -> None:
             judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
             try:
                 export(name, arguments.runs / run, arguments.vae, arguments.text, new)
-                write_card(name, arguments.runs, new, judged, remarks.get(name, ""))
+                before = stages_before(name, arguments.runs, arguments.vae, arguments.text)
+                write_card(name, arguments.runs / run, before, new, judged, remarks.get(name, ""))
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
@@ -110,7 +111,7 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
   (`kandinsky5/nano/held_out.json`).
 - **Recipe**: {recipe}; seed {seed}.
 - **Trained**: {steps:,} steps in {hours:.1f} hours on one core of a CPU that did other work too, {before}.{remark}
-- **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}.
+- **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}{attention}.
 - **Limits**: it knows this world and nothing else.
 - **Licence**: MIT.
 
@@ -118,8 +119,9 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
 
 {judged}"""
 JUDGED = """\
-In per cent, on scenes that were not used in training or tuning; a sentence may have occurred there.
-
+In per cent, on scenes that no model was trained on; a sentence may have occurred there.
+"""
+ANSWERS = """
 ```bash
 {command}
 ```
@@ -131,7 +133,7 @@ WHAT = {
     "nano-distilled16steps": "`nano-nocfg` distilled into 16 steps of one pass.",
     "nano-10s": "`nano` fine-tuned on clips twice as long and twice as wide, and to answer through NABLA as without.",
 }
-STAGES = {
+BEFORE = {
     "nano": "after the VAE and the text encoders",
     "nano-nocfg": "from nano",
     "nano-distilled16steps": "from nano-nocfg",
@@ -139,17 +141,30 @@ STAGES = {
 }
 
 
-def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark: str = "") -> None:
-    """The model card: data, recipe, steps and hours of the run, a remark, the judge's table.
+def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
+    """What a model stands on, with the steps and hours of the runs that made it, as far as they are there."""
+    stages = {}
+    if name == "nano":
+        stages = {f"VAE, {stage}": vae_run / stage for stage in ("frames", "clips", "decoder")}
+        stages |= {"Qwen": text_run / "qwen", "CLIP": text_run / "clip"}
+    if name == "nano-10s":
+        stages = {"longer clips": runs / LONG}
+    done = {stage: load_progress(run) for stage, run in stages.items() if (run / "state.pt").is_file()}
+    told = [f"{stage}: {steps:,} steps in {seconds / 3600:.1f} hours" for stage, (steps, seconds) in done.items()]
+    return BEFORE[name] + (f" ({'; '.join(told)})" if told else "")
+
+
+def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | None, remark: str = "") -> None:
+    """The model card: data, recipe, steps and hours of `run`, what went `before`, a remark, the judge's table.
 
     ValueError where that is of other weights than those in `folder`, or not of the whole exam that it names.
     """
-    config, run = presets.PRESETS[name], runs / RUNS[name]
+    config = presets.PRESETS[name]
     recipe, (steps, seconds) = load_recipe(run), load_progress(run)
-    before = STAGES[name]
-    if name == "nano-10s" and (runs / LONG / "state.pt").is_file():
-        long_steps, long_seconds = load_progress(runs / LONG)
-        before += f" ({long_steps:,} steps in {long_seconds / 3600:.1f} hours)"
+    attention = ""
+    if config.dit.nabla:
+        window = " × ".join(map(str, config.dit.nabla.window))
+        attention = f", NABLA with P {config.dit.nabla.P:g} and a window of {window} tiles"
     optimizer = "Muon for the blocks' matrices and AdamW for the rest" if recipe.muon else "AdamW"
     card = CARD.format(
         name=name,
@@ -174,22 +189,31 @@ def write_card(name: str, runs: Path, folder: Path, judged: Path | None, remark:
         sampling_steps=config.sampling.num_inference_steps,
         guidance=config.sampling.guidance_scale,
         shift=config.sampling.shift,
+        attention=attention,
         judged=describe_exam(name, judged, folder) if judged and judged.is_file() else "Not yet.\n",
     )
     (folder / "README.md").write_text(card)
 
 
 def describe_exam(name: str, judged: Path, folder: Path) -> str:
-    """The judge's answers in the file `judged` as a table, below the command that gives them.
+    """The judge's answers in the file `judged`, and in judge_NAME-full-attention.json beside it if there is one.
 
-    ValueError where they are about other weights, another canvas or full attention, or break off.
+    ValueError where they are about other weights or another canvas, break off, or one stands for the other.
     """
+    text = JUDGED + describe_answers(name, judged, folder, full_attention=False)
+    full = judged.with_name(f"{judged.stem}-full-attention.json")
+    return text + (describe_answers(name, full, folder, full_attention=True) if full.is_file() else "")
+
+
+def describe_answers(name: str, judged: Path, folder: Path, full_attention: bool) -> str:
+    """One file of answers as a table, below the command that gives them; ValueError as in `describe_exam`."""
     document = json.loads(judged.read_text(encoding="utf-8"))
     settings = document["settings"]
     if document.get("fingerprint") != fingerprint(folder):
         raise ValueError(f"{judged} is about another {name}: judge these weights, python -m kandinsky5.nano.judge")
-    if settings["full_attention"] or tuple(settings["canvas"]) != CANVAS:
-        raise ValueError(f"{judged} is with full attention or another canvas: judge {name} without these options")
+    if settings["full_attention"] != full_attention or tuple(settings["canvas"]) != CANVAS:
+        asked = "with" if full_attention else "without"
+        raise ValueError(f"{judged}: judge {name} {asked} --full-attention, and without --canvas")
     if set(document["sets"]) != set(settings["sets"]):
         raise ValueError(f"{judged} breaks off after {', '.join(document['sets'])}: judge {name} once more")
     command = ["python", "-m", "kandinsky5.nano.judge", name]
@@ -202,9 +226,11 @@ def describe_exam(name: str, judged: Path, folder: Path) -> str:
     ):
         if settings[setting] != default:
             command += [option, str(settings[setting])]
+    if full_attention:
+        command.append("--full-attention")
     if settings["sets"] != list(EXAM):
         command += ["--sets", *settings["sets"]]
-    return JUDGED.format(command=shlex.join(command), table=format_table(document["sets"]))
+    return ANSWERS.format(command=shlex.join(command), table=format_table(document["sets"]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from it and, for each colour and frame, place and size (moments) and shape (that
 as large, differs least); from the frames together it gets the motion (a straight line through places and
 sizes). `score` then says which words of a caption are true. A clip that is not of this world (noise, a blank,
 an object that vanishes, changes or jumps about) fails in at least one of them. It does not see what is thinner than
-three pixels, such as a line across the background, nor that an even motion rests for a third of the time.
+three pixels, such as a line across the background, a patch of 4 × 5, a ghost (what is so pale that it is less than 65
+from what should be there, in RGB of 0 to 255), nor that an even motion rests for a third of the time.
 
     python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
 
@@ -348,7 +349,7 @@ def examine(
     seed: int = JUDGE_SEED,
     **options,
 ) -> Iterator[dict]:
-    """Generates the clips of one set of EXAM, judges them, and yields for each its text, seed and answers.
+    """Generates the clips of one set of EXAM, judges them, and yields for each its text, its answers and what was seen.
 
     pipe: a `Pipeline`, asked for clips of its own size; canvas: of the scenes, which must fit that size; options:
     what else the pipe is called with, such as num_inference_steps. Clip i of a set is of the same scene, words and
@@ -376,8 +377,10 @@ def examine(
             clips = np.asarray(pipe(texts, seed=first, **options))
         best_first_frames = reconstruct(pipe, drawn[:, :1])[:, 0] if exam.task == "image" else None
         for b, index in enumerate(indices):
-            answers = score(judge_clip(clips[b], canvas, sampling.fps), captions[b])
+            report = judge_clip(clips[b], canvas, sampling.fps)
+            answers = score(report, captions[b])
             result = {"index": index, "text": texts[b], "answers": answers}
+            result |= {"objects": len(report.objects), "unexplained": report.unexplained}
             if exam.task == "vae":
                 result["psnr"] = psnr(clips[b], drawn[b])
             if best_first_frames is not None:  # image to video
@@ -536,7 +539,9 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
             raise ValueError(f"--full-attention: {args.checkpoint} has no NABLA: leave it out")
         pipe.dit = with_full_attention(pipe.dit)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    document: dict[str, Any] = {"settings": vars(args), "sets": {}, "mistakes": {}}
+    sampling = {name: getattr(pipe.config.sampling, name) for name in (*options, "shift")}
+    sampling |= {name: value for name, value in options.items() if value is not None}
+    document: dict[str, Any] = {"settings": vars(args), "sampling": sampling, "sets": {}, "mistakes": {}}
     if not load:
         document["fingerprint"] = fingerprint(find_checkpoint(args.checkpoint))
     for name in args.sets:

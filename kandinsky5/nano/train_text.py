@@ -11,6 +11,7 @@ real model.
 """
 
 import argparse
+import json
 import string
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
-from kandinsky5.files import replacing
+from kandinsky5.files import write_text
 from kandinsky5.nano import presets
 from kandinsky5.nano.train_vae import as_checkpoint, draw_videos
 from kandinsky5.nano.world import (
@@ -104,19 +105,29 @@ def train_tokenizers(folder: Path) -> None:
         ("qwen", _qwen_backend(), QWEN_SPECIAL, corpus + conversation),
         ("clip", _clip_backend(), CLIP_SPECIAL, corpus + letters),
     ):
+        numbered_first = [*special, *(_last_letters(backend, texts) if name == "clip" else [])]
         trainer = trainers.BpeTrainer(
             vocab_size=presets.QWEN.vocab_size if name == "qwen" else presets.CLIP.vocab_size,
-            special_tokens=[AddedToken(token, normalized=False) for token in special],
+            special_tokens=[AddedToken(token, normalized=False) for token in numbered_first],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         if name == "clip":
             trainer.end_of_word_suffix = "</w>"
         backend.train_from_iterator(texts, trainer)
-        target = folder / f"{name}_tokenizer"
-        target.mkdir(parents=True, exist_ok=True)
-        with replacing(target / "tokenizer.json") as temporary:
-            backend.save(str(temporary))
+        trained = json.loads(backend.to_str())
+        trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] in special]
+        (folder / f"{name}_tokenizer").mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"{name}_tokenizer" / "tokenizer.json", json.dumps(trained, indent=2, ensure_ascii=False))
+
+
+def _last_letters(backend: Backend, texts: list[str]) -> list[str]:
+    """The bytes that end a word somewhere, marked as CLIP marks them.
+
+    Left to itself the trainer numbers them in an order that is another in each run, and equal counts with them.
+    """
+    words = (backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)) for text in texts)
+    return sorted({word[-1] + "</w>" for found in words for word, _ in found})
 
 
 def _qwen_backend() -> Backend:
