@@ -5,6 +5,10 @@ are of hundreds.
 """
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,8 @@ from kandinsky5.nano import judge, presets
 from kandinsky5.nano.world import caption, sample_scene
 from kandinsky5.pipeline import SHIPPED
 
-JUDGED = Path(__file__).resolve().parents[1] / "docs" / "judge"
+ROOT = Path(__file__).resolve().parents[1]
+JUDGED = ROOT / "docs" / "judge"
 TRAINED = ("nano", "nano-nocfg", "nano-distilled16steps")  # nano-10s takes ten times as long: it has a test of its own
 
 
@@ -41,6 +46,22 @@ def test_a_given_image_moves_as_the_prompt_says(pipe):
     results = list(judge.examine(pipe, "image to video", 4, 4, num_inference_steps=16))
     right = [result["answers"]["motion and first frame"] for result in results]
     assert sum(right) >= 3, results
+
+
+def test_the_vae_gives_clips_back_with_30_db():
+    results = list(judge.examine(Pipeline.load("nano", dtype=torch.float32), "VAE", 8))
+    assert np.mean([result["psnr"] for result in results]) >= 30, results
+    assert sum(result["answers"]["all"] for result in results) >= 7, results
+
+
+def test_a_command_makes_a_video_in_20_seconds_of_two_cores(tmp_path):
+    """In processor time, which other work on the machine changes little."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, ROOT / "sample.py", "a red circle moves left", "-o", tmp_path / "out.mp4"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (tmp_path / "out.mp4").stat().st_size > 1000
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 2 * 20
 
 
 def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
