@@ -193,16 +193,32 @@ def memory(key: str) -> int:
 
 
 def describe_machine(threads: int) -> dict:
-    """Where and with what a row was measured."""
+    """Where and with what a row was measured. "matmul": the bf16 rate there and then, in Tflop/s."""
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+        lines = [line.partition(":") for line in file]
+    model = next((value.strip() for key, _, value in lines if key.startswith("model name")), "unknown")
+    flags = next((value.split() for key, _, value in lines if key.startswith("flags")), [])
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     there = [name for name in ("torch", "diffusers", "transformers") if find_spec(name)]
-    packages = ", ".join(f"{name} {version(name)}" for name in there)
+    software = ", ".join(f"{name} {version(name)}" for name in there)
+    cores = f"{threads} threads on {os.cpu_count()} cores"
     return {
-        "machine": f"{model} {platform.machine()}, {threads} threads on {os.cpu_count()} cores, {packages}",
+        "machine": f"{model} {platform.machine()} {' '.join(bf16)}, {cores}, {software}",
         "load": round(os.getloadavg()[0], 2),  # of the last minute, these threads included
+        "matmul": round(matmul_rate(), 3),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """Tflop/s of one bf16 matmul of size³ with PyTorch's threads, the best of five."""
+    a, b, out = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(3))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e12
 
 
 def read_results(out: Path | None) -> dict:
@@ -242,9 +258,16 @@ def build_table(results: dict) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
     dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
-    return "\n".join(
-        [*lines, "", f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.", ""]
-    )
+    rates = [row["matmul"] for row in rows if "matmul" in row]  # rows of before 28 Nov 2026 do not have it
+    lines += [
+        "",
+        "The ratio is the median over pairs of measurements taken one after the other, which need not be that of the "
+        "two medians beside it; from the smallest to the largest of them.",
+        "",
+        f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}."
+        + (f" A bare bf16 matmul ran at {min(rates)} to {max(rates)} Tflop/s." if rates else ""),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def count_runs(row: dict) -> str:
