@@ -1,5 +1,7 @@
 """Every path through attention.py against the dense definition."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -122,6 +124,41 @@ def test_a_kernel_is_used_inside_its_block_only_and_unknown_names_are_refused():
     assert module._kernel == "auto"
     with pytest.raises(ValueError, match="'fast': choose one of auto, sdpa"), use("fast"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "dtype", "queries", "with_map", "taken"),
+    [
+        ("auto", "cpu", torch.bfloat16, 512, False, "chunked_attention"),
+        ("auto", "cpu", torch.bfloat16, 511, False, "scaled_dot_product_attention"),
+        ("auto", "cpu", torch.float32, 512, False, "scaled_dot_product_attention"),
+        ("auto", "cuda", torch.bfloat16, 512, False, "scaled_dot_product_attention"),
+        ("auto", "meta", torch.bfloat16, 512, True, "scaled_dot_product_attention"),
+        ("auto", "cpu", torch.bfloat16, 512, True, "block_sparse_attention"),
+        ("auto", "cuda", torch.bfloat16, 512, True, "_compiled_flex_attention"),
+        ("sdpa", "cpu", torch.bfloat16, 512, False, "scaled_dot_product_attention"),
+        ("sdpa", "cuda", torch.bfloat16, 512, True, "block_sparse_attention, fused"),
+        ("chunked", "cpu", torch.float32, 64, False, "chunked_attention"),
+        ("dense", "cuda", torch.float32, 64, True, "dense_attention"),
+    ],
+)
+def test_auto_takes_what_its_docstring_says(monkeypatch, kernel, device, dtype, queries, with_map, taken):
+    """Without a GPU: what stands for a tensor says where it is, and each kernel says its name."""
+    for owner, name in (
+        (module, "chunked_attention"),
+        (module, "dense_attention"),
+        (module.F, "scaled_dot_product_attention"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name, **__: name)
+    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: lambda *_, **__: "_compiled_flex_attention")
+    monkeypatch.setattr(
+        module, "block_sparse_attention", lambda *_, fused: "block_sparse_attention" + ", fused" * fused
+    )
+    place = {"is_cuda": device == "cuda", "is_meta": device == "meta", "device": SimpleNamespace(type=device)}
+    q = SimpleNamespace(dtype=dtype, shape=(1, 2, queries, 16), **place)
+    block_map = torch.ones(1, 2, queries // 64, queries // 64, dtype=torch.bool) if with_map else None
+    with use(kernel):
+        assert attention(q, q, q, block_map=block_map) == taken
 
 
 def test_flex_equals_dense():

@@ -18,6 +18,7 @@ import torch
 import cases
 import test_attention
 import test_compile
+import test_dit
 import test_magcache
 import test_nabla
 import test_offload
@@ -339,6 +340,21 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("flex with queries for keys",
      lambda patch, folder: test_attention.test_flex_equals_dense(),
      attention.build_block_mask, "q // TILE, k // TILE", "k // TILE, q // TILE"),
+    ("short queries in chunks",
+     lambda patch, folder: test_attention.test_auto_takes_what_its_docstring_says(
+         patch, "auto", "cpu", torch.bfloat16, 511, False, "scaled_dot_product_attention"),
+     attention.attention, ">= LONG", ">= 0"),
+    ("never in chunks",
+     lambda patch, folder: test_attention.test_auto_takes_what_its_docstring_says(
+         patch, "auto", "cpu", torch.bfloat16, 512, False, "chunked_attention"),
+     attention.attention, ">= LONG", "< 0"),
+    ("tiles gathered on CUDA",
+     lambda patch, folder: test_attention.test_auto_takes_what_its_docstring_says(
+         patch, "auto", "cuda", torch.bfloat16, 512, True, "_compiled_flex_attention"),
+     attention.attention, '"auto" and q.is_cuda', '"auto" and not q.is_cuda'),
+    ("modulations widened with the first bias",
+     lambda patch, folder: test_dit.test_float32_linear_widens_half_weights_piece_by_piece(torch.bfloat16, patch),
+     dit.Float32Linear.forward, "bias.to(dtype)) for", "self.bias[: len(bias)].to(dtype)) for"),
     ("the window kept with rows for columns",
      lambda patch, folder: test_nabla.test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with(),
      nabla.keep_window, "window, device", "window[::-1], device"),

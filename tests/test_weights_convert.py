@@ -216,6 +216,12 @@ def test_nano_goes_to_diffusers_and_back_unchanged(tmp_path):
         to_diffusers(tmp_path / "d", tmp_path / "e", progress=False)
 
 
+def test_what_diffusers_cannot_hold_is_said(native, tmp_path, capsys):
+    for name, src, said in (("nano", "nano", True), ("small", native, False)):
+        assert main(["to-diffusers", str(src), str(tmp_path / name), "--quiet"]) == 0
+        assert ("Diffusers has no place for its prompt template" in capsys.readouterr().out) == said
+
+
 def test_inspect_knows_every_layout(native, diffusers, tmp_path, capsys):
     count = sum(tensor.numel() for tensor in tensors(native, "dit").values())
     for path in (native, diffusers, diffusers / "transformer", native / "dit.safetensors"):

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from kandinsky5.checkpoint import MODELS
-from kandinsky5.config import NANO_NAMES, PipelineConfig
+from kandinsky5.config import NANO_NAMES, PipelineConfig, TextConfig
 from weights_convert import convert
 from weights_convert.inspect import as_table, inspect
 from weights_convert.write import Options
@@ -47,6 +47,11 @@ def run_to_diffusers(**options) -> None:
     """`convert.to_diffusers`, likewise."""
     config = convert.to_diffusers(**options)
     print(f"{options['dst']}: {config.name} in the Diffusers layout")
+    if config.text != TextConfig():
+        print(
+            "Diffusers has no place for its prompt template: set it and a few things more on their pipeline, which "
+            "README.md, What is proven, names"
+        )
 
 
 def run_inspect(path: str, as_json: bool) -> None:
