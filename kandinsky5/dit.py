@@ -60,8 +60,7 @@ class DiT(nn.Module):
         vec = self.time_embedder(t) + self.pooled_embedder(pooled)  # (B, time_dim) float32
 
         text = self.text_embedder(text)  # (B, S, dim)
-        places = torch.arange(text.shape[1], device=text.device)
-        text_rotations = build_rotations(build_angles(places, config.head_dim))  # (S, D/2)
+        text_rotations = keep_text_rotations(text.shape[1], config.head_dim, text.device)  # (S, D/2)
         for block in self.text_blocks:
             text = block(text, vec, text_rotations, text_mask)  # (B, S, dim)
 
@@ -91,6 +90,13 @@ def keep_rotations(
     """
     angles = build_angles_3d(grid, axes, scale, device)  # (T, H, W, D/2)
     return build_rotations(nabla.to_tiles(angles[None])[0] if in_tiles else angles.flatten(0, 2))
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def keep_text_rotations(length: int, head_dim: int, device: torch.device) -> Tensor:
+    """RoPE of the places 0, 1, … of text: complex64 (S, D/2), made once likewise."""
+    return build_rotations(build_angles(torch.arange(length, device=device), head_dim))
 
 
 class TextBlock(nn.Module):

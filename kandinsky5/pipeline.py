@@ -35,8 +35,9 @@ from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
-# Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py).
-# So few that what a second pass holds besides is nothing beside the weights; above, one pass was not faster.
+# Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
+# there it is as much as 5 % faster, from 6,144 on no longer (bf16, small model and Lite's width). What a second pass
+# holds besides is nothing beside the weights (8,192 positions of Lite: 75 MB, computed), so memory is not asked.
 ONE_PASS = 8192
 LONGEST_SIDE = 16384  # pixels: x264's limit
 KEPT_BY_HEAP = 300_000_000  # bytes that glibc may keep of what decoding has freed: measured, see vae_tiling.vae_memory

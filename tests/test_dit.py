@@ -170,3 +170,11 @@ def test_rotations_are_made_once_for_all_steps_and_anew_for_others(monkeypatch):
     ):
         network(**random_inputs(grid=grid), **options)
     assert made == [(2, 8, 16), (2, 16, 8), (2, 16, 8), (2, 16, 8)]
+
+
+def test_rotations_of_text_are_made_once_for_each_length():
+    dit.keep_text_rotations.cache_clear()
+    model, inputs = DiT(SMALL_DIT), random_inputs()
+    for length in (3, 3, 2, 3):
+        model(**inputs | {"text": inputs["text"][:, :length], "text_mask": None})
+    assert (dit.keep_text_rotations.cache_info().misses, dit.keep_text_rotations.cache_info().hits) == (2, 2)
