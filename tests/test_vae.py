@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky5 import vae as module
 from kandinsky5 import vae_tiling
@@ -175,6 +176,22 @@ def test_in_half_precision_every_convolution_gets_and_gives_channels_last(pairs_
         plain = half.encode(video).mean, half.decode(z)
     for ours, theirs, right in zip(laid_out, plain, expected, strict=True):
         assert relative_error(ours, right) < 1.2 * relative_error(theirs, right)
+
+
+def test_without_gradients_activations_take_no_memory_of_their_own():
+    vae, seen = VAE(SMALL_VAE), []
+
+    class Activations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "silu" in function.__name__:
+                seen.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    for grad in (False, True):
+        seen.clear()
+        with torch.set_grad_enabled(grad), Activations():
+            vae.decode(vae.encode(torch.zeros(1, 3, 5, 32, 32)).mean)
+        assert set(seen) == {"silu" if grad else "silu_"} and len(seen) > 20
 
 
 def test_other_factors_follow_from_the_config():
