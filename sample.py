@@ -89,7 +89,6 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     for name in FROM_CHECKPOINT - {"height", "width"}:  # those may follow from the image
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
-    note_other_size(settings, pipe.config)
 
     every = (settings["num_inference_steps"] + 9) // 10  # rounded up: 10 pictures or fewer
     frames = pipe(
@@ -108,6 +107,7 @@ def sample(output: str, replay: str | None = None, **given) -> str:
         seed=settings["seed"],
         callback=preview.build_callback(pipe.vae, show, every) if show else None,
     )[0]  # (F, H, W, 3)
+    note_other_size(tuple(frames.shape[:3]), settings["checkpoint"], pipe.config)
 
     settings["height"], settings["width"] = frames.shape[1:3]
     settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
@@ -117,14 +117,12 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     return f"{output}: {len(frames)} frame{plural} of {frames.shape[1]}x{frames.shape[2]}, seed {settings['seed']}"
 
 
-def note_other_size(settings: dict, config: PipelineConfig) -> None:
-    """A line on stderr where a model of this package, which was trained on one size, is asked for another."""
-    usual = config.sampling
-    if find_checkpoint(settings["checkpoint"]).parent == SHIPPED and any(
-        settings.get(name, getattr(usual, name)) != getattr(usual, name) for name in ("num_frames", "height", "width")
-    ):
-        trained = f"{usual.num_frames} frames of {usual.height}x{usual.width}"
-        print(f"note: {config.name} was trained on {trained} alone: others come out worse", file=sys.stderr)
+def note_other_size(size: tuple[int, ...], checkpoint: str, config: PipelineConfig) -> None:
+    """A line on stderr where a model of this package, which was trained on one size (F, H, W), made another."""
+    trained = (config.sampling.num_frames, config.sampling.height, config.sampling.width)
+    if size != trained and find_checkpoint(checkpoint).parent == SHIPPED:
+        only = f"{trained[0]} frames of {trained[1]}x{trained[2]} alone"
+        print(f"note: {config.name} was trained on {only}: other sizes and lengths come out worse", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

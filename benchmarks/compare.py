@@ -119,7 +119,7 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         "agrees": error is None or error <= row.tolerance,
         "pairs": pairs,
         "tiny": options.tiny,
-        **describe_machine(options.threads),
+        **describe_machine(options.threads, options.tiny),
     }
 
 
@@ -192,25 +192,25 @@ def memory(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def describe_machine(threads: int) -> dict:
+def describe_machine(threads: int, tiny: bool) -> dict:
     """Where and with what a row was measured. "matmul": the bf16 rate there and then, in Tflop/s."""
     with open("/proc/cpuinfo") as file:
         lines = [line.partition(":") for line in file]
     model = next((value.strip() for key, _, value in lines if key.startswith("model name")), "unknown")
     flags = next((value.split() for key, _, value in lines if key.startswith("flags")), [])
-    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    machine = " ".join([model, platform.machine(), *(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)])
     there = [name for name in ("torch", "diffusers", "transformers") if find_spec(name)]
     software = ", ".join(f"{name} {version(name)}" for name in there)
     cores = f"{threads} threads on {os.cpu_count()} cores"
     return {
-        "machine": f"{model} {platform.machine()} {' '.join(bf16)}, {cores}, {software}",
+        "machine": f"{machine}, {cores}, {software}",
         "load": round(os.getloadavg()[0], 2),  # of the last minute, these threads included
-        "matmul": round(matmul_rate(), 3),
+        "matmul": round(matmul_rate(64 if tiny else 2048), 4),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
-def matmul_rate(size: int = 2048) -> float:
+def matmul_rate(size: int) -> float:
     """Tflop/s of one bf16 matmul of size³ with PyTorch's threads, the best of five."""
     a, b, out = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(3))
     times = []
@@ -258,14 +258,14 @@ def build_table(results: dict) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
     dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
-    rates = [row["matmul"] for row in rows if "matmul" in row]  # rows of before 28 Nov 2026 do not have it
+    rates = [row["matmul"] for row in rows if "matmul" in row]  # older rows do not have it
+    bare = f" A bare bf16 matmul ran at {min(rates)} to {max(rates)} Tflop/s beside {len(rates)} rows." if rates else ""
     lines += [
         "",
         "The ratio is the median over pairs of measurements taken one after the other, which need not be that of the "
         "two medians beside it; from the smallest to the largest of them.",
         "",
-        f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}."
-        + (f" A bare bf16 matmul ran at {min(rates)} to {max(rates)} Tflop/s." if rates else ""),
+        f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.{bare}",
     ]
     return "\n".join(lines) + "\n"
 

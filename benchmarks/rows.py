@@ -160,12 +160,13 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
     if side == "theirs":
         return dit_forward("ours", config, grid, peaked=5.3, steps=3)
     forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.3, steps=3)
-    build_map = nabla.block_map
+    build_map, shares = nabla.block_map, []
 
     def block_map(*arguments) -> Tensor:
         kept = build_map(*arguments)
-        share = float(kept.float().mean())
-        assert tiny or 0.145 <= share < 0.155, share  # as the table says
+        if not shares:  # in the run to warm up
+            shares.append(float(kept.float().mean()))
+            assert tiny or 0.145 <= shares[0] < 0.155, shares  # as the table says
         return kept
 
     def run() -> Tensor:

@@ -95,7 +95,7 @@ def keep_rotations(
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def keep_text_rotations(length: int, head_dim: int, device: torch.device) -> Tensor:
-    """RoPE of the places 0, 1, … of text: complex64 (S, D/2), made once likewise."""
+    """RoPE of the places 0, 1, … of text: complex64 (S, D/2), made once for each length and shared like the video's."""
     return build_rotations(build_angles(torch.arange(length, device=device), head_dim))
 
 

@@ -36,9 +36,9 @@ from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
 # Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
-# there it is as much as 5 % faster, from 6,144 on no longer (bf16, small model and Lite's width). What a second pass
-# holds besides is nothing beside the weights (8,192 positions of Lite: 75 MB, computed), so memory is not asked.
-ONE_PASS = 8192
+# 4 % faster at 2,688 and at 4,096, 1 % here, then as fast (bf16, two threads, small model and Lite's width). What a
+# second pass holds besides is nothing beside the weights (55 MB at Lite's width, computed), so memory is not asked.
+ONE_PASS = 6144
 LONGEST_SIDE = 16384  # pixels: x264's limit
 KEPT_BY_HEAP = 300_000_000  # bytes that glibc may keep of what decoding has freed: measured, see vae_tiling.vae_memory
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package

@@ -24,6 +24,7 @@ import test_nabla
 import test_offload
 import test_pipeline
 import test_text_encoder
+import test_train
 from golden_data import load_golden_pipeline, measure_error
 from kandinsky5 import (
     Pipeline,
@@ -42,6 +43,7 @@ from kandinsky5 import (
     vae_tiling,
     video_io,
 )
+from kandinsky5.nano import train_text
 from random_weights import build_small_pipeline, save_small_checkpoint
 
 
@@ -355,6 +357,9 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("modulations widened with the first bias",
      lambda patch, folder: test_dit.test_float32_linear_widens_half_weights_piece_by_piece(torch.bfloat16, patch),
      dit.Float32Linear.forward, "bias.to(dtype)) for", "self.bias[: len(bias)].to(dtype)) for"),
+    ("last letters numbered as they are met",
+     lambda patch, folder: test_train.test_tokenizers_of_the_same_captions_are_the_same_files(patch, folder),
+     train_text._last_letters, "return sorted(", "return [] and sorted("),
     ("the window kept with rows for columns",
      lambda patch, folder: test_nabla.test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with(),
      nabla.keep_window, "window, device", "window[::-1], device"),
@@ -442,6 +447,7 @@ def no_table_of_a_mutation_is_left():
 def forget_tables() -> None:
     nabla.keep_window.cache_clear()
     dit.keep_rotations.cache_clear()
+    dit.keep_text_rotations.cache_clear()
 
 
 def replace_code(monkeypatch: pytest.MonkeyPatch, function: Callable, right: str, wrong: str) -> None:

@@ -54,14 +54,14 @@ def test_the_vae_gives_clips_back_with_30_db():
     assert sum(result["answers"]["all"] for result in results) >= 7, results
 
 
-def test_a_command_makes_a_video_in_20_seconds_of_two_cores(tmp_path):
-    """In processor time, which other work on the machine changes little."""
+def test_a_command_makes_a_video_in_20_seconds(tmp_path):
+    """Of processor time, both cores' together: so in less by the clock, and other work changes it little."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, ROOT / "sample.py", "a red circle moves left", "-o", tmp_path / "out.mp4"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (tmp_path / "out.mp4").stat().st_size > 1000
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 2 * 20
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 20
 
 
 def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():

@@ -363,6 +363,22 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def test_what_the_judge_does_not_see():
+    """As its docstring says: a patch of 4 × 5, and a ghost of another colour, a fifth as strong as an object."""
+    overlooked = {"patch": 0, "ghost": 0}
+    for i in range(20):
+        rng = np.random.default_rng([31, i])
+        scene = world.sample_scene(rng, "all", 1)
+        said = world.caption(scene, "english", rng)
+        colour = next(np.array(rgb) for name, rgb in COLOURS.items() if name != scene.objects[0].colour)
+        for name, (height, width), share in (("patch", (4, 5), 1.0), ("ghost", (20, 20), 0.2)):
+            frames = world.draw_scene(scene)
+            corner = frames[:, 2 : 2 + height, 2 : 2 + width]
+            corner[:] = corner + share * (colour - corner)
+            overlooked[name] += judge.score(judge.judge_clip(frames), said)["all"]
+    assert min(overlooked.values()) >= 12, overlooked
+
+
 def test_a_pipeline_that_draws_what_it_is_asked_scores_all(tmp_path, capsys):
     pipe = FakePipeline(honest=True)
     document = run_command(tmp_path, pipe, "--batch-size", "5", "--steps", "9", "--guidance", "2")

@@ -734,11 +734,12 @@ def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
         (["--num-frames", "17"], False),
         (["--num-frames", "5"], True),
         (["--height", "32", "--width", "64"], True),
+        (["--image", "image.png"], True),  # 40 × 70
     ],
 )
 def test_a_size_that_nano_was_not_trained_on_is_noted(cli, options, noted):
     code, _, lines = cli("a red circle moves left", "--steps", "1", *options)
-    note = "note: nano was trained on 17 frames of 64x64 alone: others come out worse"
+    note = "note: nano was trained on 17 frames of 64x64 alone: other sizes and lengths come out worse"
     assert (code, lines) == (0, [note] if noted else [])
 
 

@@ -49,8 +49,8 @@ def run_to_diffusers(**options) -> None:
     print(f"{options['dst']}: {config.name} in the Diffusers layout")
     if config.text != TextConfig():
         print(
-            "Diffusers has no place for its prompt template: set it and a few things more on their pipeline, which "
-            "README.md, What is proven, names"
+            "Diffusers has no place for its prompt template: set it on their pipeline, and what else README.md lists "
+            "under What is proven"
         )
 
 

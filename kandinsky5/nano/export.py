@@ -20,6 +20,7 @@ from torch import nn
 from kandinsky5.checkpoint import find_part, fingerprint, save_checkpoint
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
+from kandinsky5.files import write_text
 from kandinsky5.nano import presets, world
 from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
 from kandinsky5.nano.train_text import load_text_encoder
@@ -137,7 +138,7 @@ BEFORE = {
     "nano": "after the VAE and the text encoders",
     "nano-nocfg": "from nano",
     "nano-distilled16steps": "from nano-nocfg",
-    "nano-10s": "from nano trained on longer clips",
+    "nano-10s": "from nano after a stage on its clips",
 }
 
 
@@ -148,7 +149,7 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
         stages = {f"VAE, {stage}": vae_run / stage for stage in ("frames", "clips", "decoder")}
         stages |= {"Qwen": text_run / "qwen", "CLIP": text_run / "clip"}
     if name == "nano-10s":
-        stages = {"longer clips": runs / LONG}
+        stages = {"that stage": runs / LONG}
     done = {stage: load_progress(run) for stage, run in stages.items() if (run / "state.pt").is_file()}
     told = [f"{stage}: {steps:,} steps in {seconds / 3600:.1f} hours" for stage, (steps, seconds) in done.items()]
     return BEFORE[name] + (f" ({'; '.join(told)})" if told else "")
@@ -192,7 +193,7 @@ def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | N
         attention=attention,
         judged=describe_exam(name, judged, folder) if judged and judged.is_file() else "Not yet.\n",
     )
-    (folder / "README.md").write_text(card)
+    write_text(folder / "README.md", card)
 
 
 def describe_exam(name: str, judged: Path, folder: Path) -> str:

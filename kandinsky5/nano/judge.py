@@ -5,8 +5,8 @@ from it and, for each colour and frame, place and size (moments) and shape (that
 as large, differs least); from the frames together it gets the motion (a straight line through places and
 sizes). `score` then says which words of a caption are true. A clip that is not of this world (noise, a blank,
 an object that vanishes, changes or jumps about) fails in at least one of them. It does not see what is thinner than
-three pixels, such as a line across the background, a patch of 4 × 5, a ghost (what is so pale that it is less than 65
-from what should be there, in RGB of 0 to 255), nor that an even motion rests for a third of the time.
+three pixels, such as a line across the background; nor a patch of 4 × 5; nor a ghost, so pale that it is less than 65
+from what should be there, in RGB of 0 to 255; nor that an even motion rests for a third of the time.
 
     python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
 
@@ -349,7 +349,8 @@ def examine(
     seed: int = JUDGE_SEED,
     **options,
 ) -> Iterator[dict]:
-    """Generates the clips of one set of EXAM, judges them, and yields for each its text, its answers and what was seen.
+    """Generates the clips of one set of EXAM, judges them, and yields for each its text, the answers, and how many
+    objects and unexplained pixels were seen.
 
     pipe: a `Pipeline`, asked for clips of its own size; canvas: of the scenes, which must fit that size; options:
     what else the pipe is called with, such as num_inference_steps. Clip i of a set is of the same scene, words and

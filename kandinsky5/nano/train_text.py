@@ -105,6 +105,7 @@ def train_tokenizers(folder: Path) -> None:
         ("qwen", _qwen_backend(), QWEN_SPECIAL, corpus + conversation),
         ("clip", _clip_backend(), CLIP_SPECIAL, corpus + letters),
     ):
+        # "Special" to the trainer, which numbers them first; the special tokens proper are sorted out below.
         numbered_first = [*special, *(_last_letters(backend, texts) if name == "clip" else [])]
         trainer = trainers.BpeTrainer(
             vocab_size=presets.QWEN.vocab_size if name == "qwen" else presets.CLIP.vocab_size,
@@ -124,7 +125,8 @@ def train_tokenizers(folder: Path) -> None:
 def _last_letters(backend: Backend, texts: list[str]) -> list[str]:
     """The bytes that end a word somewhere, marked as CLIP marks them.
 
-    Left to itself the trainer numbers them in an order that is another in each run, and equal counts with them.
+    Left to itself the trainer numbers them in the order in which it meets the words, which is another each time, and
+    breaks ties between counts by these numbers.
     """
     words = (backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)) for text in texts)
     return sorted({word[-1] + "</w>" for found in words for word, _ in found})
