@@ -125,6 +125,16 @@ def test_what_is_said_of_nano_is_what_the_judge_found():
         assert all(rates(name)[key] >= nano[key] - less for key in (*wanted, "two objects")), name
     assert "2 and 3 less than nano: reached." in text
 
+    failed = [
+        [key for key, right in mistake["answers"].items() if not right and key != "all"]
+        for name, mistakes in judged("nano")["mistakes"].items()
+        for mistake in mistakes
+        if name not in ("VAE", "ground truth") and not mistake["answers"]["all"]
+    ]
+    many, shape = (sum(key in wrong for wrong in failed) for key in ("objects", "shape"))
+    assert f"Of nano's {len(failed)} clips that fail, {many} show an object too many or too few" in text
+    assert f"{failed.count(['objects'])} of them nothing else wrong, and {shape} another shape" in text
+
     two = judged("nano")["sets"]["two objects"]["answers"]
     share = {key: round(100 * answer["rate"]) for key, answer in two.items()}
     low, *_, high = sorted(share[key] for key in ("colour", "shape", "motion"))
