@@ -364,7 +364,7 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
 
 
 def test_what_the_judge_does_not_see():
-    """As its docstring says: a patch of 4 × 5, and a ghost of another colour, a fifth as strong as an object."""
+    """As its docstring says: half of the patches of 4 × 5, and most ghosts, a fifth as strong as an object."""
     overlooked = {"patch": 0, "ghost": 0}
     for i in range(20):
         rng = np.random.default_rng([31, i])
@@ -376,7 +376,7 @@ def test_what_the_judge_does_not_see():
             corner = frames[:, 2 : 2 + height, 2 : 2 + width]
             corner[:] = corner + share * (colour - corner)
             overlooked[name] += judge.score(judge.judge_clip(frames), said)["all"]
-    assert min(overlooked.values()) >= 12, overlooked
+    assert overlooked["patch"] >= 8 and overlooked["ghost"] >= 15, overlooked
 
 
 def test_a_pipeline_that_draws_what_it_is_asked_scores_all(tmp_path, capsys):

@@ -5,8 +5,8 @@ from it and, for each colour and frame, place and size (moments) and shape (that
 as large, differs least); from the frames together it gets the motion (a straight line through places and
 sizes). `score` then says which words of a caption are true. A clip that is not of this world (noise, a blank,
 an object that vanishes, changes or jumps about) fails in at least one of them. It does not see what is thinner than
-three pixels, such as a line across the background; nor a patch of 4 × 5; nor a ghost, so pale that it is less than 65
-from what should be there, in RGB of 0 to 255; nor that an even motion rests for a third of the time.
+three pixels, such as a line across the background; nor, half of the times, a patch of 4 × 5; nor a ghost, so pale that
+it is less than 65 from what should be there, in RGB of 0 to 255; nor that an even motion rests for a third of the time.
 
     python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
 
