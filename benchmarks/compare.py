@@ -119,7 +119,8 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         "agrees": error is None or error <= row.tolerance,
         "pairs": pairs,
         "tiny": options.tiny,
-        **describe_machine(options.threads, options.tiny),
+        "matmul": round(matmul_rate(64 if options.tiny else 2048), 4),  # Tflop/s, there and then
+        **describe_machine(options.threads),
     }
 
 
@@ -192,8 +193,8 @@ def memory(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def describe_machine(threads: int, tiny: bool) -> dict:
-    """Where and with what a row was measured. "matmul": the bf16 rate there and then, in Tflop/s."""
+def describe_machine(threads: int) -> dict:
+    """Where and with what a row was measured."""
     with open("/proc/cpuinfo") as file:
         lines = [line.partition(":") for line in file]
     model = next((value.strip() for key, _, value in lines if key.startswith("model name")), "unknown")
@@ -205,7 +206,6 @@ def describe_machine(threads: int, tiny: bool) -> dict:
     return {
         "machine": f"{machine}, {cores}, {software}",
         "load": round(os.getloadavg()[0], 2),  # of the last minute, these threads included
-        "matmul": round(matmul_rate(64 if tiny else 2048), 4),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
