@@ -58,6 +58,8 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     video_io.check_writable(output, settings.get("num_frames", 1), settings.get("fps", 24), settings["quality"])
     if isinstance(settings["step_skipping"], str):  # the file may change: what is in it is what a replay needs
         settings["step_skipping"] = dataclasses.asdict(magcache.load(settings["step_skipping"]))
+    if isinstance(settings.get("preview"), str) and Path(settings["preview"]).resolve() == Path(output).resolve():
+        raise ValueError(f"--preview {output} is the video's own file: give it another name")
     show = preview.open_place(settings["preview"]) if "preview" in settings else None
 
     image = None
@@ -89,6 +91,8 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     for name in FROM_CHECKPOINT - {"height", "width"}:  # those may follow from the image
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
+    size = (settings["num_frames"], *pipe.choose_size(image, settings.get("height"), settings.get("width")))
+    note_other_size(size, settings["checkpoint"], pipe.config)
 
     every = (settings["num_inference_steps"] + 9) // 10  # rounded up: 10 pictures or fewer
     frames = pipe(
@@ -107,7 +111,6 @@ def sample(output: str, replay: str | None = None, **given) -> str:
         seed=settings["seed"],
         callback=preview.build_callback(pipe.vae, show, every) if show else None,
     )[0]  # (F, H, W, 3)
-    note_other_size(tuple(frames.shape[:3]), settings["checkpoint"], pipe.config)
 
     settings["height"], settings["width"] = frames.shape[1:3]
     settings.setdefault("rope_scale", pipe.config.sampling.rope_scale or scale_for_size(*frames.shape[1:3]))
@@ -118,11 +121,15 @@ def sample(output: str, replay: str | None = None, **given) -> str:
 
 
 def note_other_size(size: tuple[int, ...], checkpoint: str, config: PipelineConfig) -> None:
-    """A line on stderr where a model of this package, which was trained on one size (F, H, W), made another."""
+    """A line on stderr where a model of this package, which was trained on one size (F, H, W), is asked for another."""
     trained = (config.sampling.num_frames, config.sampling.height, config.sampling.width)
     if size != trained and find_checkpoint(checkpoint).parent == SHIPPED:
         only = f"{trained[0]} frames of {trained[1]}x{trained[2]} alone"
-        print(f"note: {config.name} was trained on {only}: other sizes and lengths come out worse", file=sys.stderr)
+        print(
+            f"note: {config.name} was trained on {only}, and draws other sizes and lengths worse: leave out --height, "
+            "--width and --num-frames, or give an image of that shape",
+            file=sys.stderr,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,12 +151,22 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if not words and not isinstance(error, MemoryError):
             raise
-        remedies = "try --offload model or blocks, --tile-space, or less --height, --width or --num-frames"
-        reason = f"not enough memory ({words[0] if words else error}): {remedies}"
+        on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
+        reason = f"not enough memory ({words[0] if words else error}): try {what_to_try(options, on_gpu)}"
     if "replay" in options and options["replay"] not in reason:  # what is wrong may stand there
         reason = f"replaying {options['replay']}: {reason}"
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
     return 2
+
+
+def what_to_try(options: dict, on_gpu: bool) -> str:
+    """The options that take less memory than those that were given."""
+    tries = {
+        "--attention auto": options.get("attention", "auto") != "auto",
+        "--offload model or blocks": on_gpu and "offload" not in options,
+        "--tile-space": not options.get("tile_space"),
+    }
+    return ", ".join([option for option, helps in tries.items() if helps] + ["less --height, --width or --num-frames"])
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -187,7 +204,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--attention",
         choices=KERNELS,
-        help="how the DiT computes it; sdpa is the closest in bf16, and needs no compiler for NABLA (default: auto)",
+        help="how the DiT computes it; in bf16 sdpa is closest to float32, and needs no compiler for NABLA; flex is "
+        "for CUDA (default: auto)",
     )
     shown = "the middle frame, at most ten times from the second step on, in the terminal or in a file"
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)

@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="RESULTS", help="default: benchmarks/results; with --tiny nowhere")
     parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)  # what measure_alone calls
     options = parser.parse_args()
+    if options.repeats < 1 or options.threads < 1:
+        parser.error(f"--repeats {options.repeats} and --threads {options.threads} must be at least 1")
     torch.set_num_threads(options.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes too
     if options.alone:

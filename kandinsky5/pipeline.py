@@ -69,12 +69,14 @@ class Pipeline:
         On the CPU the weight files are mapped, not copied. device "meta" checks names and shapes and loads nothing.
         attention: how the DiT computes it, one of `kandinsky5.attention.KERNELS`.
         offload: "model" keeps on the device only the model that works, "blocks" only its block (`offload.py`).
-        compile: use torch.compile (`compile.py`); the first video takes minutes longer, and all differ by rounding.
+        compile: use torch.compile (`compile.py`); the first video takes a minute or more, and all differ by rounding.
         tile_space: let the VAE work in tiles of 256 pixels: less memory, not quite the same pixels (`vae_tiling.py`).
-        ValueError where there is no such device, kernel or mode, the folder is in another layout, or weights and
+        ValueError where there is no such device, dtype, kernel or mode, the folder is in another layout, or weights and
         config.json do not fit.
         """
         device = _check_device(device)
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype {dtype!r}: give torch.bfloat16, torch.float16 or torch.float32")
         attentions.check_kernel(attention, device)
         check_mode(offload)
         folder = find_checkpoint(folder_or_preset)
@@ -151,13 +153,8 @@ class Pipeline:
         """
         sampling = self.config.sampling
         prompts = _check_prompts(prompt)
-        if image is not None:
-            image = _as_image(image)
-            if height is None and width is None:
-                height, width = image.shape[:2]
-                height, width = video_io.keep_aspect_size(height, width, sampling.image_area, self.config.side_divisor)
-        height = sampling.height if height is None else height
-        width = sampling.width if width is None else width
+        image = None if image is None else _as_image(image)
+        height, width = self.choose_size(image, height, width)
         num_frames = sampling.num_frames if num_frames is None else num_frames
         num_inference_steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance_scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
@@ -221,6 +218,15 @@ class Pipeline:
         if output_type == "latents":
             return _to_cpu(latents)
         return self.decode(latents, output_type, progress)
+
+    def choose_size(self, image: Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+        """Pixels (height, width) of the video where some of this is given; image: (H, W, 3)."""
+        sampling = self.config.sampling
+        if image is not None and height is None and width is None:
+            image_height, image_width, _ = image.shape
+            divisor = self.config.side_divisor
+            return video_io.keep_aspect_size(image_height, image_width, sampling.image_area, divisor)
+        return sampling.height if height is None else height, sampling.width if width is None else width
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, output_type: str = "uint8", progress: bool = False) -> Tensor:

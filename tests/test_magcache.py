@@ -229,7 +229,7 @@ def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatc
     for more, words in [
         (["-o", tmp_path / "missing" / "ratios.json"], "choose a folder you can write to"),
         (["-o", tmp_path / "b.json", "--steps", "1"], "1 step: a ratio is that of one step to the one before"),
-        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "none.txt"], "No such file"),
+        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "none.txt"], "there is no such file"),
         (["-o", tmp_path / "b.json", "--height", "40"], "height 40: a side is a multiple of 16"),
     ]:
         assert run(*more) == 2

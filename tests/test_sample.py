@@ -705,7 +705,11 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(kandinsky5.Pipeline, "__call__", run)
-    refused(FOX, "not enough memory (out of memory): try --offload model or blocks, --tile-space, or less")
+    refused(FOX, "not enough memory (out of memory): try --tile-space, less --height, --width or --num-frames")
+    given = {"attention": "dense", "tile_space": True}
+    assert sample.what_to_try(given, on_gpu=False) == "--attention auto, less --height, --width or --num-frames"
+    assert sample.what_to_try(given, on_gpu=True).startswith("--attention auto, --offload model or blocks, less")
+    assert sample.what_to_try(given | {"offload": "blocks"}, on_gpu=True) == sample.what_to_try(given, on_gpu=False)
 
 
 def test_a_video_that_will_not_fit_is_refused_before_the_first_step(cli, refused, monkeypatch):
@@ -739,8 +743,12 @@ def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
 )
 def test_a_size_that_nano_was_not_trained_on_is_noted(cli, options, noted):
     code, _, lines = cli("a red circle moves left", "--steps", "1", *options)
-    note = "note: nano was trained on 17 frames of 64x64 alone: other sizes and lengths come out worse"
-    assert (code, lines) == (0, [note] if noted else [])
+    note = "note: nano was trained on 17 frames of 64x64 alone, and draws other sizes and lengths worse: leave out "
+    assert code == 0 and [line.startswith(note) for line in lines] == [True] * noted
+
+
+def test_a_preview_does_not_take_the_videos_place(refused):
+    refused([*FOX, "--num-frames", "1", "-o", "a.png", "--preview", "a.png"], "is the video's own file")
 
 
 def test_help_teaches(cli):
