@@ -201,7 +201,8 @@ class Pipeline:
             conditional, unconditional = predicted.chunk(2)
             return sampler.guided_velocity(conditional, unconditional, guidance_scale)
 
-        bar = tqdm(total=num_inference_steps, desc="sampling", unit="step", disable=not progress)
+        skipped = f"{sum(skips)} skipped" if any(skips) else None
+        bar = tqdm(total=num_inference_steps, desc="sampling", unit="step", postfix=skipped, disable=not progress)
         skipping = magcache.skip_steps(self.dit, skips, len(passes))
         with bar, awake(self.dit), keep_freed_memory(self.device), skipping:
 
