@@ -211,7 +211,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png", help=shown)
     add("--offload", choices=OFFLOAD, help="keep on the device only the model that works, or of it only the block")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")
-    tiles = "let the VAE work in tiles of 256 pixels: less memory, not quite the same video"
+    tiles = "above 256 pixels let the VAE work in tiles: less memory, not quite the same video"
     add("--tile-space", action=argparse.BooleanOptionalAction, help=tiles)
     add("--replay", metavar="FILE", help="take the settings from a file of sample.py; options beside it win")
     add("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4)")

@@ -252,8 +252,9 @@ def build_table(results: dict) -> str:
     for row in rows:
         figures = " | ".join(format_figure(row, side) for side in SIDES)
         spread = " to ".join(f"{ratio:.2f}" for ratio in row["spread"])
-        wanted = "" if row["wanted"] is None else f"{row['wanted']:.3g}"
-        reached = "" if row["wanted"] is None else "reached" if is_reached(row) else "**not reached**"
+        has_target = row["wanted"] is not None and not row["tiny"]  # targets are for full sizes
+        wanted = f"{row['wanted']:.3g}" if has_target else ""
+        reached = ("reached" if is_reached(row) else "**not reached**") if has_target else ""
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
         ratio, runs, date = f"{row['ratio']:.2f}", count_runs(row), row["date"].split()[0]
         cells = (row["work"], figures, ratio, spread, runs, wanted, reached, error, date)
