@@ -49,9 +49,9 @@ def test_a_given_image_moves_as_the_prompt_says(pipe):
 
 
 def test_the_vae_gives_clips_back_with_30_db():
-    results = list(judge.examine(Pipeline.load("nano", dtype=torch.float32), "VAE", 8))
+    results = list(judge.examine(Pipeline.load("nano", dtype=torch.float32), "VAE", 4, 4))
     assert np.mean([result["psnr"] for result in results]) >= 30, results
-    assert sum(result["answers"]["all"] for result in results) >= 7, results
+    assert sum(result["answers"]["all"] for result in results) >= 3, results
 
 
 def test_a_command_makes_a_video_in_20_seconds(tmp_path):

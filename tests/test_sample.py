@@ -735,9 +735,7 @@ def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
     ("options", "noted"),
     [
         ([], False),
-        (["--num-frames", "17"], False),
         (["--num-frames", "5"], True),
-        (["--height", "32", "--width", "64"], True),
         (["--image", "image.png"], True),  # 40 × 70
     ],
 )
