@@ -75,8 +75,8 @@ class Pipeline:
         config.json do not fit.
         """
         device = _check_device(device)
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"dtype {dtype!r}: give torch.bfloat16, torch.float16 or torch.float32")
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"dtype {dtype!r}: give torch.bfloat16, torch.float16, torch.float32 or torch.float64")
         attentions.check_kernel(attention, device)
         check_mode(offload)
         folder = find_checkpoint(folder_or_preset)

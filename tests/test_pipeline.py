@@ -369,7 +369,7 @@ def test_presets_are_the_rows_of_spec():
     assert found["i2v-pro-sft-5s-hd"] == (50, 5, 5, 768, 1280, 121, 3.16, 0.8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", torch.int8, torch.float64])
+@pytest.mark.parametrize("dtype", ["float32", torch.int8])
 def test_a_precision_that_no_model_has_is_refused(dtype):
-    with pytest.raises(ValueError, match="give torch.bfloat16, torch.float16 or torch.float32"):
+    with pytest.raises(ValueError, match="give torch.bfloat16, torch.float16, torch.float32 or"):
         Pipeline.load("nano", dtype=dtype)

@@ -154,6 +154,14 @@ def test_what_is_said_of_nano_is_what_the_judge_found():
     assert f"has {rates(sparse)[few]:.1f} with NABLA and {rates(full)[few]:.1f} with full attention" in text
     assert f"{only[0]} are right only with NABLA, {only[1]} only without): at most 2 points less were" in text
     assert rates(sparse)[few] >= rates(full)[few] - 2
+    asked = judged(sparse)["sets"][few]["clips"]
+    assert f"give or take {196 * sum(only) ** 0.5 / asked:.1f} points (95 %)" in text  # of the clips that differ
+
+    early = json.loads((ROOT / "docs" / "judge" / "from_nothing_12000_steps.json").read_text())["sets"]
+    seen, held_out, two = (
+        f"{100 * early[name]['answers']['all']['rate']:.0f}" for name in (few, "held out, English", "two objects")
+    )
+    assert f"{seen} % right with one object, {held_out} held out, {two} with two objects" in text
 
 
 def test_the_table_of_speed_shows_what_was_measured():

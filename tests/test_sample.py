@@ -705,7 +705,10 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(kandinsky5.Pipeline, "__call__", run)
-    refused(FOX, "not enough memory (out of memory): try --tile-space, less --height, --width or --num-frames")
+    refused(
+        [*FOX, "--device", "cpu"],
+        "not enough memory (out of memory): try --tile-space, less --height, --width or --num-frames",
+    )
     given = {"attention": "dense", "tile_space": True}
     assert sample.what_to_try(given, on_gpu=False) == "--attention auto, less --height, --width or --num-frames"
     assert sample.what_to_try(given, on_gpu=True).startswith("--attention auto, --offload model or blocks, less")
@@ -728,9 +731,6 @@ def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
     assert again.equal(tiled) and not whole.equal(tiled)
 
 
-# --- help, import
-
-
 @pytest.mark.parametrize(
     ("options", "noted"),
     [
@@ -747,6 +747,9 @@ def test_a_size_that_nano_was_not_trained_on_is_noted(cli, options, noted):
 
 def test_a_preview_does_not_take_the_videos_place(refused):
     refused([*FOX, "--num-frames", "1", "-o", "a.png", "--preview", "a.png"], "is the video's own file")
+
+
+# --- help, import
 
 
 def test_help_teaches(cli):

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("-o", "--output", required=True, type=Path, metavar="RATIOS.json")
     options = parser.parse_args(arguments)
     try:
-        if not options.prompts.is_file():
+        if not options.prompts.exists():  # it may be a pipe
             raise ValueError(f"--prompts {options.prompts}: there is no such file; write one, a prompt on each line")
         prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
         check_replaceable(options.output)
