@@ -41,15 +41,16 @@ notebooks: ## execute notebooks/*.py and write them with their outputs as .ipynb
 
 RUNS ?= runs
 FROM = --vae $(RUNS)/vae --text $(RUNS)/text
+CLIPS = $(RUNS)/start/clips
 
-.PHONY: nano vae text dit nocfg distilled long sparse
-nano vae text dit nocfg distilled long sparse: export OMP_NUM_THREADS ?= 1
+.PHONY: nano vae text start dit nocfg distilled long sparse
+nano vae text start dit nocfg distilled long sparse: export OMP_NUM_THREADS ?= 1
 
 PROMPTS ?= 300
 JUDGE = $(PYTHON) -m kandinsky5.nano.judge --dtype bfloat16 --prompts $(PROMPTS)
 EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
 
-nano: vae text dit nocfg distilled long sparse ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
+nano: vae text start dit nocfg distilled long sparse ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
 	$(EXPORT)
 	mkdir -p $(RUNS)/judge
 	set -e; for name in nano nano-nocfg nano-distilled16steps; do $(JUDGE) $(RUNS)/checkpoints/$$name -o $(RUNS)/judge/judge_$$name.json; done
@@ -63,14 +64,17 @@ vae: ## nano's VAE
 text: ## nano's tokenizers and text encoders
 	$(PYTHON) -m kandinsky5.nano.train_text --folder $(RUNS)/text
 
-dit: vae text ## nano's DiT, after these two
-	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/dit $(FROM)
+start: vae text ## nano's DiT as far as it has halos, after these two
+	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/start $(FROM)
+
+dit: start ## nano, from that: nearer the data, where halos go
+	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/dit --start-from $(RUNS)/start --clips $(CLIPS) --seed 1 $(FROM)
 
 nocfg: dit ## nano without guidance, from nano
-	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(RUNS)/nocfg --teacher $(RUNS)/dit --clips $(RUNS)/dit/clips $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(RUNS)/nocfg --teacher $(RUNS)/dit --clips $(CLIPS) $(FROM)
 
 distilled: nocfg ## nano in 16 steps, from that
-	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(RUNS)/distilled --teacher $(RUNS)/nocfg --clips $(RUNS)/dit/clips $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(RUNS)/distilled --teacher $(RUNS)/nocfg --clips $(CLIPS) $(FROM)
 
 long: dit ## nano of twice the length and size with NABLA, from nano
 	$(PYTHON) -m kandinsky5.nano.distill long --folder $(RUNS)/long --teacher $(RUNS)/dit --clips $(RUNS)/long/clips $(FROM)

@@ -52,6 +52,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
 
     runs = [
         *(f"vae/{stage}" for stage in ("frames", "clips", "decoder")),
+        "start",
         "dit",
         "nocfg",
         "distilled",
@@ -70,7 +71,8 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
         assert ("--full-attention" in card) == (name == "nano-10s")
         assert ("NABLA with P 0.6 and a window of 3 × 1 × 1 tiles" in card) == (name == "nano-10s")
         assert ("that stage: 1 steps" in card) == (name == "nano-10s")
-        assert ("VAE, decoder: 1 steps" in card and "CLIP: 1 steps" in card) == (name == "nano")
+        before = ("VAE, decoder: 1 steps", "CLIP: 1 steps", "a first run of the DiT: 1 steps")
+        assert [said in card for said in before] == [name == "nano"] * 3
         assert ("| ground truth | 1 | 100.0 |" in card) == (name != "nano-10s")
     full = json.loads((tmp_path / "judge" / "judge_nano-10s-full-attention.json").read_text())
     assert full["settings"]["full_attention"] and full["sets"]["seen, English"]["clips"] == 1
@@ -79,7 +81,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
 def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     """`nano` of the package stands in for the runs that made it: one step of rate 0, and out comes nano."""
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
-    monkeypatch.setattr(train_dit, "RECIPE", replace(train_dit.RECIPE, learning_rate=0.0, weight_decay=0.0))
+    monkeypatch.setattr(train_dit, "LAST_RECIPE", replace(train_dit.LAST_RECIPE, learning_rate=0.0, weight_decay=0.0))
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)

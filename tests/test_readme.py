@@ -157,11 +157,17 @@ def test_what_is_said_of_nano_is_what_the_judge_found():
     asked = judged(sparse)["sets"][few]["clips"]
     assert f"give or take {196 * sum(only) ** 0.5 / asked:.1f} points (95 %)" in text  # of the clips that differ
 
-    early = json.loads((ROOT / "docs" / "judge" / "from_nothing_12000_steps.json").read_text())["sets"]
+    document = json.loads((ROOT / "docs" / "judge" / "from_nothing_12000_steps.json").read_text())
+    early, mistakes = document["sets"], document["mistakes"]
     seen, held_out, two = (
         f"{100 * early[name]['answers']['all']['rate']:.0f}" for name in (few, "held out, English", "two objects")
     )
     assert f"{seen} % right with one object, {held_out} held out, {two} with two objects" in text
+    one = [mistake for name in (few, "held out, English") for mistake in mistakes[name]]
+    halos = sum(8 < mistake["unexplained"] < 100 and mistake["objects"] == 1 for mistake in one)
+    assert (
+        f"of the {len(one)} with one object that fail, {halos} show only that one, and 9 to 99 pixels too many" in text
+    )
 
 
 def test_the_table_of_speed_shows_what_was_measured():

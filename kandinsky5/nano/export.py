@@ -29,7 +29,7 @@ from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.train import load_average, load_progress, load_recipe, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
-LONG = "long"  # the run that sparse goes on from
+START, LONG = "start", "long"  # the runs that dit and sparse go on from
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
     stages = {}
     if name == "nano":
         stages = {f"VAE, {stage}": vae_run / stage for stage in ("frames", "clips", "decoder")}
-        stages |= {"Qwen": text_run / "qwen", "CLIP": text_run / "clip"}
+        stages |= {"Qwen": text_run / "qwen", "CLIP": text_run / "clip", "a first run of the DiT": runs / START}
     if name == "nano-10s":
         stages = {"that stage": runs / LONG}
     done = {stage: load_progress(run) for stage, run in stages.items() if (run / "state.pt").is_file()}
