@@ -21,7 +21,7 @@ from kandinsky5.checkpoint import fingerprint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import distill, export, judge, presets, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
-from kandinsky5.train import Recipe, read_rows, train
+from kandinsky5.train import FlowTimes, Recipe, read_rows, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +82,7 @@ def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     """`nano` of the package stands in for the runs that made it: one step of rate 0, and out comes nano."""
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
     monkeypatch.setattr(train_dit, "LAST_RECIPE", replace(train_dit.LAST_RECIPE, learning_rate=0.0, weight_decay=0.0))
+    monkeypatch.setattr(train_dit, "TIMES", FlowTimes("of the run before"))  # an error where they are drawn
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
