@@ -108,12 +108,7 @@ def load_dit(source: Path) -> DiT:
 
 
 def train_dit(
-    folder: Path,
-    dit: DiT,
-    clips: "ClipStore",
-    text_encoder: TextEncoder,
-    recipe: Recipe = RECIPE,
-    times: FlowTimes = TIMES,
+    folder: Path, dit: DiT, clips: "ClipStore", text_encoder: TextEncoder, recipe: Recipe, times: FlowTimes
 ) -> DiT:
     """Train `nano` in `folder`, or go on; returns the DiT with averaged weights."""
     nothing = encode_text(text_encoder, [""])
