@@ -50,6 +50,7 @@ class Recipe:
     warmup: int = 200  # steps over which the rate rises from 0
     constant: float = 0.0  # share of the steps before the rate starts to fall along a cosine
     final_rate: float = 0.02  # where the cosine ends, as a share of the learning rate
+    cycles: int = 1  # so often all of `steps`, warm-up to cosine, one after the other; a done run takes more of them
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01  # of matrices and kernels; biases and norms have none
     muon: str = ""  # regular expression: Muon trains the matrices whose names it finds, AdamW everything else
@@ -83,7 +84,7 @@ def train(
         a DiT is to checkpoint gradients.
     sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
-    stop_after: leave after this step as if cut off (the schedule is still that of recipe.steps).
+    stop_after: leave after this step as if cut off (the schedule is still the recipe's).
     progress: show steps, rate, time left and loss.
     """
     forget_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -103,12 +104,13 @@ def train(
         began = saved = time.monotonic()
         seconds_before = seconds
         rows: list[dict[str, float]] = []
-        last = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
+        total = recipe.cycles * recipe.steps
+        last = total if stop_after is None else min(stop_after, total)
 
         model.train()
         if step:
             tqdm.write(f"{folder} goes on from step {step:,}", file=sys.stderr)
-        bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, unit="step", disable=not progress)
+        bar = tqdm(total=total, initial=step, desc=folder.name, unit="step", disable=not progress)
         while step < last:
             rate = learning_rate(step, recipe)
             for optimizer in optimizers:
@@ -161,7 +163,11 @@ def refusals_in_one_line(stopped: str = GOES_ON) -> Iterator[None]:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, a constant share, then half a cosine down to `final_rate`."""
+    """Linear warm-up, a constant share, then half a cosine down to `final_rate`; and again in each cycle.
+
+    Cycles are the warm restarts of Loshchilov and Hutter (arXiv 1608.03983).
+    """
+    step %= recipe.steps
     warm = min(1.0, (step + 1) / max(recipe.warmup, 1))
     start = recipe.constant * recipe.steps
     fallen = min(max(step - start, 0) / max(recipe.steps - start, 1), 1.0)
@@ -394,7 +400,8 @@ def load_state(
 ) -> tuple[int, float]:
     """Fill them from `path`, if there is such a file; returns (step, seconds) or (0, 0.0).
 
-    ValueError if the state is of a run with another recipe, checkpointing aside: neither could go on as if never cut.
+    ValueError if the state is of a run with another recipe: neither could go on as if never cut. Checkpointing changes
+    nothing, and more cycles begin where the fewer end.
     """
     if not path.is_file():
         return 0, 0.0
@@ -403,7 +410,7 @@ def load_state(
     differences = ", ".join(
         f"{name} {saved[name]} and not {value}"
         for name, value in asdict(recipe).items()
-        if name != "checkpointing" and saved[name] != value
+        if name not in ("checkpointing", "cycles") and saved[name] != value
     )
     if differences:
         raise ValueError(

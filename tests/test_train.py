@@ -54,7 +54,9 @@ def tiny_features(batch: int, seed: int = 0, length: int = 3) -> TextFeatures:
     return TextFeatures(text, torch.ones(batch, length, dtype=torch.bool), pooled)
 
 
-def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="", checkpointing=False, **options):
+def tiny_run(
+    folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="", checkpointing=False, cycles=1, **options
+):
     """A DiT that learns two latents by their prompts; returns it and its average."""
     torch.manual_seed(0)
     dit = DiT(TINY)
@@ -69,7 +71,8 @@ def tiny_run(folder, steps=12, stop_after=None, bf16=False, accumulate=1, muon="
             predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
         return flow_loss(predicted, batch.velocity, batch.asked), {"noise": float(noise.mean())}
 
-    recipe = Recipe(steps, 1e-2, warmup=4, bf16=bf16, accumulate=accumulate, muon=muon, checkpointing=checkpointing)
+    how = {"bf16": bf16, "accumulate": accumulate, "muon": muon, "checkpointing": checkpointing, "cycles": cycles}
+    recipe = Recipe(steps, 1e-2, warmup=4, **how)
     options = {"log_every": 2, "save_seconds": 0} | options
     average = train(dit, loss, recipe, folder, stop_after=stop_after, **options)
     return dit, average
@@ -105,6 +108,15 @@ def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, bf16, mu
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+def test_a_run_that_is_done_and_takes_a_second_cycle_ends_exactly_like_one_of_two(tmp_path):
+    whole = tiny_run(tmp_path / "whole", steps=6, cycles=2)
+    for cycles in (1, 2):
+        parts = tiny_run(tmp_path / "parts", steps=6, cycles=cycles)
+    for a, b in zip(whole, parts, strict=True):
+        assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "parts")) == 6
+
+
 def test_a_run_cut_off_after_its_last_save_forgets_what_it_logged_since(tmp_path):
     tiny_run(tmp_path, stop_after=4)
     training.append_row(tmp_path / "loss.csv", {"step": 6, "loss": 123.0})
@@ -130,6 +142,8 @@ def test_learning_rate_warms_up_stays_and_falls_along_a_cosine():
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10:21] == [1.0] * 11 and rates[60] == pytest.approx(0.55)  # half way of the cosine
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    twice = replace(recipe, cycles=2)
+    assert [training.learning_rate(step, twice) for step in range(200)] == rates * 2
 
 
 def test_average_is_the_exponential_one():

@@ -52,7 +52,7 @@ RECIPE = Recipe(
 )
 TIMES = FlowTimes("logit-normal", mean=1.0, std=2.2)  # 19 % above 0.95, where it is decided what goes where
 # After that run 15 clips of 100 show a halo: whose weights answer above 0.7 is all the same to it, below it is not.
-LAST_RECIPE = replace(RECIPE, steps=6000, learning_rate=6e-4, constant=0.3)
+LAST_RECIPE = replace(RECIPE, steps=6000, learning_rate=6e-4, constant=0.3, cycles=2)
 LAST_TIMES = FlowTimes("logit-normal", mean=0.0, std=1.6)  # 56 % from 0.15 to 0.7, in place of 37
 BATCH = 48
 FIRST_FRAME_GIVEN, PROMPT_DROPPED = 0.3, 0.1
@@ -74,15 +74,22 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help=f"default: {RECIPE.steps}, with --start-from {LAST_RECIPE.steps}")
     parser.add_argument(
+        "--cycles",
+        type=int,
+        help=f"how often that many, the rate rising and falling anew; more of them go on from a run that is done "
+        f"(default: {RECIPE.cycles}, with --start-from {LAST_RECIPE.cycles})",
+    )
+    parser.add_argument(
         "--seed", type=int, default=RECIPE.seed, help="of batches and noise; with --start-from not that run's own"
     )
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more work, the same result")
     arguments = parser.parse_args()
     recipe, times = (LAST_RECIPE, LAST_TIMES) if arguments.start_from else (RECIPE, TIMES)
     steps = recipe.steps if arguments.steps is None else arguments.steps
-    if steps < 1 or arguments.seed < 0:
-        parser.error(f"--steps {steps} must be at least 1 and --seed {arguments.seed} at least 0")
-    recipe = replace(recipe, steps=steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
+    cycles = recipe.cycles if arguments.cycles is None else arguments.cycles
+    if min(steps, cycles) < 1 or arguments.seed < 0:
+        parser.error(f"--steps {steps} and --cycles {cycles} must be at least 1, --seed {arguments.seed} at least 0")
+    recipe = replace(recipe, steps=steps, cycles=cycles, seed=arguments.seed, checkpointing=arguments.checkpointing)
     vae = load_vae(arguments.vae)
     torch.manual_seed(recipe.seed)
     dit = DiT(presets.DIT)
