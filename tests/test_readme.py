@@ -168,6 +168,23 @@ def test_what_is_said_of_nano_is_what_the_judge_found():
     assert (
         f"of the {len(one)} with one object that fail, {halos} show only that one, and 9 to 99 pixels too many" in text
     )
+    document = json.loads((ROOT / "docs" / "judge" / "from_nothing_18000_steps.json").read_text())
+    later, mistakes = document["sets"], document["mistakes"]
+    seen, russian, held_out, russian_held_out, two = (
+        f"{100 * later[name]['answers']['all']['rate']:.1f}" for name in (*wanted, "two objects")
+    )
+    assert (
+        f"{seen} % right with one object, in Russian {russian}, held out {held_out} and {russian_held_out}, "
+        f"with two objects {two}" in text
+    )
+    failed = [mistake for name in (few, "seen, Russian") for mistake in mistakes[name] if not mistake["answers"]["all"]]
+    halos = [
+        mistake["unexplained"]
+        for mistake in failed
+        if mistake["objects"] == 1
+        and {key for key, right in mistake["answers"].items() if not right} == {"objects", "all"}
+    ]
+    assert f"of the {len(failed)} clips that fail there, {len(halos)} are halos of up to {max(halos)} pixels" in text
 
 
 def test_the_table_of_speed_shows_what_was_measured():

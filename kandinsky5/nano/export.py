@@ -182,7 +182,8 @@ def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | N
         triples=len(world.ALL_TRIPLES),
         held_out=len(world.HELD_OUT),
         remark=f" {remark}" if remark else "",
-        recipe=f"{optimizer}, learning rate {recipe.learning_rate:g} with warm-up and cosine, averaged weights",
+        recipe=f"{optimizer}, learning rate {recipe.learning_rate:g} with warm-up and cosine"
+        f"{f', {recipe.cycles} times' if recipe.cycles > 1 else ''}, averaged weights",
         seed=recipe.seed,
         steps=steps,
         hours=seconds / 3600,
