@@ -35,8 +35,8 @@ from kandinsky5.train import (
 from kandinsky5.vae import VAE
 
 RECIPES = {
-    "nocfg": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "distilled": Recipe(steps=500, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "nocfg": Recipe(steps=1000, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "distilled": Recipe(steps=1000, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
     "long": Recipe(steps=3600, learning_rate=1e-3, warmup=100, constant=0.5, ema=0.998, muon=presets.MUON),
     "sparse": Recipe(
         steps=1800, learning_rate=3e-4, warmup=50, constant=0.3, ema=0.995, weight_decay=0.0, muon=presets.MUON
