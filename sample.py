@@ -30,6 +30,7 @@ from kandinsky5.offload import MODES as OFFLOAD
 from kandinsky5.pipeline import SHIPPED, find_checkpoint
 from kandinsky5.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
 from kandinsky5.rope import scale_for_size
+from kandinsky5.text_encoder import TextEncoder
 
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
             "step_skipping": False, "dtype": "bfloat16", "attention": "auto",
@@ -93,6 +94,7 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
     size = (settings["num_frames"], *pipe.choose_size(image, settings.get("height"), settings.get("width")))
     note_other_size(size, settings["checkpoint"], pipe.config)
+    note_long_prompt(settings["prompt"], pipe.text_encoder)
 
     every = (settings["num_inference_steps"] + 9) // 10  # rounded up: 10 pictures or fewer
     frames = pipe(
@@ -130,6 +132,14 @@ def note_other_size(size: tuple[int, ...], checkpoint: str, config: PipelineConf
             "--width and --num-frames, or give an image of that shape",
             file=sys.stderr,
         )
+
+
+def note_long_prompt(prompt: str, text_encoder: TextEncoder, most: int = 256) -> None:
+    """A line on stderr where Qwen does not read the whole prompt."""
+    empty, whole = (len(text_encoder.qwen_ids(text, sys.maxsize)) for text in ("", prompt))
+    cut = whole - empty - most
+    if cut > 0:
+        print(f"note: of a prompt {most} tokens are read, and this one has {cut} more: shorten it", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import load_config, save_config
-from kandinsky5.files import replacing
+from kandinsky5.files import make_folder, replacing
 
 MODELS = ("dit", "vae", "qwen", "clip")
 
@@ -241,7 +241,7 @@ def save_checkpoint(
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a new folder, or remove it first")
     assert config.base or (set(models) == set(MODELS) and set(tokenizers) == {"qwen", "clip"}), (models, tokenizers)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for name, model in models.items():

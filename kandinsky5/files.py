@@ -26,6 +26,14 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def make_folder(path: str | Path) -> None:
+    """`mkdir -p`; OSError, in words, where a file is in the way."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OSError(f"{path} is a file, or lies below one: name a folder") from error
+
+
 def check_replaceable(path: str | Path) -> None:
     """Raise before hours of work what `replacing` would raise after them: OSError where `path` cannot be written."""
     path = Path(path)

@@ -12,7 +12,9 @@ import contextlib
 import copy
 import csv
 import functools
+import hashlib
 import math
+import pickle
 import re
 import signal
 import sys
@@ -32,7 +34,7 @@ from tqdm import tqdm
 from kandinsky5 import dit, nabla
 from kandinsky5.attention import block_sparse_attention, dense_attention
 from kandinsky5.dit import DiT, Float32Linear
-from kandinsky5.files import locked, replacing
+from kandinsky5.files import locked, make_folder, replacing
 from kandinsky5.sampler import guided_velocity
 from kandinsky5.text_encoder import TextFeatures
 
@@ -74,18 +76,21 @@ def train(
     save_seconds: float = 60,
     stop_after: int | None = None,
     progress: bool = True,
+    origin: str = "",
 ) -> Model:
     """Train `model` in place; returns a copy of it with the averaged weights.
 
     loss: seed → a scalar and figures for the log; it uses no other randomness than what it derives from the seed.
     folder: of the run. `state.pt` is all that is needed to go on, `loss.csv` and `loss.png` are the curves. If
         there is a state already the run goes on from it, with exactly the result of a run that was never cut;
-        ValueError where that had another recipe, where another process is training in it, or where anything but
-        a DiT is to checkpoint gradients.
+        ValueError where that had another recipe or another origin, where another process is training in it, or
+        where anything but a DiT is to checkpoint gradients.
     sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
     stop_after: leave after this step as if cut off (the schedule is still the recipe's).
     progress: show steps, rate, time left and loss.
+    origin: where `model` has its weights from, in words, for the model card; a run goes on from the same weights
+        only, unless they are random: then from any.
     """
     forget_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if recipe.checkpointing:
@@ -94,11 +99,12 @@ def train(
         forget_activations = functools.partial(gradient_checkpointing, model)
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(folder, f"another process trains in {folder}: wait for it, stop it, or name another folder"):
         average = copy.deepcopy(model).eval().requires_grad_(False)
         optimizers = build_optimizers(model, recipe)
-        step, seconds = load_state(folder / "state.pt", model, average, optimizers, recipe)
+        beginning = {"origin": origin, "began_with": digest(model) if origin else ""}
+        step, seconds = load_state(folder / "state.pt", model, average, optimizers, recipe, beginning["began_with"])
         for name in ("loss.csv", "samples.csv"):
             drop_rows_after(folder / name, step)
         began = saved = time.monotonic()
@@ -109,7 +115,7 @@ def train(
 
         model.train()
         if step:
-            tqdm.write(f"{folder} goes on from step {step:,}", file=sys.stderr)
+            tqdm.write(f"{folder} {'goes on from' if step < last else 'is done to'} step {step:,}", file=sys.stderr)
         bar = tqdm(total=total, initial=step, desc=folder.name, unit="step", disable=not progress)
         while step < last:
             rate = learning_rate(step, recipe)
@@ -141,7 +147,7 @@ def train(
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 rows = []
                 if time.monotonic() - saved > save_seconds or step == last:
-                    save_state(folder / "state.pt", model, average, optimizers, recipe, step, seconds)
+                    save_state(folder / "state.pt", model, average, optimizers, recipe, step, seconds, beginning)
                     plot_losses(folder / "loss.csv", folder / "loss.png")
                     saved = time.monotonic()
         bar.close()
@@ -382,9 +388,10 @@ def save_state(
     recipe: Recipe,
     step: int,
     seconds: float,
+    beginning: dict[str, str],
 ) -> None:
-    """All that a run is made of, in one file that is never half written."""
-    state = {
+    """All that a run is made of, in one file that is never half written; `beginning`: where it had its weights from."""
+    state = beginning | {
         "step": step,
         "seconds": seconds,
         "recipe": asdict(recipe),
@@ -396,17 +403,24 @@ def save_state(
 
 
 def load_state(
-    path: Path, model: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer], recipe: Recipe
+    path: Path,
+    model: nn.Module,
+    average: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    began_with: str,
 ) -> tuple[int, float]:
     """Fill them from `path`, if there is such a file; returns (step, seconds) or (0, 0.0).
 
-    ValueError if the state is of a run with another recipe: neither could go on as if never cut. Checkpointing changes
-    nothing, and more cycles begin where the fewer end.
+    ValueError if the state is of a run with another recipe, or one that `began_with` weights of another `digest`:
+    neither could go on as if never cut. Checkpointing changes nothing, and more cycles begin where the fewer end.
     """
     if not path.is_file():
         return 0, 0.0
-    state = torch.load(path, map_location=_device(model), weights_only=True)
-    saved = asdict(recipe) | state.get("recipe", {})  # states of before there was one are taken as they are
+    state = _load(path.parent, _device(model))
+    if "model" not in state:
+        raise ValueError(f"{path} holds finished weights and no run that could go on: take another folder")
+    saved = asdict(recipe) | state["recipe"]
     differences = ", ".join(
         f"{name} {saved[name]} and not {value}"
         for name, value in asdict(recipe).items()
@@ -416,11 +430,22 @@ def load_state(
         raise ValueError(
             f"the run in {path.parent} was begun with {differences}: go on with the same, or take another folder"
         )
+    if state.get("began_with", began_with) != began_with:
+        others = f"weights of {state['origin']}" if state["origin"] else "random weights"
+        raise ValueError(f"the run in {path.parent} began with {others}: name the same, or take another folder")
     fill(model, state["model"], path)
     fill(average, state["average"], path)
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
     return state["step"], state["seconds"]
+
+
+def digest(model: nn.Module) -> str:
+    """A name for the weights that `model` has now: SHA-256 of their names and bytes, in hex."""
+    sha256 = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        sha256.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def load_recipe(folder: str | Path) -> Recipe:
@@ -429,6 +454,11 @@ def load_recipe(folder: str | Path) -> Recipe:
     if "recipe" not in state:
         raise ValueError(f"the run in {folder} does not say its recipe: run its stage once more, which writes it down")
     return Recipe(**state["recipe"])
+
+
+def load_origin(folder: str | Path) -> str:
+    """Where the run in `folder` had its weights from, "" if it began at random; FileNotFoundError without a run."""
+    return _load(folder).get("origin", "")
 
 
 def load_progress(folder: str | Path) -> tuple[int, float]:
@@ -455,19 +485,26 @@ def fill(model: Model, state: dict[str, Tensor], source: Path) -> Model:
     return model
 
 
-def _load(folder: str | Path) -> dict:
+def _load(folder: str | Path, device: torch.device | str = "cpu") -> dict:
     path = Path(folder) / "state.pt"
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no {path}: run the stage that trains it first (see the Makefile), or name "
             "a checkpoint such as nano"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+            state = None
+    if not isinstance(state, dict) or "average" not in state:
+        raise ValueError(f"{path} is damaged, or no run's state: remove it to begin anew, or name another folder")
+    return state
 
 
 def save_average(model: nn.Module, folder: str | Path) -> None:
     """Write a finished model where `load_average` finds it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _save({"average": model.state_dict()}, Path(folder) / "state.pt")
 
 

@@ -72,7 +72,8 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
         assert ("NABLA with P 0.6 and a window of 3 × 1 × 1 tiles" in card) == (name == "nano-10s")
         assert ("that stage: 1 steps" in card) == (name == "nano-10s")
         before = ("VAE, decoder: 1 steps", "CLIP: 1 steps", "a first run of the DiT: 1 steps")
-        assert [said in card for said in before] == [name == "nano"] * 3
+        before += (f"the DiT began with {tmp_path / 'start'}",)
+        assert [said in card for said in before] == [name == "nano"] * 4
         assert ("| ground truth | 1 | 100.0 |" in card) == (name != "nano-10s")
     full = json.loads((tmp_path / "judge" / "judge_nano-10s-full-attention.json").read_text())
     assert full["settings"]["full_attention"] and full["sets"]["seen, English"]["clips"] == 1
@@ -88,6 +89,8 @@ def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, *checkpoint)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
+    card = (tmp_path / "nano" / "README.md").read_text(encoding="utf-8")
+    assert "(VAE as in nano; text encoders as in nano; the DiT began with nano)" in card
     exported = tmp_path / "nano"  # read from and written to at once
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", exported, "--text", exported)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
@@ -99,6 +102,14 @@ def test_what_could_not_be_loaded_is_not_exported(monkeypatch, tmp_path, capsys)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano")
     assert "has nano, which the others stand on" in capsys.readouterr().err and not (tmp_path / "to").exists()
+
+
+def test_answers_that_are_not_there_are_not_left_out_of_the_cards_in_silence(monkeypatch, tmp_path, capsys):
+    exporting = ["--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano"]
+    for judged in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit, match="2"):
+            run(monkeypatch, export, *exporting, "--judged", judged)
+        assert f"--judged {judged} holds no answers: judge first" in capsys.readouterr().err
 
 
 def test_a_card_does_not_carry_the_answers_about_other_weights(monkeypatch, tmp_path, capsys):
@@ -137,6 +148,7 @@ def test_an_export_that_was_stopped_loses_no_model(monkeypatch, tmp_path):
         (lambda document: document["settings"].update(full_attention=True), "judge nano without --full-attention"),
         (lambda document: document["settings"].update(canvas=[96, 96]), "and without --canvas"),
         (lambda document: document["sets"].pop("two objects"), "breaks off after seen, English"),
+        (lambda document: document.pop("sets"), "holds no answers of the judge"),
     ],
 )
 def test_a_card_does_not_carry_half_answers_or_answers_about_something_else(tmp_path, change, words):

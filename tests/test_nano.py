@@ -6,9 +6,10 @@ are of hundreds.
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 
 from kandinsky5 import Pipeline
 from kandinsky5.checkpoint import fingerprint
+from kandinsky5.config_file import load_config
 from kandinsky5.inspect import block_map, record_attention
-from kandinsky5.nano import judge, presets
+from kandinsky5.nano import export, judge, presets
 from kandinsky5.nano.world import caption, sample_scene
 from kandinsky5.pipeline import SHIPPED
 
@@ -36,8 +38,8 @@ def test_clips_show_what_the_prompts_say(pipe):
     steps = min(25, pipe.config.sampling.num_inference_steps)
     results = [
         result["answers"]["all"]
-        for exam in ("seen, English", "seen, Russian")
-        for result in judge.examine(pipe, exam, 5, 5, num_inference_steps=steps)
+        for exam in ("seen, English", "held out, Russian", "two objects")
+        for result in judge.examine(pipe, exam, 4, 4, num_inference_steps=steps)
     ]
     assert sum(results) >= 0.75 * len(results), results
 
@@ -55,13 +57,12 @@ def test_the_vae_gives_clips_back_with_30_db():
 
 
 def test_a_command_makes_a_video_in_20_seconds(tmp_path):
-    """Of processor time, both cores' together: so in less by the clock, and other work changes it little."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """By the clock, with one thread: two gain little here, and wait for each other beside other work."""
+    began = time.monotonic()
     command = [sys.executable, ROOT / "sample.py", "a red circle moves left", "-o", tmp_path / "out.mp4"]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (tmp_path / "out.mp4").stat().st_size > 1000
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 20
+    assert time.monotonic() - began <= 20
 
 
 def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
@@ -79,11 +80,17 @@ def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
     assert kept <= 0.6, f"NABLA kept {kept:.0%} of the tiles"
 
 
-def test_the_judge_saw_the_weights_that_are_shipped():
-    for name in presets.PRESETS:
+def test_what_is_shipped_is_what_the_judge_saw_and_its_card_says_what_it_found():
+    for name, preset in presets.PRESETS.items():
         judged = json.loads((JUDGED / f"judge_{name}.json").read_text(encoding="utf-8"))
         assert judged["fingerprint"] == fingerprint(SHIPPED / name), f"{name} was judged with other weights"
-        assert not judged["settings"]["full_attention"]
+        assert not judged["settings"]["full_attention"] and judged["settings"]["seed"] == judge.JUDGE_SEED
+        config = load_config(SHIPPED / name / "config.json")
+        assert replace(config, base=None) == preset, f"{name} is shipped with other settings than its preset's"
+        sampling = ("num_inference_steps", "guidance_scale", "shift")
+        assert judged["sampling"] == {key: getattr(preset.sampling, key) for key in sampling}
+        card = (SHIPPED / name / "README.md").read_text(encoding="utf-8")
+        assert card.endswith(export.describe_exam(name, JUDGED / f"judge_{name}.json", SHIPPED / name)), name
     full = json.loads((JUDGED / "judge_nano-10s-full-attention.json").read_text(encoding="utf-8"))
     sparse = json.loads((JUDGED / "judge_nano-10s.json").read_text(encoding="utf-8"))
     assert full["fingerprint"] == sparse["fingerprint"] and full["settings"]["full_attention"]

@@ -1,6 +1,7 @@
 """The judge of nano clips is right about what is drawn, also when blurred, and is not taken in by what is not."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -197,6 +198,23 @@ def test_is_not_taken_in_by(name):
     assert asked == 12
 
 
+@pytest.mark.parametrize(("degrees", "right"), [(-15, True), (15, True), (25, False), (-25, False)])
+def test_a_motion_is_that_of_a_direction_20_degrees_from_it_at_most(degrees, right):
+    turn = complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
+    asked = 0
+    for _, scene, said in questions(40, seed=14, num_objects=1):
+        thing = scene.objects[0]
+        if moves(thing):
+            (x, y, radius), (x_end, y_end, _) = thing.start, thing.end
+            travel = complex(x_end - x, y_end - y) * turn
+            end = x + travel.real, y + travel.imag
+            if all(radius < place < 64 - radius for place in end):
+                asked += 1
+                turned = change_first(scene, end=(*end, radius))
+                assert judge.score(judge.judge_clip(world.draw_scene(turned)), said)["motion"] == right, said
+    assert asked >= 10
+
+
 def test_each_wrong_word_is_found_and_no_other():
     def wrong(scene: Scene, said: world.Caption) -> set[str]:
         return {key for key, right in judge.score(judge.judge_clip(world.draw_scene(scene)), said).items() if not right}
@@ -364,8 +382,8 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
 
 
 def test_what_the_judge_does_not_see():
-    """As its docstring says: half of the patches of 4 × 5, and most ghosts, a fifth as strong as an object."""
-    overlooked = {"patch": 0, "ghost": 0}
+    """As its docstring says: half of the patches of 4 × 5, most ghosts, a fifth as strong as an object, and jerks."""
+    overlooked, jerky, moving = {"patch": 0, "ghost": 0}, {"pairs": 0, "four places": 0}, 0
     for i in range(20):
         rng = np.random.default_rng([31, i])
         scene = world.sample_scene(rng, "all", 1)
@@ -376,7 +394,12 @@ def test_what_the_judge_does_not_see():
             corner = frames[:, 2 : 2 + height, 2 : 2 + width]
             corner[:] = corner + share * (colour - corner)
             overlooked[name] += judge.score(judge.judge_clip(frames), said)["all"]
+        if moves(scene.objects[0]):
+            moving += 1
+            for name, order in (("pairs", [i ^ 1 for i in range(16)] + [16]), ("four places", np.arange(17) // 4 * 4)):
+                jerky[name] += all_right(world.draw_scene(scene)[order], said)
     assert overlooked["patch"] >= 8 and overlooked["ghost"] >= 15, overlooked
+    assert moving > 5 and min(jerky.values()) >= 0.9 * moving, (jerky, moving)
 
 
 def test_a_pipeline_that_draws_what_it_is_asked_scores_all(tmp_path, capsys):

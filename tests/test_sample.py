@@ -745,6 +745,15 @@ def test_a_size_that_nano_was_not_trained_on_is_noted(cli, options, noted):
     assert code == 0 and [line.startswith(note) for line in lines] == [True] * noted
 
 
+@pytest.mark.parametrize(("extra", "noted"), [(0, False), (1, True), (40, True)])
+def test_a_prompt_longer_than_what_is_read_is_noted(cli, extra, noted):
+    tokenizer = kandinsky5.Pipeline.load("nano").text_encoder.qwen_tokenizer
+    assert len(tokenizer.encode(" red" * 256)) == 256
+    code, _, lines = cli(" red" * (256 + extra), "--steps", "1")
+    note = f"note: of a prompt 256 tokens are read, and this one has {extra} more: shorten it"
+    assert code == 0 and lines == [note] * noted
+
+
 def test_a_preview_does_not_take_the_videos_place(refused):
     refused([*FOX, "--num-frames", "1", "-o", "a.png", "--preview", "a.png"], "is the video's own file")
 

@@ -19,8 +19,8 @@ from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
-from kandinsky5.nano import distill, presets, train_text
-from kandinsky5.nano.train_dit import ClipStore, load_dit
+from kandinsky5.nano import distill, presets, train_text, train_vae
+from kandinsky5.nano.train_dit import ClipStore, draw_batch, encode_text, load_dit
 from kandinsky5.nano.train_text import conversation, load_text_encoder, same_said, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, load_vae, single_frame, standardise
 from kandinsky5.nano.world import Caption, caption, sample_scene
@@ -39,7 +39,7 @@ from kandinsky5.train import (
     step_target,
     train,
 )
-from kandinsky5.vae import VAE, CausalConv3d
+from kandinsky5.vae import VAE, CausalConv3d, Posterior
 from random_weights import save_small_checkpoint
 
 TINY = DiTConfig(
@@ -108,10 +108,11 @@ def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, bf16, mu
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-def test_a_run_that_is_done_and_takes_a_second_cycle_ends_exactly_like_one_of_two(tmp_path):
+def test_a_run_that_is_done_and_takes_a_second_cycle_ends_exactly_like_one_of_two(tmp_path, capsys):
     whole = tiny_run(tmp_path / "whole", steps=6, cycles=2)
-    for cycles in (1, 2):
-        parts = tiny_run(tmp_path / "parts", steps=6, cycles=cycles)
+    for cycles, said in ((1, ""), (1, "parts is done to step 6"), (2, "parts goes on from step 6")):
+        parts = tiny_run(tmp_path / "parts", steps=6, cycles=cycles, progress=False)
+        assert capsys.readouterr().err.strip().endswith(said)
     for a, b in zip(whole, parts, strict=True):
         assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "parts")) == 6
@@ -231,6 +232,53 @@ def test_a_run_does_not_go_on_with_another_recipe(tmp_path):
     assert training.load_recipe(tmp_path) == recipe
     with pytest.raises(ValueError, match=r"begun with steps 4 and not 5, seed 3 and not 0: go on with the same"):
         run(Recipe(steps=5))
+
+
+def test_a_run_does_not_go_on_from_other_weights(tmp_path):
+    def run(start: float) -> None:
+        nn.init.constant_((model := nn.Linear(2, 1)).weight, start)
+        nn.init.zeros_(model.bias)
+        loss = lambda seed: (model(torch.ones(1, 2)).sum(), {})  # noqa: E731
+        train(model, loss, Recipe(4), tmp_path, stop_after=2, progress=False, origin=f"a run that ended at {start}")
+
+    run(1.0)
+    run(1.0)
+    assert training.load_origin(tmp_path) == "a run that ended at 1.0"
+    with pytest.raises(ValueError, match=r"began with weights of a run that ended at 1.0: name the same"):
+        run(2.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"half"])
+def test_a_damaged_state_is_refused_in_one_line(tmp_path, content):
+    tiny_run(tmp_path, stop_after=2)
+    path = tmp_path / "state.pt"
+    path.write_bytes(path.read_bytes()[:5000] if content == b"half" else content)
+    for use in (tiny_run, training.load_recipe, functools.partial(training.load_average, DiT(TINY))):
+        with pytest.raises(ValueError, match=r"state.pt is damaged, or no run's state: remove it to begin anew"):
+            use(tmp_path)
+
+
+def test_finished_weights_are_not_gone_on_with_as_a_run(tmp_path):
+    training.save_average(DiT(TINY), tmp_path)
+    with pytest.raises(ValueError, match="finished weights and no run that could go on"):
+        tiny_run(tmp_path)
+
+
+def test_a_file_in_the_folders_place_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="is a file, or lies below one: name a folder"):
+            tiny_run(folder)
+
+
+@pytest.mark.parametrize("stage", [train_vae, train_text])
+def test_a_stage_of_several_runs_does_not_begin_in_the_run_of_another(monkeypatch, tmp_path, stage):
+    tiny_run(tmp_path, stop_after=2)
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr("sys.argv", ["stage", "--folder", str(tmp_path)])
+    with pytest.raises(ValueError, match="is the run of another stage: name a new one"):
+        stage.main()
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
@@ -409,6 +457,54 @@ def test_the_sparse_stage_trains_full_attention_in_every_third_step(monkeypatch,
     assert ends[0].keys() == ends[1].keys() and not ends[0][name].equal(ends[1][name])
 
 
+def test_nocfg_is_taught_its_teachers_guidance_and_long_positions_of_twice_the_size(monkeypatch, tmp_path, long_clips):
+    """The first step's loss, of a student that is still its teacher, by hand."""
+    monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
+    monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "LONG_BATCH", 2)
+    monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=1, progress=False))
+    nano, text_encoder = load_dit(SHIPPED / "nano"), load_text_encoder(SHIPPED / "nano")
+    nothing, clips = encode_text(text_encoder, [""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
+
+    recipe = replace(distill.RECIPES["nocfg"], bf16=False)
+    distill.distill(tmp_path / "nocfg", presets.NOCFG, nano, clips, text_encoder, recipe)
+    batch, features = draw_batch([0, 0, 0], nano, clips, 8, text_encoder, nothing)
+    empty = encode_text(text_encoder, [""] * len(batch.t))
+    with torch.no_grad():
+        asked, not_asked = (nano(batch.x, f.text, f.pooled, batch.t, f.mask) for f in (features, empty))
+    guided = not_asked + 2.0 * (asked - not_asked)
+    wanted = float(((guided - asked).square() * batch.asked).sum() / batch.asked.expand_as(asked).sum())
+    assert losses(tmp_path / "nocfg") == pytest.approx([wanted], rel=1e-3) and wanted > 1e-3
+
+    recipe = replace(distill.RECIPES["long"], bf16=False)
+    distill.train_long(tmp_path / "long", presets.LONG, nano, long_clips, text_encoder, recipe)
+    student = distill.start_from(nano, presets.LONG)
+    batch, features = draw_batch([0, 0, 0], student, long_clips, 8, text_encoder, nothing, batch_size=2)
+    with torch.no_grad(), training.autocast_dit(student):
+        answers = [
+            student(batch.x, features.text, features.pooled, batch.t, features.mask, (scale,) * 3)
+            for scale in (2.0, 1.0)
+        ]
+    wanted, unscaled = (float(flow_loss(answer, batch.velocity, batch.asked)) for answer in answers)
+    assert losses(tmp_path / "long") == pytest.approx([wanted], rel=1e-3)
+    assert unscaled != pytest.approx(wanted, rel=5e-3)
+
+
+def test_a_batch_has_as_many_without_prompt_and_with_first_frame_as_it_should(tmp_path):
+    nano, text_encoder = load_dit(SHIPPED / "nano"), load_text_encoder(SHIPPED / "nano")
+    nothing, clips = encode_text(text_encoder, [""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
+    for prompt_dropped in (0.1, 0.3):
+        batch, features = draw_batch(
+            [5, 0, 0], nano, clips, 8, text_encoder, nothing, batch_size=400, prompt_dropped=prompt_dropped
+        )
+        given = batch.asked[:, 0].flatten() == 0
+        assert abs(given.float().mean() - 0.3) < 0.09  # four standard deviations
+        assert batch.x[given, 0, ..., -1].eq(1).all() and batch.x[~given, ..., -1].eq(0).all()
+        without = (features.pooled == nothing.pooled).all(dim=1)
+        assert abs(without.float().mean() - prompt_dropped) < 4 * (prompt_dropped * (1 - prompt_dropped) / 400) ** 0.5
+        assert features.mask[without].sum(dim=1).eq(nothing.mask.sum()).all()
+
+
 @pytest.fixture(scope="module")
 def long_clips(tmp_path_factory) -> ClipStore:
     sampling = presets.LONG.sampling
@@ -443,6 +539,13 @@ def test_a_step_takes_the_mean_gradient_of_its_batches_clipped(monkeypatch, tmp_
         wanted = -0.1 * mean * min(1, clip / float(mean.norm()))
         torch.testing.assert_close(model.weight.detach(), wanted, rtol=1e-4, atol=0)
         torch.testing.assert_close(average.weight, wanted * (1 - 2 / 11), rtol=1e-4, atol=0)  # decay (1 + 1)/(10 + 1)
+
+
+def test_what_a_run_leaves_are_its_averaged_weights(tmp_path):
+    model, average = tiny_run(tmp_path)
+    left = training.load_average(DiT(TINY), tmp_path).state_dict()
+    assert all(weight.equal(left[name]) for name, weight in average.state_dict().items())
+    assert not all(weight.equal(left[name]) for name, weight in model.state_dict().items())
 
 
 def test_averaged_weights_come_with_the_models_buffers(tmp_path):
@@ -504,7 +607,51 @@ def test_nabla_chooses_the_tiles_in_training_that_it_chooses_in_sampling():
     assert nabla.block_map is chosen
 
 
+def test_qwen_is_asked_for_the_next_token_and_not_for_the_one_it_is_given(monkeypatch, tmp_path):
+    class Repeats(nn.Module):
+        """Sure that the next token is the one that it sees."""
+
+        def __init__(self):
+            super().__init__()
+            self.sure = nn.Parameter(torch.tensor(30.0))
+
+        def forward(self, ids):
+            logits = self.sure * nn.functional.one_hot(ids, presets.QWEN.vocab_size)
+            return logits, torch.zeros(*ids.shape, len(train_text.ATTRIBUTES))
+
+    folder = SHIPPED / "nano" / "qwen_tokenizer"
+    shutil.copytree(folder, tmp_path / folder.name)
+    monkeypatch.setattr(train_text, "LanguageModel", Repeats)
+    monkeypatch.setattr(train_text, "train", functools.partial(train, stop_after=1, progress=False))
+    train_text.train_qwen(tmp_path)
+    (row,) = training.read_rows(tmp_path / "qwen" / "loss.csv")
+    assert float(row["next_token"]) > 20 and float(row["answer_accuracy"]) < 0.1
+
+
 # ---------------------------------------------------------------------------------------------- VAE
+
+
+def test_the_vaes_loss_is_what_it_is_by_hand():
+    """Reconstruction, with more weight at edges and on colour, and KL; one pixel is white, all others are black."""
+    mean, logvar = torch.randn(2, 4, 1, 2, 2), torch.randn(2, 4, 1, 2, 2)
+    video = torch.full((2, 3, 1, 8, 8), -1.0)
+    video[:, :, :, 3, 5] = 1.0
+    error = 0.1 * torch.randn(video.shape)
+    stub = SimpleNamespace(
+        encode=lambda video: Posterior(mean, logvar), decode=lambda z: video + error * z.isfinite().all()
+    )
+    value, figures = train_vae.vae_loss(stub, video, torch.randn(mean.shape))
+
+    e = error.numpy()[:, :, 0].astype(np.float64)
+    weights = np.ones((2, 1, 8, 8))
+    weights[:, :, 2:5, 4:7] = 3.0  # the white one and its neighbours, whose values span all of -1 to 1
+    colour = e - e.mean(axis=1, keepdims=True)
+    reconstruction = (weights * (abs(e) + 2 * e**2 + abs(colour) + colour**2)).mean()
+    m, variance = mean.numpy(), np.exp(logvar.numpy())
+    kl = np.mean((m**2 + variance - 1 - np.log(variance)) / 2)
+    assert float(value) == pytest.approx(reconstruction + 5e-5 * kl, rel=1e-5)
+    assert figures["kl"] == pytest.approx(kl, rel=1e-5)
+    assert figures["frame_psnr"] == pytest.approx(-10 * np.log10((e**2).mean() / 4), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -622,6 +769,13 @@ def test_clips_are_drawn_again_where_somebody_removed_them(vae, tmp_path):
     (tmp_path / "latents.f16").unlink()
     after = ClipStore(tmp_path, vae, num_frames=5).read(np.arange(8), 8)
     assert all(torch.equal(x, y) and x.any() for x, y in zip(before, after, strict=True))
+
+
+def test_clips_are_not_drawn_into_a_folder_of_something_else(vae, tmp_path):
+    (tmp_path / "count.json").write_text("somebody's")
+    with pytest.raises(ValueError, match="holds other things than clips: name a new folder"):
+        ClipStore(tmp_path, vae, num_frames=5)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["somebody's"]
 
 
 def test_a_full_disk_is_said_and_does_not_kill_the_process(vae, tmp_path, monkeypatch):

@@ -81,16 +81,23 @@ def main() -> None:
     folder, config = arguments.folder, CONFIGS[arguments.stage]
     clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
     stages = {"nocfg": distill, "distilled": distill, "long": train_long, "sparse": train_sparse}
-    stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe)
+    stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe, str(arguments.teacher))
 
 
 def distill(
-    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
+    folder: Path,
+    config: PipelineConfig,
+    teacher: DiT,
+    clips: ClipStore,
+    text_encoder: TextEncoder,
+    recipe: Recipe,
+    origin: str = "",
 ) -> DiT:
     """Train a copy of `teacher` to answer in one pass what the teacher answers in more; returns its average.
 
     With the configuration of nano-nocfg these are the two passes of guidance, at any time. With that of
     nano-distilled16steps they are three steps of a teacher that needs no guidance, at one of the sixteen times.
+    origin: where the teacher is from, in words, here and in the other stages.
     """
     torch.manual_seed(recipe.seed)
     student = start_from(teacher, config)
@@ -114,11 +121,18 @@ def distill(
             predicted = student(batch.x, features.text, features.pooled, batch.t, features.mask)
         return flow_loss(predicted, target, batch.asked), {}
 
-    return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=400)
+    sample = _sampler(config, clips.vae, text_encoder, folder)
+    return train(student, loss, recipe, folder, sample, sample_every=400, origin=origin)
 
 
 def train_long(
-    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
+    folder: Path,
+    config: PipelineConfig,
+    teacher: DiT,
+    clips: ClipStore,
+    text_encoder: TextEncoder,
+    recipe: Recipe,
+    origin: str = "",
 ) -> DiT:
     """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA; returns the average."""
     torch.manual_seed(recipe.seed)
@@ -133,11 +147,17 @@ def train_long(
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
-    return train(dit, loss, recipe, folder, sample, sample_every=800)
+    return train(dit, loss, recipe, folder, sample, sample_every=800, origin=origin)
 
 
 def train_sparse(
-    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
+    folder: Path,
+    config: PipelineConfig,
+    teacher: DiT,
+    clips: ClipStore,
+    text_encoder: TextEncoder,
+    recipe: Recipe,
+    origin: str = "",
 ) -> DiT:
     """Train a copy of `teacher` to answer through NABLA what the teacher answers with full attention.
 
@@ -162,7 +182,7 @@ def train_sparse(
         return value, {"loss_full" if asked is full else "loss_nabla": float(value.detach())}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
-    return train(student, loss, recipe, folder, sample, sample_every=800)
+    return train(student, loss, recipe, folder, sample, sample_every=800, origin=origin)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:

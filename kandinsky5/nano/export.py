@@ -26,7 +26,7 @@ from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import is_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
-from kandinsky5.train import load_average, load_progress, load_recipe, refusals_in_one_line
+from kandinsky5.train import load_average, load_origin, load_progress, load_recipe, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
 START, LONG = "start", "long"  # the runs that dit and sparse go on from
@@ -45,6 +45,8 @@ def main() -> None:
     remarks = dict(remark.split("=", 1) for remark in arguments.remark if "=" in remark)
     if len(remarks) < len(arguments.remark) or not remarks.keys() <= RUNS.keys():
         parser.error(f"--remark takes NAME=TEXT, once for a name of {', '.join(RUNS)}")
+    if arguments.judged and not any(arguments.judged.glob("judge_*.json")):
+        parser.error(f"--judged {arguments.judged} holds no answers: judge first (python -m kandinsky5.nano.judge)")
     if not any((arguments.runs / run / "state.pt").is_file() for run in RUNS.values()):
         parser.error(
             f"--runs {arguments.runs} holds none of the runs {', '.join(RUNS.values())}: train one first (make dit)"
@@ -111,7 +113,7 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
   English and Russian. Of the {triples} triples of colour, shape and motion {held_out} are never trained on
   (`kandinsky5/nano/held_out.json`).
 - **Recipe**: {recipe}; seed {seed}.
-- **Trained**: {steps:,} steps in {hours:.1f} hours on one core of a CPU that did other work too, {before}.{remark}
+- **Trained**: {steps:,} steps in {hours:.1f} hours, {before}.{remark}
 - **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}{attention}.
 - **Limits**: it knows this world and nothing else.
 - **Licence**: MIT.
@@ -152,6 +154,11 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
         stages = {"that stage": runs / LONG}
     done = {stage: load_progress(run) for stage, run in stages.items() if (run / "state.pt").is_file()}
     told = [f"{stage}: {steps:,} steps in {seconds / 3600:.1f} hours" for stage, (steps, seconds) in done.items()]
+    if name == "nano":
+        parts = {"VAE": vae_run, "text encoders": text_run}
+        told += [f"{part} as in {source}" for part, source in parts.items() if is_checkpoint(source)]
+        origin = load_origin(runs / RUNS[name])
+        told += [f"the DiT began with {origin}"] if origin else []
     return BEFORE[name] + (f" ({'; '.join(told)})" if told else "")
 
 
@@ -210,6 +217,8 @@ def describe_exam(name: str, judged: Path, folder: Path) -> str:
 def describe_answers(name: str, judged: Path, folder: Path, full_attention: bool) -> str:
     """One file of answers as a table, below the command that gives them; ValueError as in `describe_exam`."""
     document = json.loads(judged.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or not document.keys() >= {"settings", "sets"}:
+        raise ValueError(f"{judged} holds no answers of the judge: remove it, or judge {name} once more")
     settings = document["settings"]
     if document.get("fingerprint") != fingerprint(folder):
         raise ValueError(f"{judged} is about another {name}: judge these weights, python -m kandinsky5.nano.judge")

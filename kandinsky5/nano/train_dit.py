@@ -24,7 +24,7 @@ from tqdm import tqdm
 from kandinsky5 import video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
-from kandinsky5.files import write_text
+from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano import presets
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.train_text import LANGUAGES, load_text_encoder
@@ -67,7 +67,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
     parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
-    parser.add_argument("--clips", type=Path, help="folder of latents; default: clips in the run's own")
+    parser.add_argument(
+        "--clips",
+        type=Path,
+        help=f"folder of latents, up to 1 GB; {CLIPS_AT_FIRST:,} are drawn before the first step, which takes some "
+        "minutes, and kept (default: clips in the run's own)",
+    )
     parser.add_argument(
         "--start-from",
         type=Path,
@@ -97,7 +102,8 @@ def main() -> None:
     if arguments.start_from:
         dit.load_state_dict(load_dit(arguments.start_from).state_dict())
     clips = ClipStore(arguments.clips or arguments.folder / "clips", vae)
-    train_dit(arguments.folder, dit, clips, load_text_encoder(arguments.text), recipe, times)
+    origin = str(arguments.start_from or "")
+    train_dit(arguments.folder, dit, clips, load_text_encoder(arguments.text), recipe, times, origin)
 
 
 def load_dit(source: Path) -> DiT:
@@ -116,9 +122,15 @@ def load_dit(source: Path) -> DiT:
 
 
 def train_dit(
-    folder: Path, dit: DiT, clips: "ClipStore", text_encoder: TextEncoder, recipe: Recipe, times: FlowTimes
+    folder: Path,
+    dit: DiT,
+    clips: "ClipStore",
+    text_encoder: TextEncoder,
+    recipe: Recipe,
+    times: FlowTimes,
+    origin: str = "",
 ) -> DiT:
-    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights."""
+    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights. origin: where `dit` is from."""
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -132,7 +144,7 @@ def train_dit(
     def sample(dit: DiT, step: int) -> dict[str, float]:
         return test(presets.NANO, dit, clips.vae, text_encoder, folder / f"sample_{step:06d}.png")
 
-    return train(dit, loss, recipe, folder, sample=sample, sample_every=2000)
+    return train(dit, loss, recipe, folder, sample=sample, sample_every=2000, origin=origin)
 
 
 def draw_batch(
@@ -188,12 +200,15 @@ class ClipStore:
     CHUNK = 8  # clips that are encoded together, always the same ones
 
     def __init__(self, folder: Path, vae: VAE, num_frames: int = 17, size: int = 64, seed: int = CLIP_SEED):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.vae, self.num_frames, self.size, self.seed = vae, num_frames, size, seed
         path, self.count_file = folder / "latents.f16", folder / "count.json"
+        origin = folder / "origin.txt"
         if not path.is_file():
+            if not origin.is_file() and any(folder.iterdir()):
+                raise ValueError(f"{folder} holds other things than clips: name a new folder for them, or one of clips")
             self.count_file.unlink(missing_ok=True)  # of latents that somebody removed
-        self._check_origin(folder / "origin.txt")
+        self._check_origin(origin)
         self.count = self._read_count()
         T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
         self.records = np.memmap(
@@ -321,10 +336,10 @@ def test(
     return {name: round(float(value), 3) for name, value in figures.items()}
 
 
-def draw_test(index: int, num_objects: int, split: str = "train") -> tuple[Scene, Caption]:
+def draw_test(index: int, num_objects: int) -> tuple[Scene, Caption]:
     """A scene that is never trained on, and a caption of it; others may have been put into the same words."""
     rng = np.random.default_rng([TEST_SEED, index])
-    scene = sample_scene(rng, split, num_objects)
+    scene = sample_scene(rng, "train", num_objects)
     return scene, caption(scene, LANGUAGES[index % 2], rng)
 
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
-from kandinsky5.files import write_text
+from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_vae import as_checkpoint, draw_videos
+from kandinsky5.nano.train_vae import as_checkpoint, draw_videos, refuse_other_stages
 from kandinsky5.nano.world import (
     COLOURS,
     MOTIONS,
@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
+    refuse_other_stages(folder)
     if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
         train_tokenizers(folder)
     train_qwen(folder)
@@ -118,7 +119,7 @@ def train_tokenizers(folder: Path) -> None:
         backend.train_from_iterator(texts, trainer)
         trained = json.loads(backend.to_str())
         trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] in special]
-        (folder / f"{name}_tokenizer").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / f"{name}_tokenizer")
         write_text(folder / f"{name}_tokenizer" / "tokenizer.json", json.dumps(trained, indent=2, ensure_ascii=False))
 
 

@@ -48,11 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
+    refuse_other_stages(folder)
     if not (folder / "standardised" / "state.pt").is_file():
         vae = train_clips(folder / "clips", train_frames(folder / "frames"))
         save_average(standardise(vae), folder / "standardised")
     vae = train_decoder(folder / "decoder", load_average(VAE(presets.VAE), folder / "standardised"))
     print(test(vae, folder / "decoder", DECODER_RECIPE.steps, count=300))
+
+
+def refuse_other_stages(folder: Path) -> None:
+    """ValueError where `folder` is itself a run: VAE and text encoders have theirs in folders below it."""
+    if (folder / "state.pt").is_file():
+        raise ValueError(f"--folder {folder} is the run of another stage: name a new one, or this stage's own")
 
 
 def is_checkpoint(source: Path) -> bool:
