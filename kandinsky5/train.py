@@ -277,6 +277,13 @@ def flow_batch(
     return FlowBatch(torch.cat([x, condition], dim=-1), t, noise - latents, asked)
 
 
+def ask(
+    model: DiT, x: Tensor, t: Tensor, features: TextFeatures, rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> Tensor:
+    """The velocity (B, T, H, W, C), float32, that `model` sees in x (B, T, H, W, C_in) at times t (B,)."""
+    return model(x, features.text, features.pooled, t, features.mask, rope_scale).float()
+
+
 def flow_loss(predicted: Tensor, target: Tensor, asked: Tensor) -> Tensor:
     """Mean squared error of the velocity where it is asked for; any shapes that broadcast."""
     asked = asked.expand_as(target)
@@ -307,7 +314,7 @@ def guided_target(
     Returns the guided velocity (B, T, H, W, C), float32, without gradients.
     """
     negative = drop_condition(features, torch.ones_like(batch.t, dtype=torch.bool), nothing)
-    with_prompt, without = (_ask(teacher, batch.x, f, batch.t) for f in (features, negative))
+    with_prompt, without = (ask(teacher, batch.x, batch.t, f) for f in (features, negative))
     return guided_velocity(with_prompt, without, guidance_scale)
 
 
@@ -323,10 +330,6 @@ def step_target(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: 
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         there = there + (t_next - t).view(-1, 1, 1, 1, 1) * velocity(there, t)
     return (there - x) / (times[-1] - times[0]).view(-1, 1, 1, 1, 1)
-
-
-def _ask(model: DiT, x: Tensor, features: TextFeatures, t: Tensor) -> Tensor:
-    return model(x, features.text, features.pooled, t, features.mask).float()
 
 
 # ---------------------------------------------------------------------------------------------- speed and memory

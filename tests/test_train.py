@@ -422,7 +422,7 @@ def test_sixteen_steps_are_taught_where_three_of_the_teacher_lead():
     class Teacher:
         config = TINY
 
-        def __call__(self, x, text, pooled, t, mask):
+        def __call__(self, x, text, pooled, t, mask, rope_scale):
             return x[..., :4] * t.view(-1, 1, 1, 1, 1)
 
     starts = torch.tensor([0, 7, 15])

@@ -25,6 +25,7 @@ from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.train import (
     FlowBatch,
     Recipe,
+    ask,
     autocast_dit,
     flow_loss,
     guided_target,
@@ -118,7 +119,7 @@ def distill(
             with autocast_dit(teacher):
                 target = _several_steps(teacher, batch, features, schedule)
         with autocast_dit(student):
-            predicted = student(batch.x, features.text, features.pooled, batch.t, features.mask)
+            predicted = ask(student, batch.x, batch.t, features)
         return flow_loss(predicted, target, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder)
@@ -136,6 +137,8 @@ def train_long(
 ) -> DiT:
     """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA; returns the average."""
     torch.manual_seed(recipe.seed)
+    rope_scale = config.sampling.rope_scale
+    assert rope_scale, config
     dit = start_from(teacher, config)
     nothing = encode_text(text_encoder, [""])
 
@@ -143,7 +146,7 @@ def train_long(
         available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
-            predicted = _ask(dit, batch, features, config)
+            predicted = ask(dit, batch.x, batch.t, features, rope_scale)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
@@ -166,6 +169,8 @@ def train_sparse(
     forgotten. Returns the average.
     """
     torch.manual_seed(recipe.seed)
+    rope_scale = config.sampling.rope_scale
+    assert rope_scale, config
     student = start_from(teacher, config)
     full = copy.copy(student)  # the same weights
     full.config = teacher.config
@@ -175,10 +180,11 @@ def train_sparse(
         arguments = (seed, student, clips, SPARSE_CLIPS, text_encoder, nothing, LONG_BATCH, SPARSE_TIMES.sample)
         batch, features = draw_batch(*arguments, prompt_dropped=SPARSE_PROMPT_DROPPED)
         with torch.no_grad(), autocast_dit(teacher):
-            target = _ask(teacher, batch, features, config).float()
+            target = ask(teacher, batch.x, batch.t, features, rope_scale)
         asked = full if seed[1] % 3 == 2 else student
         with autocast_dit(asked):
-            value = flow_loss(_ask(asked, batch, features, config), target, batch.asked)
+            predicted = ask(asked, batch.x, batch.t, features, rope_scale)
+        value = flow_loss(predicted, target, batch.asked)
         return value, {"loss_full" if asked is full else "loss_nabla": float(value.detach())}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
@@ -192,10 +198,6 @@ def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
     return student
 
 
-def _ask(dit: DiT, batch: FlowBatch, features: TextFeatures, config: PipelineConfig) -> Tensor:
-    return dit(batch.x, features.text, features.pooled, batch.t, features.mask, config.sampling.rope_scale)
-
-
 def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, schedule: Tensor) -> Tensor:
     """Where the teacher gets between two times of the schedule, in steps as even as sampling's; as a velocity."""
     channels = teacher.config.in_channels
@@ -205,8 +207,7 @@ def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, sched
     times = batch.t + parts * (end - batch.t)  # (4, B)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:  # a given first frame stays as it is
-        answer = teacher(torch.cat([x, condition], dim=-1), features.text, features.pooled, t, features.mask)
-        return answer.float() * batch.asked
+        return ask(teacher, torch.cat([x, condition], dim=-1), t, features) * batch.asked
 
     return step_target(velocity, x, times)
 

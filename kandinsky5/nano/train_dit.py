@@ -36,6 +36,7 @@ from kandinsky5.train import (
     FlowBatch,
     FlowTimes,
     Recipe,
+    ask,
     autocast_dit,
     drop_condition,
     flow_batch,
@@ -137,7 +138,7 @@ def train_dit(
         available = min(CLIPS_AT_FIRST + CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, sample_times=times.sample)
         with autocast_dit(dit):
-            predicted = dit(batch.x, features.text, features.pooled, batch.t, features.mask)
+            predicted = ask(dit, batch.x, batch.t, features)
         value = flow_loss(predicted, batch.velocity, batch.asked)
         return value, loss_by_time(predicted.detach(), batch)
 
