@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -423,7 +424,7 @@ def load_state(
     state = _load(path.parent, _device(model))
     if "model" not in state:
         raise ValueError(f"{path} holds finished weights and no run that could go on: take another folder")
-    saved = asdict(recipe) | state["recipe"]
+    saved = asdict(recipe) | state.get("recipe", {})  # states of before there was one are taken as they are
     differences = ", ".join(
         f"{name} {saved[name]} and not {value}"
         for name, value in asdict(recipe).items()
@@ -433,9 +434,12 @@ def load_state(
         raise ValueError(
             f"the run in {path.parent} was begun with {differences}: go on with the same, or take another folder"
         )
-    if state.get("began_with", began_with) != began_with:
-        others = f"weights of {state['origin']}" if state["origin"] else "random weights"
-        raise ValueError(f"the run in {path.parent} began with {others}: name the same, or take another folder")
+    if state.get("began_with", "") != began_with:
+        start = f"with what {state['origin']} was then" if state.get("origin") else "at random"
+        raise ValueError(
+            f"the run in {path.parent} began {start}, and not with these weights: go on from the same, or take another "
+            "folder"
+        )
     fill(model, state["model"], path)
     fill(average, state["average"], path)
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
@@ -460,7 +464,7 @@ def load_recipe(folder: str | Path) -> Recipe:
 
 
 def load_origin(folder: str | Path) -> str:
-    """Where the run in `folder` had its weights from, "" if it began at random; FileNotFoundError without a run."""
+    """Where `train` was told that the run in `folder` had its weights from, or ""; FileNotFoundError without a run."""
     return _load(folder).get("origin", "")
 
 
@@ -495,11 +499,10 @@ def _load(folder: str | Path, device: torch.device | str = "cpu") -> dict:
             f"there is no {path}: run the stage that trains it first (see the Makefile), or name "
             "a checkpoint such as nano"
         )
-    with path.open("rb") as file:
-        try:
-            state = torch.load(file, map_location=device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
-            state = None
+    state = None
+    with contextlib.suppress(zipfile.BadZipFile, pickle.UnpicklingError), zipfile.ZipFile(path) as archive:
+        if archive.testzip() is None:  # every part is as long as it should be, and has its checksum
+            state = torch.load(path, map_location=device, weights_only=True)
     if not isinstance(state, dict) or "average" not in state:
         raise ValueError(f"{path} is damaged, or no run's state: remove it to begin anew, or name another folder")
     return state

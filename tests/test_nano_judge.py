@@ -383,7 +383,7 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
 
 def test_what_the_judge_does_not_see():
     """As its docstring says: half of the patches of 4 × 5, most ghosts, a fifth as strong as an object, and jerks."""
-    overlooked, jerky, moving = {"patch": 0, "ghost": 0}, {"pairs": 0, "four places": 0}, 0
+    overlooked, jerky, moving = {"patch": 0, "ghost": 0}, {"pairs": 0, "four in a row": 0}, 0
     for i in range(20):
         rng = np.random.default_rng([31, i])
         scene = world.sample_scene(rng, "all", 1)
@@ -396,7 +396,10 @@ def test_what_the_judge_does_not_see():
             overlooked[name] += judge.score(judge.judge_clip(frames), said)["all"]
         if moves(scene.objects[0]):
             moving += 1
-            for name, order in (("pairs", [i ^ 1 for i in range(16)] + [16]), ("four places", np.arange(17) // 4 * 4)):
+            for name, order in (
+                ("pairs", [i ^ 1 for i in range(16)] + [16]),
+                ("four in a row", np.arange(17) // 4 * 4),
+            ):
                 jerky[name] += all_right(world.draw_scene(scene)[order], said)
     assert overlooked["patch"] >= 8 and overlooked["ghost"] >= 15, overlooked
     assert moving > 5 and min(jerky.values()) >= 0.9 * moving, (jerky, moving)
@@ -476,6 +479,12 @@ def test_the_command_takes_full_attention_where_there_is_nabla(tmp_path, monkeyp
         judge.main([*command, "--full-attention"], lambda *_, **__: pipe)
 
 
+def test_a_run_that_was_not_exported_is_not_judged(tmp_path):
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(ValueError, match="is a run: export it first"):
+        judge.main([str(tmp_path)])
+
+
 def test_the_questions_do_not_depend_on_the_run():
     scene, said = judge.question("two objects", 5)
     assert (scene, said) == judge.question("two objects", 5) != judge.question("two objects", 6)
@@ -484,7 +493,10 @@ def test_the_questions_do_not_depend_on_the_run():
     assert {(thing.colour, thing.shape, thing.motion) for thing in held_out} <= world.HELD_OUT
 
 
-@pytest.mark.parametrize("arguments", [["nano", "--prompts", "0"], ["nano", "--sets", "all"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nano", "--prompts", "0"], ["nano", "--steps", "0"], ["nano", "--seed", "-1"], ["nano", "--sets", "all"], []],
+)
 def test_a_wrong_command_ends_with_a_message(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         judge.main(arguments)

@@ -81,6 +81,7 @@ def test_options_in_the_text_exist():
         "weights_convert/__main__.py",
         "kandinsky5/magcache/__main__.py",
         "kandinsky5/nano/train_dit.py",
+        "kandinsky5/nano/distill.py",
         "tests/parity/conftest.py",
     )
     sources = " ".join((ROOT / program).read_text() for program in programs)

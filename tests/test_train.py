@@ -19,7 +19,7 @@ from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
-from kandinsky5.nano import distill, presets, train_text, train_vae
+from kandinsky5.nano import distill, presets, train_dit, train_text, train_vae
 from kandinsky5.nano.train_dit import ClipStore, draw_batch, encode_text, load_dit
 from kandinsky5.nano.train_text import conversation, load_text_encoder, same_said, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, load_vae, single_frame, standardise
@@ -109,10 +109,10 @@ def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, bf16, mu
 
 
 def test_a_run_that_is_done_and_takes_a_second_cycle_ends_exactly_like_one_of_two(tmp_path, capsys):
-    whole = tiny_run(tmp_path / "whole", steps=6, cycles=2)
-    for cycles, said in ((1, ""), (1, "parts is done to step 6"), (2, "parts goes on from step 6")):
+    whole = tiny_run(tmp_path / "whole", steps=6, cycles=2, progress=False)
+    for cycles, said in ((1, []), (1, ["parts is done to step 6"]), (2, ["parts goes on from step 6"])):
         parts = tiny_run(tmp_path / "parts", steps=6, cycles=cycles, progress=False)
-        assert capsys.readouterr().err.strip().endswith(said)
+        assert [line.split("/")[-1] for line in capsys.readouterr().err.splitlines()] == said
     for a, b in zip(whole, parts, strict=True):
         assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "parts")) == 6
@@ -235,27 +235,54 @@ def test_a_run_does_not_go_on_with_another_recipe(tmp_path):
 
 
 def test_a_run_does_not_go_on_from_other_weights(tmp_path):
-    def run(start: float) -> None:
+    def run(start: float, origin: str) -> None:
         nn.init.constant_((model := nn.Linear(2, 1)).weight, start)
         nn.init.zeros_(model.bias)
         loss = lambda seed: (model(torch.ones(1, 2)).sum(), {})  # noqa: E731
-        train(model, loss, Recipe(4), tmp_path, stop_after=2, progress=False, origin=f"a run that ended at {start}")
+        train(model, loss, Recipe(4), tmp_path / origin[:1], stop_after=2, progress=False, origin=origin)
 
-    run(1.0)
-    run(1.0)
-    assert training.load_origin(tmp_path) == "a run that ended at 1.0"
-    with pytest.raises(ValueError, match=r"began with weights of a run that ended at 1.0: name the same"):
-        run(2.0)
+    for _ in range(2):
+        run(1.0, "one")
+        run(1.0, "")
+        run(2.0, "")  # as if at random: any will do
+    assert (training.load_origin(tmp_path / "o"), training.load_origin(tmp_path)) == ("one", "")
+    with pytest.raises(ValueError, match="began with what one was then, and not with these weights: go on"):
+        run(2.0, "one")
+    (tmp_path / "o" / "state.pt").unlink()
+    (tmp_path / "state.pt").rename(tmp_path / "o" / "state.pt")
+    with pytest.raises(ValueError, match="began at random, and not with these weights"):
+        run(1.0, "one")
 
 
-@pytest.mark.parametrize("content", [b"", b"no state", b"half"])
+@pytest.mark.parametrize("content", [b"", b"no state", b"half", b"a bit", b"foreign"])
 def test_a_damaged_state_is_refused_in_one_line(tmp_path, content):
     tiny_run(tmp_path, stop_after=2)
     path = tmp_path / "state.pt"
-    path.write_bytes(path.read_bytes()[:5000] if content == b"half" else content)
+    if content == b"foreign":
+        torch.save(nn.Linear(1, 1), path)
+    elif content == b"a bit":
+        whole, weight = (
+            bytearray(path.read_bytes()),
+            torch.load(path)["average"]["visual_blocks.0.feed_forward.linear_in.weight"],
+        )
+        whole[whole.index(weight.numpy().tobytes())] ^= 1
+        path.write_bytes(whole)
+    else:
+        path.write_bytes(path.read_bytes()[:5000] if content == b"half" else content)
     for use in (tiny_run, training.load_recipe, functools.partial(training.load_average, DiT(TINY))):
         with pytest.raises(ValueError, match=r"state.pt is damaged, or no run's state: remove it to begin anew"):
             use(tmp_path)
+
+
+def test_a_state_that_memory_has_no_room_for_is_not_called_damaged(tmp_path, monkeypatch):
+    tiny_run(tmp_path, stop_after=2)
+
+    def full(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        tiny_run(tmp_path)
 
 
 def test_finished_weights_are_not_gone_on_with_as_a_run(tmp_path):
@@ -271,14 +298,36 @@ def test_a_file_in_the_folders_place_is_refused_in_one_line(tmp_path):
             tiny_run(folder)
 
 
-@pytest.mark.parametrize("stage", [train_vae, train_text])
-def test_a_stage_of_several_runs_does_not_begin_in_the_run_of_another(monkeypatch, tmp_path, stage):
-    tiny_run(tmp_path, stop_after=2)
-    before = {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr("sys.argv", ["stage", "--folder", str(tmp_path)])
-    with pytest.raises(ValueError, match="is the run of another stage: name a new one"):
-        stage.main()
-    assert {path.name for path in tmp_path.iterdir()} == before
+CHECKPOINT = ("--vae", "nano", "--text", "nano")
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [
+        (train_vae, ()),
+        (train_text, ()),
+        (train_dit, ("--start-from", "nano", *CHECKPOINT)),
+        (distill, ("nocfg", "--teacher", "nano", "--clips", "clips", *CHECKPOINT)),
+    ],
+)
+def test_a_stage_does_not_begin_in_another_ones_folder_nor_take_a_checkpoints_name(
+    monkeypatch, tmp_path, stage, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    several = stage in (train_vae, train_text)  # runs below the folder, and not one in it
+    tiny_run(tmp_path / "a" if several else tmp_path / "a" / "frames", stop_after=2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "origin.txt").touch()
+    before = set(tmp_path.rglob("*"))
+    for folder, words in (
+        ("a", "is the run of another stage" if several else "holds other runs"),
+        ("b", "holds clips"),
+        ("nano", "would hide the checkpoint of that name"),
+    ):
+        monkeypatch.setattr("sys.argv", ["stage", *arguments, "--folder", folder])
+        with pytest.raises(ValueError, match=f"--folder {folder} {words}.*: take another"):
+            stage.main()
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
@@ -637,10 +686,14 @@ def test_the_vaes_loss_is_what_it_is_by_hand():
     video = torch.full((2, 3, 1, 8, 8), -1.0)
     video[:, :, :, 3, 5] = 1.0
     error = 0.1 * torch.randn(video.shape)
-    stub = SimpleNamespace(
-        encode=lambda video: Posterior(mean, logvar), decode=lambda z: video + error * z.isfinite().all()
-    )
-    value, figures = train_vae.vae_loss(stub, video, torch.randn(mean.shape))
+    noise = torch.randn(mean.shape)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        torch.testing.assert_close(z, mean + (logvar / 2).exp() * noise)
+        return video + error
+
+    stub = SimpleNamespace(encode=lambda video: Posterior(mean, logvar), decode=decode)
+    value, figures = train_vae.vae_loss(stub, video, noise)
 
     e = error.numpy()[:, :, 0].astype(np.float64)
     weights = np.ones((2, 1, 8, 8))
@@ -778,6 +831,14 @@ def test_clips_are_not_drawn_into_a_folder_of_something_else(vae, tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["somebody's"]
 
 
+def test_clips_that_were_cut_short_are_refused(vae, tmp_path):
+    ClipStore(tmp_path, vae, num_frames=5).fill(8)
+    with (tmp_path / "latents.f16").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="latents.f16 has 1,000 bytes in place of .*: remove it"):
+        ClipStore(tmp_path, vae, num_frames=5)
+
+
 def test_a_full_disk_is_said_and_does_not_kill_the_process(vae, tmp_path, monkeypatch):
     store = ClipStore(tmp_path, vae, num_frames=5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
@@ -795,8 +856,8 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     with torch.no_grad():
         other.quant_conv.bias += 1
     for options in ({"seed": 5}, {"num_frames": 9}, {"vae": other}):
-        with pytest.raises(ValueError, match="world, a VAE or a number of frames that has changed"):
+        with pytest.raises(ValueError, match="another world, VAE or number of frames: name another folder"):
             ClipStore(tmp_path, **{"vae": vae, "num_frames": 5} | options)
     (tmp_path / "origin.txt").unlink()  # as folders were that only knew their world
-    with pytest.raises(ValueError, match="has changed since: remove that folder"):
+    with pytest.raises(ValueError, match="another world, VAE or number of frames: name another folder"):
         ClipStore(tmp_path, vae, num_frames=5)

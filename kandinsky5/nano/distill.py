@@ -17,9 +17,9 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import CLIPS_AT_MOST, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
+from kandinsky5.nano.train_dit import CLIPS_AT_MOST, GOES_ON, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
-from kandinsky5.nano.train_vae import as_checkpoint, load_vae
+from kandinsky5.nano.train_vae import as_checkpoint, check_folder, load_vae
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.train import (
@@ -74,6 +74,7 @@ def main() -> None:
     if steps < 1 or arguments.seed < 0:
         parser.error(f"--steps {steps} must be at least 1 and --seed {arguments.seed} at least 0")
     recipe = replace(recipe, steps=steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
+    check_folder(arguments.folder, holds_runs=False)
     vae = load_vae(arguments.vae)
     text_encoder = load_text_encoder(arguments.text)
     teacher, checkpoint = load_dit(arguments.teacher), as_checkpoint(arguments.teacher)
@@ -220,5 +221,5 @@ def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line():
+    with refusals_in_one_line(GOES_ON):
         main()

@@ -7,6 +7,7 @@ The judge's tables go into the cards if they are there: `judge_NAME.json` in the
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import shutil
@@ -61,6 +62,8 @@ def main() -> None:
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
             judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
+            if judged and not judged.is_file():
+                print(f"there is no {judged}: the card of {name} says that it is not judged yet", file=sys.stderr)
             try:
                 export(name, arguments.runs / run, arguments.vae, arguments.text, new)
                 before = stages_before(name, arguments.runs, arguments.vae, arguments.text)
@@ -157,8 +160,8 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
     if name == "nano":
         parts = {"VAE": vae_run, "text encoders": text_run}
         told += [f"{part} as in {source}" for part, source in parts.items() if is_checkpoint(source)]
-        origin = load_origin(runs / RUNS[name])
-        told += [f"the DiT began with {origin}"] if origin else []
+        origin = Path(load_origin(runs / RUNS[name])).name
+        told += [f"the DiT began with {origin}"] if origin and not (runs / START / "state.pt").is_file() else []
     return BEFORE[name] + (f" ({'; '.join(told)})" if told else "")
 
 
@@ -216,7 +219,9 @@ def describe_exam(name: str, judged: Path, folder: Path) -> str:
 
 def describe_answers(name: str, judged: Path, folder: Path, full_attention: bool) -> str:
     """One file of answers as a table, below the command that gives them; ValueError as in `describe_exam`."""
-    document = json.loads(judged.read_text(encoding="utf-8"))
+    document = None
+    with contextlib.suppress(json.JSONDecodeError):
+        document = json.loads(judged.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not document.keys() >= {"settings", "sets"}:
         raise ValueError(f"{judged} holds no answers of the judge: remove it, or judge {name} once more")
     settings = document["settings"]

@@ -7,7 +7,7 @@ sizes). `score` then says which words of a caption are true. A clip that is not 
 an object that vanishes, changes or jumps about) fails in at least one of them. It does not see what is thinner than
 three pixels, such as a line across the background; nor, half of the times, a patch of 4 × 5; nor a ghost, so pale that
 it is less than 65 from what should be there, in RGB of 0 to 255; nor that an even motion rests for a third of the time
-or is jerky: frames exchanged in pairs, or four places with four frames each, pass for it.
+or is jerky: frames exchanged in pairs, or four in a row that stand still, pass for it.
 
     python -m kandinsky5.nano.judge CHECKPOINT --prompts 300
 
@@ -319,8 +319,7 @@ def _is_so(relation: str, first: tuple[float, float], second: tuple[float, float
 
 # ---------------------------------------------------------------------------------------------- examination
 
-# Scenes are of [JUDGE_SEED, set, index]. It was drawn on after the last change of any model: to train, to tune or to
-# choose, take another first number.
+# Scenes are of [JUDGE_SEED, set, index]. No model was trained, tuned or chosen on them: for that, take another number.
 JUDGE_SEED = 20_261_130
 FIRST_FRAME_LOSS = 1.5  # dB by which the first frame may be worse than the VAE's own reconstruction of the image
 
@@ -486,7 +485,8 @@ def _percent(summary: dict, answer: str) -> str:
 def main(arguments: list[str] | None = None, load: Callable | None = None) -> None:
     """The command line; `load` stands in for `Pipeline.load` in tests.
 
-    ValueError for --full-attention without NABLA, OSError where the answers cannot be written.
+    ValueError for a run that was not exported and for --full-attention without NABLA, OSError where the answers cannot
+    be written.
     """
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -525,6 +525,8 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     for option, count in counts.items():
         if count is not None and count < 1:
             parser.error(f"{option} {count} must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} must be at least 0")
     if args.output and Path(args.output).suffix not in ("", ".json"):
         parser.error(f"-o {args.output}: the answers are a .json file, with a .md beside it")
 

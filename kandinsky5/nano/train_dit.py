@@ -11,6 +11,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,11 +29,12 @@ from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano import presets
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.train_text import LANGUAGES, load_text_encoder
-from kandinsky5.nano.train_vae import as_checkpoint, draw_videos, load_vae, single_frame
+from kandinsky5.nano.train_vae import as_checkpoint, check_folder, draw_videos, load_vae, single_frame
 from kandinsky5.nano.world import Caption, Scene, caption, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.train import (
+    GOES_ON,
     FlowBatch,
     FlowTimes,
     Recipe,
@@ -59,6 +61,7 @@ LAST_TIMES = FlowTimes("logit-normal", mean=0.0, std=1.6)  # 56 % from 0.15 to 0
 BATCH = 48
 FIRST_FRAME_GIVEN, PROMPT_DROPPED = 0.3, 0.1
 CLIPS_AT_FIRST, CLIPS_A_STEP, CLIPS_AT_MOST = 8000, 1, 80_000
+GOES_ON += "; clips that were drawn are kept"
 CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during training
 
 
@@ -97,14 +100,15 @@ def main() -> None:
     if min(steps, cycles) < 1 or arguments.seed < 0:
         parser.error(f"--steps {steps} and --cycles {cycles} must be at least 1, --seed {arguments.seed} at least 0")
     recipe = replace(recipe, steps=steps, cycles=cycles, seed=arguments.seed, checkpointing=arguments.checkpointing)
-    vae = load_vae(arguments.vae)
+    check_folder(arguments.folder, holds_runs=False)
+    vae, text_encoder = load_vae(arguments.vae), load_text_encoder(arguments.text)
     torch.manual_seed(recipe.seed)
     dit = DiT(presets.DIT)
     if arguments.start_from:
         dit.load_state_dict(load_dit(arguments.start_from).state_dict())
     clips = ClipStore(arguments.clips or arguments.folder / "clips", vae)
     origin = str(arguments.start_from or "")
-    train_dit(arguments.folder, dit, clips, load_text_encoder(arguments.text), recipe, times, origin)
+    train_dit(arguments.folder, dit, clips, text_encoder, recipe, times, origin)
 
 
 def load_dit(source: Path) -> DiT:
@@ -186,7 +190,7 @@ def loss_by_time(predicted: Tensor, batch: FlowBatch) -> dict[str, float]:
     predicted: velocity (B, T, H, W, C). A part that no sample of the batch falls into is left out.
     """
     asked = batch.asked.expand_as(batch.velocity).flatten(1)
-    each = ((predicted.float() - batch.velocity).square().flatten(1) * asked).sum(dim=1) / asked.sum(dim=1)  # (B,)
+    each = ((predicted - batch.velocity).square().flatten(1) * asked).sum(dim=1) / asked.sum(dim=1)  # (B,)
     parts = {"loss_noise": batch.t > 0.8, "loss_data": batch.t < 0.4}
     return {name: float(each[where].mean()) for name, where in parts.items() if where.any()}
 
@@ -212,12 +216,13 @@ class ClipStore:
         self._check_origin(origin)
         self.count = self._read_count()
         T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
-        self.records = np.memmap(
-            path,
-            dtype=np.float16,
-            mode="r+" if path.is_file() else "w+",
-            shape=(CLIPS_AT_MOST, T + 1, side, side, vae.config.latent_channels),
-        )
+        shape = (CLIPS_AT_MOST, T + 1, side, side, vae.config.latent_channels)
+        if path.is_file() and path.stat().st_size != 2 * math.prod(shape):
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes in place of {2 * math.prod(shape):,}: remove it, and the "
+                "clips will be drawn and encoded again"
+            )
+        self.records = np.memmap(path, dtype=np.float16, mode="r+" if path.is_file() else "w+", shape=shape)
 
     def scene(self, index: int) -> Scene:
         """What clip `index` shows; it follows from the store's seed."""
@@ -268,8 +273,8 @@ class ClipStore:
             write_text(path, origin.hexdigest())
         if not path.is_file() or path.read_text() != origin.hexdigest():
             raise ValueError(
-                f"the latents in {path.parent} are of a world, a VAE or a number of frames that has changed since: "
-                "remove that folder, the clips will be drawn and encoded again"
+                f"the latents in {path.parent} are of another world, VAE or number of frames: name another folder for "
+                "clips, or the VAE of these; if nothing needs them, remove it, and they will be drawn and encoded again"
             )
 
     def _check_free_space(self) -> None:
@@ -345,5 +350,5 @@ def draw_test(index: int, num_objects: int) -> tuple[Scene, Caption]:
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line():
+    with refusals_in_one_line(GOES_ON):
         main()

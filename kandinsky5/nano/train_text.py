@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kandinsky5.clip import CLIPText
 from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_vae import as_checkpoint, draw_videos, refuse_other_stages
+from kandinsky5.nano.train_vae import as_checkpoint, check_folder, draw_videos
 from kandinsky5.nano.world import (
     COLOURS,
     MOTIONS,
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
-    refuse_other_stages(folder)
+    check_folder(folder, holds_runs=True)
     if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
         train_tokenizers(folder)
     train_qwen(folder)

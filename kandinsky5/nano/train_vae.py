@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
     folder = parser.parse_args().folder
-    refuse_other_stages(folder)
+    check_folder(folder, holds_runs=True)
     if not (folder / "standardised" / "state.pt").is_file():
         vae = train_clips(folder / "clips", train_frames(folder / "frames"))
         save_average(standardise(vae), folder / "standardised")
@@ -56,10 +56,16 @@ def main() -> None:
     print(test(vae, folder / "decoder", DECODER_RECIPE.steps, count=300))
 
 
-def refuse_other_stages(folder: Path) -> None:
-    """ValueError where `folder` is itself a run: VAE and text encoders have theirs in folders below it."""
-    if (folder / "state.pt").is_file():
-        raise ValueError(f"--folder {folder} is the run of another stage: name a new one, or this stage's own")
+def check_folder(folder: Path, holds_runs: bool) -> None:
+    """ValueError where `folder` is of something else: it is to be a run itself or, as here, a place of several."""
+    if str(folder) in presets.PRESETS:
+        raise ValueError(f"--folder {folder} would hide the checkpoint of that name: take another")
+    if (folder / "origin.txt").is_file():
+        raise ValueError(f"--folder {folder} holds clips, which any stage may read: take another for the run")
+    if holds_runs and (folder / "loss.csv").is_file():
+        raise ValueError(f"--folder {folder} is the run of another stage: take another, or this stage's own")
+    if not holds_runs and any(folder.glob("*/loss.csv")):
+        raise ValueError(f"--folder {folder} holds other runs: take another, such as {folder / 'dit'}")
 
 
 def is_checkpoint(source: Path) -> bool:
