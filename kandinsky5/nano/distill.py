@@ -17,7 +17,7 @@ from torch import Tensor
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_dit import CLIPS_AT_MOST, GOES_ON, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
+from kandinsky5.nano.train_dit import CLIPS_AT_MOST, STOPPED, TIMES, ClipStore, draw_batch, encode_text, load_dit, test
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import as_checkpoint, check_folder, load_vae
 from kandinsky5.sampler import flow_schedule
@@ -221,5 +221,5 @@ def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line(GOES_ON):
+    with refusals_in_one_line(STOPPED):
         main()

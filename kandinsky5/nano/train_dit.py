@@ -61,7 +61,7 @@ LAST_TIMES = FlowTimes("logit-normal", mean=0.0, std=1.6)  # 56 % from 0.15 to 0
 BATCH = 48
 FIRST_FRAME_GIVEN, PROMPT_DROPPED = 0.3, 0.1
 CLIPS_AT_FIRST, CLIPS_A_STEP, CLIPS_AT_MOST = 8000, 1, 80_000
-GOES_ON += "; clips that were drawn are kept"
+STOPPED = f"{GOES_ON}; clips that were drawn are kept"
 CLIP_SEED, TEST_SEED = 4, 2 * 10**6  # of the scenes: training, samples during training
 
 
@@ -350,5 +350,5 @@ def draw_test(index: int, num_objects: int) -> tuple[Scene, Caption]:
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line(GOES_ON):
+    with refusals_in_one_line(STOPPED):
         main()
