@@ -30,7 +30,7 @@ from kandinsky5.offload import MODES as OFFLOAD
 from kandinsky5.pipeline import SHIPPED, find_checkpoint
 from kandinsky5.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
 from kandinsky5.rope import scale_for_size
-from kandinsky5.text_encoder import TextEncoder
+from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
 
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
             "step_skipping": False, "dtype": "bfloat16", "attention": "auto",
@@ -134,12 +134,14 @@ def note_other_size(size: tuple[int, ...], checkpoint: str, config: PipelineConf
         )
 
 
-def note_long_prompt(prompt: str, text_encoder: TextEncoder, most: int = 256) -> None:
+def note_long_prompt(prompt: str, text_encoder: TextEncoder) -> None:
     """A line on stderr where Qwen does not read the whole prompt."""
     empty, whole = (len(text_encoder.qwen_ids(text, sys.maxsize)) for text in ("", prompt))
-    cut = whole - empty - most
+    cut = whole - empty - MAX_TOKENS
     if cut > 0:
-        print(f"note: of a prompt {most} tokens are read, and this one has {cut} more: shorten it", file=sys.stderr)
+        print(
+            f"note: of a prompt {MAX_TOKENS} tokens are read, and this one has {cut} more: shorten it", file=sys.stderr
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ SETTINGS = {  # what differs from 50 steps, all computed
     "18 steps": {"num_inference_steps": 18},
     "15 steps": {"num_inference_steps": 15},
 }
-SET, SEED = "seen, English", 20_260_000  # of the judge's questions
+SET, SEED = "seen, English", 20_260_000  # of the judge's questions; the seed of the results that are there
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from kandinsky5.heap import keep_freed_memory
 from kandinsky5.offload import awake, check_mode, rest
 from kandinsky5.qwen import Qwen
 from kandinsky5.rope import scale_for_size
-from kandinsky5.text_encoder import TextEncoder, TextFeatures
+from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE
 
@@ -127,7 +127,7 @@ class Pipeline:
         seed: int = 0,
         latents: Tensor | None = None,
         num_videos_per_prompt: int = 1,
-        max_sequence_length: int = 256,
+        max_sequence_length: int = MAX_TOKENS,
         output_type: str = "uint8",
         callback: Callable[[int, float, Tensor], Tensor | bool | None] | None = None,
         progress: bool = True,
@@ -447,7 +447,7 @@ def _check_counts(
         raise ValueError(f"num_videos_per_prompt {num_videos}: it must be at least 1 and at most 10,000")
     if max_sequence_length < 1:
         raise ValueError(
-            f"max_sequence_length {max_sequence_length}: it must be at least 1; the models were trained with 256"
+            f"max_sequence_length {max_sequence_length}: it must be at least 1; the models know {MAX_TOKENS}"
         )
     if output_type not in ("uint8", "float", "latents"):
         raise ValueError(f"output_type {output_type!r}: choose uint8, float or latents")

@@ -17,6 +17,8 @@ from kandinsky5.config import TextConfig
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import Tokenizer
 
+MAX_TOKENS = 256  # of Qwen's that are read of a prompt; the models were trained with so many
+
 
 class TextFeatures(NamedTuple):
     """What the DiT is told about B prompts."""
@@ -61,7 +63,7 @@ class TextEncoder(nn.Module):
             )
 
     @torch.inference_mode()
-    def encode(self, prompts: list[str], max_sequence_length: int = 256) -> TextFeatures:
+    def encode(self, prompts: list[str], max_sequence_length: int = MAX_TOKENS) -> TextFeatures:
         """Features of B prompts; each is cut after `max_sequence_length` Qwen tokens (and 77 of CLIP).
 
         A prompt in a batch gets what it gets alone: Qwen is causal and padding stands on the right, where the mask

@@ -64,6 +64,7 @@ class Recipe:
     bf16: bool = True  # autocast; on a CPU with avx512_bf16 a 3-D conv gains 20×, a Linear 3×
     checkpointing: bool = False  # of a DiT's visual blocks: less memory, a third more work, the same result
     seed: int = 0
+    origin: str = ""  # where the weights come from, in words; empty where they are random and any will do
 
 
 def train(
@@ -77,21 +78,18 @@ def train(
     save_seconds: float = 60,
     stop_after: int | None = None,
     progress: bool = True,
-    origin: str = "",
 ) -> Model:
     """Train `model` in place; returns a copy of it with the averaged weights.
 
     loss: seed → a scalar and figures for the log; it uses no other randomness than what it derives from the seed.
     folder: of the run. `state.pt` is all that is needed to go on, `loss.csv` and `loss.png` are the curves. If
         there is a state already the run goes on from it, with exactly the result of a run that was never cut;
-        ValueError where that had another recipe or another origin, where another process is training in it, or
-        where anything but a DiT is to checkpoint gradients.
+        ValueError where that had another recipe or, if the recipe names an origin, other weights to begin with,
+        where another process is training in it, or where anything but a DiT is to checkpoint gradients.
     sample: called with the averaged model every `sample_every` steps; its figures go to `samples.csv`.
     log_every: steps a row of the log averages over. The state is saved with a row, every `save_seconds`.
     stop_after: leave after this step as if cut off (the schedule is still the recipe's).
     progress: show steps, rate, time left and loss.
-    origin: where `model` has its weights from, in words, for the model card; a run goes on from the same weights
-        only, unless they are random: then from any.
     """
     forget_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if recipe.checkpointing:
@@ -104,8 +102,8 @@ def train(
     with locked(folder, f"another process trains in {folder}: wait for it, stop it, or name another folder"):
         average = copy.deepcopy(model).eval().requires_grad_(False)
         optimizers = build_optimizers(model, recipe)
-        beginning = {"origin": origin, "began_with": digest(model) if origin else ""}
-        step, seconds = load_state(folder / "state.pt", model, average, optimizers, recipe, beginning["began_with"])
+        began_with = digest(model) if recipe.origin else ""
+        step, seconds = load_state(folder, model, average, optimizers, recipe, began_with)
         for name in ("loss.csv", "samples.csv"):
             drop_rows_after(folder / name, step)
         began = saved = time.monotonic()
@@ -148,7 +146,7 @@ def train(
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 rows = []
                 if time.monotonic() - saved > save_seconds or step == last:
-                    save_state(folder / "state.pt", model, average, optimizers, recipe, step, seconds, beginning)
+                    save_state(folder, model, average, optimizers, recipe, began_with, step, seconds)
                     plot_losses(folder / "loss.csv", folder / "loss.png")
                     saved = time.monotonic()
         bar.close()
@@ -385,60 +383,61 @@ def gradient_checkpointing(model: DiT) -> Iterator[None]:
 
 
 def save_state(
-    path: Path,
+    folder: Path,
     model: nn.Module,
     average: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     recipe: Recipe,
+    began_with: str,
     step: int,
     seconds: float,
-    beginning: dict[str, str],
 ) -> None:
-    """All that a run is made of, in one file that is never half written; `beginning`: where it had its weights from."""
-    state = beginning | {
+    """All that a run is made of, in one file that is never half written."""
+    state = {
         "step": step,
         "seconds": seconds,
         "recipe": asdict(recipe),
+        "began_with": began_with,
         "model": model.state_dict(),
         "average": average.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    _save(state, path)
+    _save(state, folder / "state.pt")
 
 
 def load_state(
-    path: Path,
+    folder: Path,
     model: nn.Module,
     average: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     recipe: Recipe,
     began_with: str,
 ) -> tuple[int, float]:
-    """Fill them from `path`, if there is such a file; returns (step, seconds) or (0, 0.0).
+    """Fill them with the state in `folder`, if there is one; returns (step, seconds) or (0, 0.0).
 
     ValueError if the state is of a run with another recipe, or one that `began_with` weights of another `digest`:
     neither could go on as if never cut. Checkpointing changes nothing, and more cycles begin where the fewer end.
     """
+    path = folder / "state.pt"
     if not path.is_file():
         return 0, 0.0
-    state = _load(path.parent, _device(model))
+    state = _load(folder, _device(model))
     if "model" not in state:
         raise ValueError(f"{path} holds finished weights and no run that could go on: take another folder")
     saved = asdict(recipe) | state.get("recipe", {})  # states of before there was one are taken as they are
     differences = ", ".join(
         f"{name} {saved[name]} and not {value}"
         for name, value in asdict(recipe).items()
-        if name not in ("checkpointing", "cycles") and saved[name] != value
+        if name not in ("checkpointing", "cycles", "origin") and saved[name] != value
     )
     if differences:
         raise ValueError(
-            f"the run in {path.parent} was begun with {differences}: go on with the same, or take another folder"
+            f"the run in {folder} was begun with {differences}: go on with the same, or take another folder"
         )
     if state.get("began_with", "") != began_with:
-        start = f"with what {state['origin']} was then" if state.get("origin") else "at random"
+        start = f"with what {state['recipe']['origin']} was then" if state.get("began_with") else "at random"
         raise ValueError(
-            f"the run in {path.parent} began {start}, and not with these weights: go on from the same, or take another "
-            "folder"
+            f"the run in {folder} began {start}, and not with these weights: take those, or another folder"
         )
     fill(model, state["model"], path)
     fill(average, state["average"], path)
@@ -461,11 +460,6 @@ def load_recipe(folder: str | Path) -> Recipe:
     if "recipe" not in state:
         raise ValueError(f"the run in {folder} does not say its recipe: run its stage once more, which writes it down")
     return Recipe(**state["recipe"])
-
-
-def load_origin(folder: str | Path) -> str:
-    """Where `train` was told that the run in `folder` had its weights from, or ""; FileNotFoundError without a run."""
-    return _load(folder).get("origin", "")
 
 
 def load_progress(folder: str | Path) -> tuple[int, float]:

@@ -28,7 +28,7 @@ from kandinsky5 import PRESETS
 from kandinsky5.clip import CLIPText
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.magcache import __main__ as magcache
-from kandinsky5.nano import judge, presets
+from kandinsky5.nano import distill, judge, presets, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
 from kandinsky5.qwen import Qwen
 from kandinsky5.vae import VAE
@@ -110,6 +110,19 @@ def test_the_table_of_nano_shows_what_the_judge_found():
         rates = [f"{100 * judged[s]['answers']['all']['rate']:.1f}" if s in judged else "–" for s in sets]
         (row,) = re.findall(rf"^\| `{name}` \| .*$", README, re.MULTILINE)
         assert f"| {' | '.join(rates)} |" in row, name
+
+
+def test_the_table_of_stages_has_the_steps_of_the_recipes():
+    start, dit = train_dit.RECIPE, train_dit.LAST_RECIPE
+    steps = {
+        "vae": (train_vae.FRAMES_RECIPE, train_vae.CLIPS_RECIPE, train_vae.DECODER_RECIPE),
+        "text": (train_text.QWEN_RECIPE, train_text.CLIP_RECIPE),
+        "start": (start,),
+    } | {stage: (recipe,) for stage, recipe in distill.RECIPES.items()}
+    cells = {stage: " + ".join(f"{recipe.steps:,}" for recipe in recipes) for stage, recipes in steps.items()}
+    cells["dit"] = f"{dit.cycles} × {dit.steps:,}"
+    rows = re.findall(r"^\| `make (\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", README, re.MULTILINE)
+    assert dict(rows) == cells
 
 
 def test_what_is_said_of_nano_is_what_the_judge_found():

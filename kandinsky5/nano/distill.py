@@ -73,7 +73,8 @@ def main() -> None:
     steps = recipe.steps if arguments.steps is None else arguments.steps
     if steps < 1 or arguments.seed < 0:
         parser.error(f"--steps {steps} must be at least 1 and --seed {arguments.seed} at least 0")
-    recipe = replace(recipe, steps=steps, seed=arguments.seed, checkpointing=arguments.checkpointing)
+    options = {"steps": steps, "seed": arguments.seed, "checkpointing": arguments.checkpointing}
+    recipe = replace(recipe, **options, origin=str(arguments.teacher))
     check_folder(arguments.folder, holds_runs=False)
     vae = load_vae(arguments.vae)
     text_encoder = load_text_encoder(arguments.text)
@@ -83,23 +84,16 @@ def main() -> None:
     folder, config = arguments.folder, CONFIGS[arguments.stage]
     clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
     stages = {"nocfg": distill, "distilled": distill, "long": train_long, "sparse": train_sparse}
-    stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe, str(arguments.teacher))
+    stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe)
 
 
 def distill(
-    folder: Path,
-    config: PipelineConfig,
-    teacher: DiT,
-    clips: ClipStore,
-    text_encoder: TextEncoder,
-    recipe: Recipe,
-    origin: str = "",
+    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
 ) -> DiT:
     """Train a copy of `teacher` to answer in one pass what the teacher answers in more; returns its average.
 
     With the configuration of nano-nocfg these are the two passes of guidance, at any time. With that of
     nano-distilled16steps they are three steps of a teacher that needs no guidance, at one of the sixteen times.
-    origin: where the teacher is from, in words, here and in the other stages.
     """
     torch.manual_seed(recipe.seed)
     student = start_from(teacher, config)
@@ -123,23 +117,14 @@ def distill(
             predicted = ask(student, batch.x, batch.t, features)
         return flow_loss(predicted, target, batch.asked), {}
 
-    sample = _sampler(config, clips.vae, text_encoder, folder)
-    return train(student, loss, recipe, folder, sample, sample_every=400, origin=origin)
+    return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=400)
 
 
 def train_long(
-    folder: Path,
-    config: PipelineConfig,
-    teacher: DiT,
-    clips: ClipStore,
-    text_encoder: TextEncoder,
-    recipe: Recipe,
-    origin: str = "",
+    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
 ) -> DiT:
     """Go on from `teacher` with clips of 33 frames of 128 × 128, through NABLA; returns the average."""
     torch.manual_seed(recipe.seed)
-    rope_scale = config.sampling.rope_scale
-    assert rope_scale, config
     dit = start_from(teacher, config)
     nothing = encode_text(text_encoder, [""])
 
@@ -147,21 +132,15 @@ def train_long(
         available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_A_STEP * seed[1], CLIPS_AT_MOST)
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, nothing, batch_size=LONG_BATCH)
         with autocast_dit(dit):
-            predicted = ask(dit, batch.x, batch.t, features, rope_scale)
+            predicted = _ask_long(dit, batch, features, config)
         return flow_loss(predicted, batch.velocity, batch.asked), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
-    return train(dit, loss, recipe, folder, sample, sample_every=800, origin=origin)
+    return train(dit, loss, recipe, folder, sample, sample_every=800)
 
 
 def train_sparse(
-    folder: Path,
-    config: PipelineConfig,
-    teacher: DiT,
-    clips: ClipStore,
-    text_encoder: TextEncoder,
-    recipe: Recipe,
-    origin: str = "",
+    folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
 ) -> DiT:
     """Train a copy of `teacher` to answer through NABLA what the teacher answers with full attention.
 
@@ -170,8 +149,6 @@ def train_sparse(
     forgotten. Returns the average.
     """
     torch.manual_seed(recipe.seed)
-    rope_scale = config.sampling.rope_scale
-    assert rope_scale, config
     student = start_from(teacher, config)
     full = copy.copy(student)  # the same weights
     full.config = teacher.config
@@ -181,15 +158,15 @@ def train_sparse(
         arguments = (seed, student, clips, SPARSE_CLIPS, text_encoder, nothing, LONG_BATCH, SPARSE_TIMES.sample)
         batch, features = draw_batch(*arguments, prompt_dropped=SPARSE_PROMPT_DROPPED)
         with torch.no_grad(), autocast_dit(teacher):
-            target = ask(teacher, batch.x, batch.t, features, rope_scale)
+            target = _ask_long(teacher, batch, features, config)
         asked = full if seed[1] % 3 == 2 else student
         with autocast_dit(asked):
-            predicted = ask(asked, batch.x, batch.t, features, rope_scale)
+            predicted = _ask_long(asked, batch, features, config)
         value = flow_loss(predicted, target, batch.asked)
         return value, {"loss_full" if asked is full else "loss_nabla": float(value.detach())}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
-    return train(student, loss, recipe, folder, sample, sample_every=800, origin=origin)
+    return train(student, loss, recipe, folder, sample, sample_every=800)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
@@ -197,6 +174,12 @@ def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
     student = DiT(config.dit)
     student.load_state_dict(teacher.state_dict())
     return student
+
+
+def _ask_long(dit: DiT, batch: FlowBatch, features: TextFeatures, config: PipelineConfig) -> Tensor:
+    """What `dit` answers at positions that are scaled, as sampling of clips of this size scales them."""
+    assert config.sampling.rope_scale, config
+    return ask(dit, batch.x, batch.t, features, config.sampling.rope_scale)
 
 
 def _several_steps(teacher: DiT, batch: FlowBatch, features: TextFeatures, schedule: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import is_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
-from kandinsky5.train import load_average, load_origin, load_progress, load_recipe, refusals_in_one_line
+from kandinsky5.train import load_average, load_progress, load_recipe, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
 START, LONG = "start", "long"  # the runs that dit and sparse go on from
@@ -160,7 +160,7 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
     if name == "nano":
         parts = {"VAE": vae_run, "text encoders": text_run}
         told += [f"{part} as in {source}" for part, source in parts.items() if is_checkpoint(source)]
-        origin = Path(load_origin(runs / RUNS[name])).name
+        origin = Path(load_recipe(runs / RUNS[name]).origin).name
         told += [f"the DiT began with {origin}"] if origin and not (runs / START / "state.pt").is_file() else []
     return BEFORE[name] + (f" ({'; '.join(told)})" if told else "")
 

@@ -40,6 +40,7 @@ from kandinsky5.train import (
     Recipe,
     ask,
     autocast_dit,
+    digest,
     drop_condition,
     flow_batch,
     flow_loss,
@@ -99,7 +100,8 @@ def main() -> None:
     cycles = recipe.cycles if arguments.cycles is None else arguments.cycles
     if min(steps, cycles) < 1 or arguments.seed < 0:
         parser.error(f"--steps {steps} and --cycles {cycles} must be at least 1, --seed {arguments.seed} at least 0")
-    recipe = replace(recipe, steps=steps, cycles=cycles, seed=arguments.seed, checkpointing=arguments.checkpointing)
+    options = {"steps": steps, "cycles": cycles, "seed": arguments.seed, "checkpointing": arguments.checkpointing}
+    recipe = replace(recipe, **options, origin=str(arguments.start_from or ""))
     check_folder(arguments.folder, holds_runs=False)
     vae, text_encoder = load_vae(arguments.vae), load_text_encoder(arguments.text)
     torch.manual_seed(recipe.seed)
@@ -107,8 +109,7 @@ def main() -> None:
     if arguments.start_from:
         dit.load_state_dict(load_dit(arguments.start_from).state_dict())
     clips = ClipStore(arguments.clips or arguments.folder / "clips", vae)
-    origin = str(arguments.start_from or "")
-    train_dit(arguments.folder, dit, clips, text_encoder, recipe, times, origin)
+    train_dit(arguments.folder, dit, clips, text_encoder, recipe, times)
 
 
 def load_dit(source: Path) -> DiT:
@@ -127,15 +128,9 @@ def load_dit(source: Path) -> DiT:
 
 
 def train_dit(
-    folder: Path,
-    dit: DiT,
-    clips: "ClipStore",
-    text_encoder: TextEncoder,
-    recipe: Recipe,
-    times: FlowTimes,
-    origin: str = "",
+    folder: Path, dit: DiT, clips: "ClipStore", text_encoder: TextEncoder, recipe: Recipe, times: FlowTimes
 ) -> DiT:
-    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights. origin: where `dit` is from."""
+    """Train `nano` in `folder`, or go on; returns the DiT with averaged weights."""
     nothing = encode_text(text_encoder, [""])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -149,7 +144,7 @@ def train_dit(
     def sample(dit: DiT, step: int) -> dict[str, float]:
         return test(presets.NANO, dit, clips.vae, text_encoder, folder / f"sample_{step:06d}.png")
 
-    return train(dit, loss, recipe, folder, sample=sample, sample_every=2000, origin=origin)
+    return train(dit, loss, recipe, folder, sample=sample, sample_every=2000)
 
 
 def draw_batch(
@@ -267,8 +262,7 @@ class ClipStore:
         for scene in scenes:
             origin.update(draw_scene(scene, 3, self.size, self.size).tobytes())
         for part in (self.vae.encoder, self.vae.quant_conv):
-            for weight in part.state_dict().values():
-                origin.update(weight.float().numpy().tobytes())
+            origin.update(digest(part).encode())
         if not (path.parent / "latents.f16").is_file():
             write_text(path, origin.hexdigest())
         if not path.is_file() or path.read_text() != origin.hexdigest():
