@@ -239,10 +239,12 @@ def test_a_run_does_not_go_on_from_other_weights(tmp_path):
         nn.init.constant_((model := nn.Linear(2, 1)).weight, start)
         nn.init.zeros_(model.bias)
         loss = lambda seed: (model(torch.ones(1, 2)).sum(), {})  # noqa: E731
-        train(model, loss, Recipe(4, origin=origin), tmp_path / origin, stop_after=2, progress=False)
+        folder = tmp_path / origin.split("/")[-1]
+        train(model, loss, Recipe(4, origin=origin), folder, stop_after=2, progress=False)
 
     for _ in range(2):
         run(1.0, "one")
+        run(1.0, "./one")  # the same, said otherwise
         run(1.0, "")
         run(2.0, "")  # as if at random: any will do
     assert training.load_recipe(tmp_path / "one").origin == "one"
