@@ -22,14 +22,15 @@ from pathlib import Path
 import torch
 
 import kandinsky5
-from kandinsky5 import Pipeline, magcache, preview, video_io
+from kandinsky5 import Pipeline, video_io
 from kandinsky5.attention import KERNELS
 from kandinsky5.checkpoint import fingerprint
 from kandinsky5.config import PipelineConfig
-from kandinsky5.offload import MODES as OFFLOAD
+from kandinsky5.extras import magcache, preview
+from kandinsky5.extras.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
 from kandinsky5.pipeline import SHIPPED, find_checkpoint
-from kandinsky5.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
 from kandinsky5.rope import scale_for_size
+from kandinsky5.runtime.offload import MODES as OFFLOAD
 from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
 
 DEFAULTS = {"checkpoint": "nano", "image": None, "seed": 0, "schedule": "official", "quality": 8.0,
@@ -206,7 +207,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="pull to the prompt; 1: none, half the time")
     add("--shift", type=float, metavar="S", help="above 1, more of the steps go to the noisy end")
     add("--schedule", choices=["official", "diffusers"], help="spacing of the steps (default: official)")
-    skipping = "about half the time, not quite the same video; ratios: known, or of python -m kandinsky5.magcache"
+    skipping = (
+        "about half the time, not quite the same video; ratios: known, or of `kandinsky5.extras.magcache`"
+    )
     add("--step-skipping", nargs="?", const=True, type=file(".json"), metavar="RATIOS.json", help=skipping)
     add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
     add("--fps", type=int, metavar="N", help="frames per second of the file; changes the speed, not the frames")

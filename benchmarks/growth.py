@@ -33,8 +33,8 @@ from torch import Tensor
 from kandinsky5 import attention, nabla
 from kandinsky5.config import NablaConfig
 from kandinsky5.files import replacing, write_text
-from kandinsky5.heap import keep_freed_memory
 from kandinsky5.nabla import TILE
+from kandinsky5.runtime.heap import keep_freed_memory
 
 HEADS, HEAD_DIM, KEPT = 4, 64, 16
 TOKENS = [2**i for i in range(10, 17)]

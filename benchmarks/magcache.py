@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from compare import describe_machine  # noqa: E402
 
-from kandinsky5 import Pipeline, magcache  # noqa: E402
+from kandinsky5 import Pipeline  # noqa: E402
+from kandinsky5.extras import magcache  # noqa: E402
 from kandinsky5.files import write_text  # noqa: E402
 from kandinsky5.nano import judge  # noqa: E402
 from random_weights import relative_error  # noqa: E402

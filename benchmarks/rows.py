@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kandinsky5 import Pipeline, attention, checkpoint, nabla, offload, preview, vae_tiling
-from kandinsky5.compile import compile_models
+from kandinsky5 import Pipeline, attention, checkpoint, nabla, vae_tiling
 from kandinsky5.config import (
     NEGATIVE_PROMPT,
     CLIPConfig,
@@ -33,8 +32,11 @@ from kandinsky5.config import (
     VAEConfig,
 )
 from kandinsky5.dit import DiT
-from kandinsky5.heap import keep_freed_memory
+from kandinsky5.extras import preview
 from kandinsky5.pipeline import ONE_PASS
+from kandinsky5.runtime import offload
+from kandinsky5.runtime.compile import compile_models
+from kandinsky5.runtime.heap import keep_freed_memory
 from weights_convert import tables
 from weights_convert.read import write_json
 from weights_convert.sizes import to_their_config

@@ -21,16 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kandinsky5 import attention as attentions
-from kandinsky5 import checkpoint, magcache, sampler, vae_tiling, video_io
+from kandinsky5 import checkpoint, sampler, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
-from kandinsky5.compile import compile_models
 from kandinsky5.config import PipelineConfig, find_preset
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
-from kandinsky5.heap import keep_freed_memory
-from kandinsky5.offload import awake, check_mode, rest
+from kandinsky5.extras import magcache
 from kandinsky5.qwen import Qwen
 from kandinsky5.rope import scale_for_size
+from kandinsky5.runtime.compile import compile_models
+from kandinsky5.runtime.heap import keep_freed_memory
+from kandinsky5.runtime.offload import awake, check_mode, rest
 from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE

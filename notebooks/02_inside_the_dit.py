@@ -4,7 +4,7 @@
 # **At the end you will know what each part of a block does while a video is made (modulation, positions, attention,
 # residual stream), and will have broken some of them to see what for.**
 #
-# Everything is read off the running model with [`kandinsky5.inspect`](../kandinsky5/inspect.py), which hangs hooks on
+# Everything is read off the running model with [`kandinsky5.extras.probe`](../kandinsky5/extras/probe.py), which hangs hooks on
 # modules and takes them off again; the model's file, [`kandinsky5/dit.py`](../kandinsky5/dit.py), stays as it is. Keep it
 # open beside this notebook.
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from show import COLOURS, grid, label, picture, play
 
 from kandinsky5 import Pipeline, dit, sampler
-from kandinsky5.inspect import record, record_attention, weights
+from kandinsky5.extras.probe import record, record_attention, weights
 from kandinsky5.rope import apply_rope, build_angles, build_angles_3d, build_rotations
 
 pipe = Pipeline.load("nano")

@@ -26,14 +26,14 @@ from kandinsky5 import Pipeline
 from kandinsky5.dit import TimeEmbedder
 from kandinsky5.nano.judge import judge_clip, question, score, wilson
 from kandinsky5.sampler import euler_sample, flow_schedule, guided_velocity
-from kandinsky5.train import FlowTimes, Recipe, flow_loss, generator, read_rows, train
+from kandinsky5.training.loop import FlowTimes, Recipe, flow_loss, generator, read_rows, train
 
 # %% [markdown]
 # ## Train one
 #
 # Points on two half moons, two classes. The network is three Linears that get the point, the embedded time (that of the DiT)
 # and the class; class 2 means "not told", for guidance. Loop, times, loss and random numbers are those that train the DiT:
-# [`kandinsky5/train.py`](../kandinsky5/train.py).
+# [`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py).
 
 
 # %%
@@ -290,7 +290,7 @@ plt.show()
 # 10 fewer prompts are obeyed. One step is never enough, two seldom; with four about nine in ten of these prompts are, from eight on nearly all.
 #
 # The released *distilled* checkpoints need only 16 steps and no guidance: there the network was trained further to answer with
-# what many guided steps of its teacher do ([`kandinsky5/train.py`](../kandinsky5/train.py), `step_target`, `guided_target`).
+# what many guided steps of its teacher do ([`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py), `step_target`, `guided_target`).
 #
 # **Try:** other moons; `FlowTimes("logit-normal", mean=0.5)` for the toy; a network that predicts $x_0$ in place of the velocity
 # ($v = (x_t - x_0)/t$); `schedule="diffusers"` in the sweep over steps. Next: [change it](06_change_it.ipynb).

@@ -29,7 +29,7 @@ from kandinsky5.nano import world
 from kandinsky5.rope import apply_rope
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.train import FlowTimes, Recipe, autocast_dit, flow_batch, flow_loss, generator, read_rows, train
+from kandinsky5.training.loop import FlowTimes, Recipe, autocast_dit, flow_batch, flow_loss, generator, read_rows, train
 
 pipe = Pipeline.load("nano")
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import kandinsky5.compile
-from kandinsky5 import Pipeline, attention, offload
-from kandinsky5.compile import compile_models
+import kandinsky5.runtime.compile
+from kandinsky5 import Pipeline, attention
 from kandinsky5.dit import DiT
+from kandinsky5.runtime import offload
+from kandinsky5.runtime.compile import compile_models
 from kandinsky5.vae import VAE
 from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error, save_small_checkpoint
 
@@ -108,7 +109,7 @@ def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
 
 
 def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(kandinsky5.compile.compile_models, "__defaults__", ("aot_eager",))
+    monkeypatch.setattr(kandinsky5.runtime.compile.compile_models, "__defaults__", ("aot_eager",))
     monkeypatch.setattr("kandinsky5.vae.PIECE", 0)  # so that the decoder, too, runs what is compiled
     save_small_checkpoint(tmp_path / "small")
     plain = Pipeline.load(tmp_path / "small", dtype=torch.float32)
@@ -125,7 +126,7 @@ def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
 def test_generated_code_computes_the_same():
     """Inductor itself, on the smallest of DiTs. Without a compiler on the machine there is nothing to test."""
     try:
-        kandinsky5.compile._check_compiler()
+        kandinsky5.runtime.compile._check_compiler()
     except ValueError as reason:
         pytest.skip(str(reason))
     dit = randomise(DiT(replace(SMALL_DIT, num_text_blocks=0, num_visual_blocks=1)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kandinsky5 import Pipeline
-from kandinsky5.heap import keep_freed_memory
+from kandinsky5.runtime.heap import keep_freed_memory
 
 CPU = torch.device("cpu")
 NUMBERS, PAGE = 20_000_000, resource.getpagesize()

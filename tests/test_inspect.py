@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kandinsky5 import dit as dit_module
-from kandinsky5 import inspect as module
 from kandinsky5 import nabla
 from kandinsky5.attention import dense_attention, expand_block_map
 from kandinsky5.dit import DiT
-from kandinsky5.inspect import block_map, find_modules, queries_and_keys, record, record_attention, weights
+from kandinsky5.extras import probe as module
+from kandinsky5.extras.probe import block_map, find_modules, queries_and_keys, record, record_attention, weights
 from random_weights import SMALL_DIT, SMALL_NABLA, randomise, relative_error
 
 SELF, CROSS = "visual_blocks.1.self_attention", "visual_blocks.1.cross_attention"

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from kandinsky5 import Pipeline, magcache
+from kandinsky5 import Pipeline
 from kandinsky5.config import PRESETS
 from kandinsky5.dit import DiT
-from kandinsky5.magcache import StepSkipping, plan_skips
-from kandinsky5.magcache import __main__ as calibration
-from kandinsky5.offload import rest
+from kandinsky5.extras import magcache
+from kandinsky5.extras.magcache import StepSkipping, plan_skips
+from kandinsky5.extras.magcache import __main__ as calibration
+from kandinsky5.runtime.offload import rest
 from random_weights import build_small_pipeline
 
 # What the authors' own code (kandinsky/magcache_utils.py, commit 3a6e9cd) skips, one letter a step; its two passes
@@ -150,7 +151,7 @@ def test_weights_that_rest_skip_steps_too(pipe, offload):
 
 def test_missing_ratios_are_answered_with_the_command_that_measures_them(pipe, tmp_path):
     for options, words in [
-        ({"step_skipping": True}, "none for small: measure them with `python -m kandinsky5.magcache CHECKPOINT"),
+        ({"step_skipping": True}, "none for small: measure them with `python -m kandinsky5.extras.magcache CHECKPOINT"),
         ({"step_skipping": tmp_path / "none.json"}, "none.json (No such file or directory): give a file that"),
         ({"step_skipping": StepSkipping((1.0,))}, "hold without guidance: set guidance_scale to 1, or measure"),
     ]:

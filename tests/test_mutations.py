@@ -31,9 +31,7 @@ from kandinsky5 import (
     attention,
     clip,
     dit,
-    magcache,
     nabla,
-    offload,
     pipeline,
     qwen,
     rope,
@@ -43,7 +41,9 @@ from kandinsky5 import (
     vae_tiling,
     video_io,
 )
+from kandinsky5.extras import magcache
 from kandinsky5.nano import train_text
+from kandinsky5.runtime import offload
 from random_weights import build_small_pipeline, save_small_checkpoint
 
 

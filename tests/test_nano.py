@@ -19,7 +19,7 @@ import torch
 from kandinsky5 import Pipeline
 from kandinsky5.checkpoint import fingerprint
 from kandinsky5.config_file import load_config
-from kandinsky5.inspect import block_map, record_attention
+from kandinsky5.extras.probe import block_map, record_attention
 from kandinsky5.nano import export, judge, presets
 from kandinsky5.nano.world import caption, sample_scene
 from kandinsky5.pipeline import SHIPPED

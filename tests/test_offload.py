@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky5 import Pipeline, offload
+from kandinsky5 import Pipeline
 from kandinsky5.checkpoint import load_weights, map_weights
 from kandinsky5.config import LITE, DiTConfig
 from kandinsky5.dit import DiT
+from kandinsky5.runtime import offload
 from random_weights import SMALL_DIT, save_small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +159,8 @@ folder, mode, dtype, limit, out = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 import torch
-from kandinsky5 import checkpoint, offload
+from kandinsky5 import checkpoint
+from kandinsky5.runtime import offload
 from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT
 

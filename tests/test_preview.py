@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kandinsky5 import Pipeline, preview, video_io
+from kandinsky5 import Pipeline, video_io
+from kandinsky5.extras import preview
 from kandinsky5.nano import judge
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.vae import Posterior

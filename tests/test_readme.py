@@ -27,7 +27,7 @@ import weights_convert.__main__
 from kandinsky5 import PRESETS
 from kandinsky5.clip import CLIPText
 from kandinsky5.dit import DiT, Float32Linear
-from kandinsky5.magcache import __main__ as magcache
+from kandinsky5.extras.magcache import __main__ as magcache
 from kandinsky5.nano import distill, judge, presets, train_dit, train_text, train_vae
 from kandinsky5.pipeline import SHIPPED
 from kandinsky5.qwen import Qwen
@@ -79,7 +79,7 @@ def test_options_in_the_text_exist():
     programs = (
         "sample.py",
         "weights_convert/__main__.py",
-        "kandinsky5/magcache/__main__.py",
+        "kandinsky5/extras/magcache/__main__.py",
         "kandinsky5/nano/train_dit.py",
         "kandinsky5/nano/distill.py",
         "tests/parity/conftest.py",
@@ -352,7 +352,7 @@ def run_command(command: str, download: Path) -> None:
             assert exit_code(sample.main, [*options, *steps]) == 0
         case ["python", "-m", "weights_convert", *options]:
             assert exit_code(weights_convert.__main__.main, options) == 0
-        case ["python", "-m", "kandinsky5.magcache", *options]:
+        case ["python", "-m", "kandinsky5.extras.magcache", *options]:
             assert exit_code(magcache.main, options) == 0
         case ["python", "-m", "kandinsky5.nano.judge", *options]:
             judge.main([*options, "--prompts", "1", "--steps", "1", "--sets", next(iter(judge.EXAM))])

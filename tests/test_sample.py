@@ -27,8 +27,8 @@ from kandinsky5.checkpoint import fingerprint
 from kandinsky5.config import TextConfig
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
-from kandinsky5.magcache import StepSkipping
-from kandinsky5.magcache.__main__ import save
+from kandinsky5.extras.magcache import StepSkipping
+from kandinsky5.extras.magcache.__main__ import save
 from random_weights import SMALL, SMALL_DIT, SMALL_NABLA, save_small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -389,7 +389,7 @@ def test_replay_of_a_strangers_file_is_refused(refused):
         ("--device cuda:99", "device cuda:99: cannot be used here"),
         ("--device meta", "device meta: it knows shapes and no pixels; choose cpu or cuda"),
         ("--step-skipping", "there are ratios for i2v-lite-5s, "),
-        ("--step-skipping", "none for small: measure them with `python -m kandinsky5.magcache CHECKPOINT"),
+        ("--step-skipping", "none for small: measure them with `python -m kandinsky5.extras.magcache CHECKPOINT"),
         ("--step-skipping missing.json", "cannot read missing.json (No such file or directory): give a file that"),
         ("--step-skipping fox", "'fox' does not end in .json; a prompt goes before the options"),
         ("--preview", "preview: the output is no terminal: give a file, --preview FILE.png"),

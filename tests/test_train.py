@@ -14,7 +14,6 @@ from tokenizers import Tokenizer as Backend
 from torch import nn
 
 from kandinsky5 import nabla
-from kandinsky5 import train as training
 from kandinsky5.attention import attention
 from kandinsky5.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky5.dit import DiT
@@ -27,7 +26,8 @@ from kandinsky5.nano.world import Caption, caption, sample_scene
 from kandinsky5.pipeline import SHIPPED, Pipeline
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.train import (
+from kandinsky5.training import loop as training
+from kandinsky5.training.loop import (
     FlowBatch,
     FlowTimes,
     Recipe,

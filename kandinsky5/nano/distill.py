@@ -22,7 +22,7 @@ from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import as_checkpoint, check_folder, load_vae
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
-from kandinsky5.train import (
+from kandinsky5.training.loop import (
     FlowBatch,
     Recipe,
     ask,

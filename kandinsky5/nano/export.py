@@ -27,7 +27,7 @@ from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import is_checkpoint, load_vae
 from kandinsky5.pipeline import find_checkpoint
-from kandinsky5.train import load_average, load_progress, load_recipe, refusals_in_one_line
+from kandinsky5.training.loop import load_average, load_progress, load_recipe, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
 START, LONG = "start", "long"  # the runs that dit and sparse go on from

@@ -49,7 +49,7 @@ from kandinsky5.nano.world import (
     sample_scene,
 )
 from kandinsky5.pipeline import find_checkpoint
-from kandinsky5.train import refusals_in_one_line
+from kandinsky5.training.loop import refusals_in_one_line
 
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
 COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB

@@ -33,7 +33,7 @@ from kandinsky5.nano.train_vae import as_checkpoint, check_folder, draw_videos, 
 from kandinsky5.nano.world import Caption, Scene, caption, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
-from kandinsky5.train import (
+from kandinsky5.training.loop import (
     GOES_ON,
     FlowBatch,
     FlowTimes,

@@ -43,7 +43,7 @@ from kandinsky5.nano.world import (
 from kandinsky5.qwen import Qwen
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import CLIP_SPLIT, QWEN_SPLIT, Tokenizer
-from kandinsky5.train import Recipe, load_average, refusals_in_one_line, train
+from kandinsky5.training.loop import Recipe, load_average, refusals_in_one_line, train
 
 QWEN_RECIPE = Recipe(steps=1000, learning_rate=2e-3, ema=0.998)
 CLIP_RECIPE = Recipe(steps=3000, learning_rate=1e-3, ema=0.998)

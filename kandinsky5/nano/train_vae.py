@@ -25,7 +25,7 @@ from kandinsky5.nano import presets
 from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.world import SHAPES, Caption, Scene, coverage, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
-from kandinsky5.train import Recipe, generator, load_average, refusals_in_one_line, save_average, train
+from kandinsky5.training.loop import Recipe, generator, load_average, refusals_in_one_line, save_average, train
 from kandinsky5.vae import VAE, CausalConv3d, Upsample, repeat
 
 FRAMES_RECIPE = Recipe(steps=2600, learning_rate=1e-3, constant=0.6, ema=0.995, weight_decay=0.0)

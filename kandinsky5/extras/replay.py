@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 import kandinsky5
-from kandinsky5 import magcache, video_io
+from kandinsky5 import video_io
 from kandinsky5.config_file import from_json
+from kandinsky5.extras import magcache
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the residual of the step before instead of computing its own, as long as the pro
 
 The ratios decide alone, before sampling begins: `plan_skips` says which steps to skip, `skip_steps` does it. The JSON
 files of this folder hold the ratios that the authors publish with their configurations, and nano's, which
-`python -m kandinsky5.magcache` measured, as it does for any checkpoint.
+`python -m kandinsky5.extras.magcache` measured, as it does for any checkpoint.
 """
 
 import json
@@ -23,7 +23,7 @@ from kandinsky5.config_file import from_json
 from kandinsky5.dit import DiT
 
 FOLDER = Path(__file__).parent
-COMMAND = "python -m kandinsky5.magcache CHECKPOINT --prompts FILE -o RATIOS.json"
+COMMAND = "python -m kandinsky5.extras.magcache CHECKPOINT --prompts FILE -o RATIOS.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plan_skips(
 
 
 def load(path: str | Path) -> StepSkipping:
-    """Read a file of `python -m kandinsky5.magcache`; ValueError if it is none."""
+    """Read a file of `python -m kandinsky5.extras.magcache`; ValueError if it is none."""
     try:
         return from_json(StepSkipping, json.loads(Path(path).read_text()))
     except (OSError, ValueError) as error:

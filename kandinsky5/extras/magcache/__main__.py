@@ -1,6 +1,6 @@
 """Measure how the residual of a model's visual blocks grows from step to step, for `step_skipping`.
 
-    python -m kandinsky5.magcache weights/t2v-lite-sft-5s --prompts prompts.txt -o ratios.json
+    python -m kandinsky5.extras.magcache weights/t2v-lite-sft-5s --prompts prompts.txt -o ratios.json
     python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s --step-skipping ratios.json
 
 The prompts stand one on a line. Each costs a whole generation; the ratios hardly depend on them, a few are enough.
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kandinsky5.extras.magcache import StepSkipping
 from kandinsky5.files import check_replaceable, write_text
-from kandinsky5.magcache import StepSkipping
-from kandinsky5.offload import MODES
 from kandinsky5.pipeline import Pipeline
+from kandinsky5.runtime.offload import MODES
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kandinsky5 import video_io
-from kandinsky5.offload import awake
+from kandinsky5.runtime.offload import awake
 from kandinsky5.vae import VAE
 
 Show = Callable[[int, Tensor], None]

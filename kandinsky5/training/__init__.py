@@ -1,0 +1,1 @@
+"""Training: one loop for any model, and the losses of flow models."""
