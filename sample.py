@@ -207,9 +207,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="pull to the prompt; 1: none, half the time")
     add("--shift", type=float, metavar="S", help="above 1, more of the steps go to the noisy end")
     add("--schedule", choices=["official", "diffusers"], help="spacing of the steps (default: official)")
-    skipping = (
-        "about half the time, not quite the same video; ratios: known, or of `kandinsky5.extras.magcache`"
-    )
+    skipping = "about half the time, not quite the same video; ratios: known, or of `kandinsky5.extras.magcache`"
     add("--step-skipping", nargs="?", const=True, type=file(".json"), metavar="RATIOS.json", help=skipping)
     add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
     add("--fps", type=int, metavar="N", help="frames per second of the file; changes the speed, not the frames")

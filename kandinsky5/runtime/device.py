@@ -1,0 +1,74 @@
+"""Where a model runs and in which precision: what "auto" means, decided once, before anything is loaded."""
+
+import re
+from collections.abc import Collection
+
+import torch
+
+# The CPU instructions that multiply in these precisions: x86's, and by their shorter names Arm's.
+NATIVE = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"},
+}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device of that name; "auto" is CUDA where there is a GPU, else the CPU. Raises ValueError if unusable."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # PyTorch has no single way to refuse
+        usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise ValueError(f"device {device}: cannot be used here ({reason}); choose {' or '.join(usable)}") from error
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision of that name; "auto" is bfloat16 where the device multiplies it natively, else float32.
+
+    A CPU without such instructions emulates bfloat16, some 25 times slower than float32. Raises ValueError for a
+    precision that the models cannot have.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if is_native(torch.bfloat16, device) else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r}: choose auto or one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device at hand multiplies matrices of this precision without emulating it."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return multiplies(dtype, device.type, capability, cpu_features() if device.type == "cpu" else ())
+
+
+def multiplies(dtype: torch.dtype, device: str, capability: tuple[int, int], features: Collection[str]) -> bool:
+    """`is_native` as a pure function.
+
+    device: "cpu", "cuda" or another type, which is taken to multiply all; capability: of a GPU;
+    features: of a CPU, such as "avx512_bf16".
+    """
+    if dtype == torch.bfloat16 and device == "cuda":
+        return capability >= (8, 0)
+    if dtype in NATIVE and device == "cpu":
+        return not NATIVE[dtype].isdisjoint(features)
+    return True
+
+
+def cpu_features() -> set[str]:
+    """The instructions of this CPU by PyTorch's names, without those that oneDNN, whose kernels multiply, may not use.
+
+    ONEDNN_MAX_CPU_ISA=AVX2 takes them away, which makes any machine one that emulates bfloat16.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        features = {name for name, present in torch.cpu.get_capabilities().items() if present is True}
+    else:  # PyTorch 2.11
+        features = {"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else set()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        features -= NATIVE[torch.bfloat16]
+    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        features -= NATIVE[torch.float16]
+    return features
