@@ -24,11 +24,10 @@ import torch
 import kandinsky5
 from kandinsky5 import Pipeline, video_io
 from kandinsky5.attention import KERNELS
-from kandinsky5.checkpoint import fingerprint
+from kandinsky5.checkpoint import SHIPPED, find_checkpoint, fingerprint
 from kandinsky5.config import PipelineConfig
 from kandinsky5.extras import magcache, preview
 from kandinsky5.extras.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
-from kandinsky5.pipeline import SHIPPED, find_checkpoint
 from kandinsky5.rope import scale_for_size
 from kandinsky5.runtime.offload import MODES as OFFLOAD
 from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import shutil
 import tempfile
 import warnings
@@ -25,11 +26,39 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kandinsky5.config import PipelineConfig
+from kandinsky5.config import NANO_NAMES, PipelineConfig, find_preset
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.files import make_folder, replacing
 
 MODELS = ("dit", "vae", "qwen", "clip")
+SHIPPED = Path(__file__).parent / "nano" / "weights"  # the bundled models
+MARKS = ("config.json", "model_index.json", "*.safetensors*")  # at least one is in any folder that is a checkpoint
+
+
+def find_checkpoint(folder_or_preset: str | Path) -> Path:
+    """The native checkpoint folder of that path or of that bundled model; ValueError if there is none."""
+    folder = find_shipped(folder_or_preset)
+    if not folder.exists():
+        if os.sep in str(folder_or_preset):
+            raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")
+        preset = find_preset(str(folder_or_preset))
+        raise ValueError(
+            f"the weights of preset {preset.name!r} are not part of this package: download them, convert them, "
+            "and give the converted folder (README, section Released models)"
+        )
+    check_layout(folder)
+    return folder
+
+
+def find_shipped(folder_or_name: str | Path) -> Path:
+    """The path itself, or the folder of the bundled model of that name.
+
+    A folder called nano in the current directory comes first only if it is a checkpoint.
+    """
+    name, folder = str(folder_or_name), Path(folder_or_name)
+    if name in NANO_NAMES and not any(place for mark in MARKS for place in folder.glob(mark)):
+        return SHIPPED / name
+    return folder
 
 
 def load_weights(

@@ -9,7 +9,6 @@ This is the one place that checks what a user asks for; everything below it may 
 import contextlib
 import math
 import operator
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from kandinsky5 import attention as attentions
 from kandinsky5 import checkpoint, sampler, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
-from kandinsky5.config import PipelineConfig, find_preset
+from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
 from kandinsky5.extras import magcache
@@ -42,7 +41,6 @@ from kandinsky5.vae import VAE
 ONE_PASS = 6144
 LONGEST_SIDE = 16384  # pixels: x264's limit
 KEPT_BY_HEAP = 300_000_000  # bytes that glibc may keep of what decoding has freed: measured, see vae_tiling.vae_memory
-SHIPPED = Path(__file__).parent / "nano" / "weights"  # the models that come with the package
 
 
 class Pipeline:
@@ -80,7 +78,7 @@ class Pipeline:
             raise ValueError(f"dtype {dtype!r}: give torch.bfloat16, torch.float16, torch.float32 or torch.float64")
         attentions.check_kernel(attention, device)
         check_mode(offload)
-        folder = find_checkpoint(folder_or_preset)
+        folder = checkpoint.find_checkpoint(folder_or_preset)
         config = load_config(folder / "config.json")
         check_models_fit(config)
         if tile_space:
@@ -363,27 +361,6 @@ class Pipeline:
         if num_frames < 1 or (num_frames - 1) % time:
             low = max(num_frames - 1, 0) // time * time + 1
             raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
-
-
-def find_shipped(folder_or_name: str | Path) -> Path:
-    """The path itself, but where nothing is there, the folder of the model of that name in this package."""
-    folder = Path(folder_or_name)
-    return SHIPPED / folder if not folder.exists() and (SHIPPED / folder).is_dir() else folder
-
-
-def find_checkpoint(folder_or_preset: str | Path) -> Path:
-    """The native checkpoint folder of that path, or of that name in this package; ValueError where there is none."""
-    folder = find_shipped(folder_or_preset)
-    if not folder.exists():
-        if os.sep in str(folder_or_preset):
-            raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")
-        preset = find_preset(str(folder_or_preset))
-        raise ValueError(
-            f"the weights of preset {preset.name!r} are not part of this package: download them, convert them, "
-            "and give the converted folder (README, section Released models)"
-        )
-    checkpoint.check_layout(folder)
-    return folder
 
 
 def _check_device(device: str | torch.device) -> torch.device:

@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from kandinsky5 import video_io
-from kandinsky5.checkpoint import fingerprint
+from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import distill, export, judge, presets, train_dit, train_text, train_vae
-from kandinsky5.pipeline import SHIPPED
 from kandinsky5.training import loop as training
 from kandinsky5.training.loop import FlowTimes, Recipe, read_rows, train
 

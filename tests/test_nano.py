@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from kandinsky5 import Pipeline
-from kandinsky5.checkpoint import fingerprint
+from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.config_file import load_config
 from kandinsky5.extras.probe import block_map, record_attention
 from kandinsky5.nano import export, judge, presets
 from kandinsky5.nano.world import caption, sample_scene
-from kandinsky5.pipeline import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ROOT / "docs" / "judge"

@@ -25,11 +25,11 @@ import torch
 import sample
 import weights_convert.__main__
 from kandinsky5 import PRESETS
+from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.clip import CLIPText
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.extras.magcache import __main__ as magcache
 from kandinsky5.nano import distill, judge, presets, train_dit, train_text, train_vae
-from kandinsky5.pipeline import SHIPPED
 from kandinsky5.qwen import Qwen
 from kandinsky5.vae import VAE
 from kandinsky5.vae_tiling import vae_memory

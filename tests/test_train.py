@@ -15,6 +15,7 @@ from torch import nn
 
 from kandinsky5 import nabla
 from kandinsky5.attention import attention
+from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
@@ -23,7 +24,7 @@ from kandinsky5.nano.train_dit import ClipStore, draw_batch, encode_text, load_d
 from kandinsky5.nano.train_text import conversation, load_text_encoder, same_said, tokens_about
 from kandinsky5.nano.train_vae import draw_confetti, draw_videos, load_vae, single_frame, standardise
 from kandinsky5.nano.world import Caption, caption, sample_scene
-from kandinsky5.pipeline import SHIPPED, Pipeline
+from kandinsky5.pipeline import Pipeline
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training import loop as training

@@ -23,12 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from kandinsky5.checkpoint import MODELS, save_checkpoint
+from kandinsky5.checkpoint import MODELS, SHIPPED, save_checkpoint
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
-from kandinsky5.pipeline import SHIPPED
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
 from weights_convert.__main__ import main

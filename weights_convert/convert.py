@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kandinsky5.checkpoint import MODELS, find_part
+from kandinsky5.checkpoint import MODELS, find_part, find_shipped
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
-from kandinsky5.pipeline import find_shipped
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE

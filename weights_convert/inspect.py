@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 
-from kandinsky5.checkpoint import MODELS, find_part
+from kandinsky5.checkpoint import MODELS, find_part, find_shipped
 from kandinsky5.config import PRESETS, DiTConfig
 from kandinsky5.config_file import load_config
-from kandinsky5.pipeline import find_shipped
 from weights_convert import tables
 from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
 from weights_convert.read import Weights, read_json, read_weights

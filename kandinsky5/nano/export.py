@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kandinsky5.checkpoint import find_part, fingerprint, save_checkpoint
+from kandinsky5.checkpoint import find_checkpoint, find_part, fingerprint, save_checkpoint
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.files import write_text
@@ -26,7 +26,6 @@ from kandinsky5.nano import presets, world
 from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.train_vae import is_checkpoint, load_vae
-from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.training.loop import load_average, load_progress, load_recipe, refusals_in_one_line
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}

@@ -30,7 +30,7 @@ from einops import rearrange, reduce
 from tqdm import tqdm
 
 from kandinsky5 import Pipeline, video_io
-from kandinsky5.checkpoint import fingerprint
+from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.files import check_replaceable, write_text
 from kandinsky5.nano.world import (
     AREA,
@@ -48,7 +48,6 @@ from kandinsky5.nano.world import (
     draw_scene,
     sample_scene,
 )
-from kandinsky5.pipeline import find_checkpoint
 from kandinsky5.training.loop import refusals_in_one_line
 
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.

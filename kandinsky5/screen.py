@@ -1,0 +1,59 @@
+"""What is only shown: progress bars and single lines. None of it may cost the work that it reports on.
+
+A terminal may be closed, full, or gone (`| head`), a service has none, and some code pages lack letters.
+"""
+
+import sys
+from typing import TextIO
+
+from tqdm.auto import tqdm
+
+
+class Forgiving:
+    """A text stream that drops what it cannot write, and replaces letters that its encoding lacks; `None` drops all."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` if possible; returns its length."""
+        try:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))  # type: ignore[union-attr]
+        except (OSError, ValueError, AttributeError):  # full or gone; closed; None
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if possible."""
+        try:
+            self.stream.flush()  # type: ignore[union-attr]
+        except (OSError, ValueError, AttributeError):
+            pass
+
+    def isatty(self) -> bool:
+        """Whether this is a terminal."""
+        try:
+            return self.stream.isatty()  # type: ignore[union-attr]
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def bar(total: int, desc: str, unit: str, postfix: str | None = None, show: bool = True) -> tqdm:
+    """A progress bar on stderr, or as a widget in a notebook."""
+    return tqdm(total=total, desc=desc, unit=unit, postfix=postfix, disable=not show, file=Forgiving(sys.stderr))
+
+
+def say(line: str) -> None:
+    """Print one line on stderr."""
+    print(line, file=Forgiving(sys.stderr), flush=True)
+
+
+def printable(text: object, most: int = 1500) -> str:
+    """`text` as one line without control characters, cut in the middle if it is longer than `most`."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"

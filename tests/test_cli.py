@@ -1,0 +1,108 @@
+"""Commands end with the right exit code and one line, whatever happens to them or to the terminal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kandinsky5 import cli
+from kandinsky5.screen import Forgiving, bar, printable, say
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fail(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("no such\n run"), 2, "error: no such run\n"),
+        (FileNotFoundError("gone"), 2, "error: gone\n"),
+        (ValueError("a \x1b]0;title\x07 in a name"), 2, "error: a \\x1b]0;title\\x07 in a name\n"),
+        (ValueError("\udcff"), 2, "error: \\udcff\n"),
+        (KeyboardInterrupt(), 130, "interrupted: nothing was written\n"),
+    ],
+)
+def test_errors_end_in_one_line(capsys, error, code, line):
+    assert cli.run(fail(error)) == code and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_memory_that_runs_out_is_one_line_with_a_remedy(capsys, error):
+    assert cli.run(fail(error)) == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), TypeError("unexpected"), KeyError(1)])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        cli.run(fail(error))
+
+
+def test_long_lines_are_cut():
+    assert len(printable("x" * 10**6)) < 2000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_handlers_are_restored_after_a_signal(capsys, number):
+    before = signal.getsignal(number)
+
+    def main():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    assert cli.run(main, stopped="run it again") == 130
+    assert capsys.readouterr().err == "interrupted: run it again\n" and signal.getsignal(number) is before
+
+
+def test_an_import_that_turns_an_interrupt_into_another_error_is_interrupted(capsys):
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import") from None
+
+    assert cli.run(main) == 130
+
+
+PROGRAM = """
+import sys
+from kandinsky5 import cli
+from kandinsky5.screen import bar, say
+def main():
+    with bar(3, "sampling", "step") as shown:
+        shown.update(3)
+    say("note")
+    for _ in range(20000):
+        print("frames \\u2580")
+    open("done", "w").close()
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.parametrize(
+    "streams", ["2>&-", ">&-", "2>/dev/full", ">/dev/full", "2>&1 | head -c 10", ">/dev/null 2>&1", ">&- 2>&-"]
+)
+def test_what_cannot_be_shown_costs_nothing(tmp_path, streams):
+    command = f"set -o pipefail; {sys.executable} -c '{PROGRAM}' {streams}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1251"}
+    code = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True).returncode
+    assert code == 0 and (tmp_path / "done").exists()
+
+
+def test_a_library_call_without_stderr_works(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with bar(2, "sampling", "step") as shown:
+        shown.update()
+    say("note")
+    assert not Forgiving(None).isatty()
