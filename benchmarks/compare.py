@@ -1,6 +1,6 @@
 """Us beside diffusers on the same machine, in one run: time or peak memory of each piece of work, and the error.
 
-    pip install '.[parity]' -c constraints.txt && python benchmarks/compare.py [--rows NAME ...] [--threads 2]
+    pip install -e '.[parity]' -c constraints.txt && python benchmarks/compare.py [--rows NAME ...] [--threads 2]
 
 Absolute figures mean little, so every row is a ratio theirs / ours (above 1: we are ahead) with equal weights and
 inputs on both sides. Times are taken in turn, ours, theirs, ours, theirs, …, and the ratio is the median over such

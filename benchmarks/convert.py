@@ -1,6 +1,6 @@
 """Converting a 4 GB checkpoint, beside diffusers loading and saving the same folder: time and peak memory.
 
-    pip install '.[parity]' -c constraints.txt && python benchmarks/convert.py [--folder DIR] [--repeats 3]
+    pip install -e '.[parity]' -c constraints.txt && python benchmarks/convert.py [--folder DIR] [--repeats 3]
 
 The checkpoint is small but for its DiT, which has Lite's size in bf16 and random weights, in three shards. Every run
 is a process of its own, and all run in turn. A run starts with the files in the page cache, and ends when what it wrote

@@ -1,0 +1,404 @@
+"""Write the tables of README.md and docs/*.md from results files, the presets and the models' own sizes.
+
+    python docs/tables.py            # rewrite every table that stands between markers
+    python docs/tables.py --check    # change nothing; exit status 1 where a table differs (CI)
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function of TABLES, at the end of this file.
+Results: docs/judge/*.json (the judge of nano), benchmarks/results/* (speed and memory).
+"""
+
+import argparse
+import functools
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kandinsky5.clip import CLIPText
+from kandinsky5.config import PRESETS, PipelineConfig
+from kandinsky5.dit import DiT
+from kandinsky5.nano import distill, train_dit, train_text, train_vae
+from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
+from kandinsky5.qwen import Qwen
+from kandinsky5.vae import VAE
+from kandinsky5.vae_tiling import vae_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+JUDGE, RESULTS = ROOT / "docs" / "judge", ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite the tables, or with --check compare them; returns the number of files that differ, 1 at most."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where a table differs")
+    check, stale = parser.parse_args(arguments).check, []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        new = MARKED.sub(lambda match: match[1] + "\n".join(TABLES[match[2]]()) + "\n" + match[3], text)
+        if new != text:
+            stale.append(path)
+            if not check:
+                path.write_text(new)
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'stale; run python docs/tables.py' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+def table(*rows: tuple) -> list[str]:
+    """Lines of a Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+# ---------------------------------------------------------------------------------------------- released models
+
+
+def presets() -> list[str]:
+    """The presets, and where on Hugging Face their weights are."""
+    rows = [("preset", "download: kandinskylab/…", "steps", "guidance", "shift", "H×W", "frames", "RoPE", "attention")]
+    for name, preset in PRESETS.items():
+        s = preset.sampling
+        attention = f"NABLA {preset.dit.nabla.P:g}" if preset.dit.nabla else "full"
+        sampler = (s.num_inference_steps, f"{s.guidance_scale:g}", f"{s.shift:g}")
+        size = (f"{s.height}×{s.width}", s.num_frames, f"{s.rope_scale[1]:g}")
+        rows.append((f"`{name}`", f"`{download(name)}`", *sampler, *size, attention))
+    return table(*rows)
+
+
+def download(preset: str) -> str:
+    """The last part of the Hugging Face name of a preset's weights; an -sd and an -hd preset share them."""
+    capitals = {"t2v": "T2V", "i2v": "I2V", "lite": "Lite", "pro": "Pro"}
+    words = preset.removesuffix("-sd").removesuffix("-hd").split("-")
+    return "-".join(["Kandinsky-5.0", *(capitals.get(word, word) for word in words), "Diffusers"])
+
+
+ACTIVATIONS = 25  # bytes for each token and channel of a DiT forward in bf16: counted on the meta device
+MAP = 24  # bytes for each pair of NABLA's tiles and each head: the map and what flex_attention makes of it; likewise
+CONTEXT = 1.0  # GB of a card that CUDA and the allocator's gaps need: an assumption
+CARDS = (8, 12, 16, 24, 48, 80)
+COLUMNS = {  # of the table by card
+    "t2v-lite-sft-5s": "Lite 5 s",
+    "t2v-lite-sft-10s": "Lite 10 s",
+    "t2v-pro-sft-5s-sd": "Pro 5 s SD",
+    "t2v-pro-sft-10s-sd": "Pro 10 s SD",
+    "t2v-pro-sft-5s-hd": "Pro 5 s HD",
+    "t2v-pro-sft-10s-hd": "Pro 10 s HD",
+}
+OPTIONS = {  # --offload and --tile-space, from the fastest to the smallest
+    "all": (None, False),
+    "model": ("model", False),
+    "model, tiles": ("model", True),
+    "blocks": ("blocks", False),
+    "blocks, tiles": ("blocks", True),
+}
+
+
+def cards() -> list[str]:
+    """For each card and model the first of OPTIONS that fits, with its peak."""
+    peaks = {name: {option: peak(PRESETS[name], *how) for option, how in OPTIONS.items()} for name in COLUMNS}
+    rows: list[tuple] = [("card", *COLUMNS.values())]
+    for card in CARDS:
+        cells = []
+        for name in COLUMNS:
+            fits = [(option, gb) for option, gb in peaks[name].items() if gb + CONTEXT <= card]
+            cells.append(f"{fits[0][0]}: {fits[0][1]:.0f} GB" if fits else "–")
+        rows.append((f"{card} GB", *cells))
+    return table(*rows)
+
+
+def peak(config: PipelineConfig, offload: str | None, tile_space: bool) -> float:
+    """GB of a GPU that sampling needs in bf16: the largest of encoding the prompt, the DiT, and decoding."""
+    whole, two = weights_in_gb(config)
+    parts = two if offload == "blocks" else whole
+    if offload is None:
+        return sum(whole.values()) + max(activations(config), decoding(config, tile_space))
+    return max(
+        parts["qwen"] + parts["clip"],
+        parts["dit"] + activations(config),
+        parts["vae"] + decoding(config, tile_space),
+    )
+
+
+@functools.cache
+def weights_in_gb(config: PipelineConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """GB in bf16 of each model, and of each with two of its blocks."""
+    with torch.device("meta"):
+        models = {"dit": DiT(config.dit), "qwen": Qwen(config.qwen), "vae": VAE(config.vae)}
+        models["clip"] = CLIPText(config.clip)
+    later = re.compile(r"text_blocks|(visual_)?blocks\.([2-9]|\d\d)")  # not in memory with --offload blocks
+    whole, two = {}, {}
+    for name, model in models.items():
+        sizes = {key: 2 * x.numel() / 1e9 for key, x in model.state_dict().items()}
+        whole[name] = sum(sizes.values())
+        two[name] = sum(gb for key, gb in sizes.items() if name == "vae" or not later.match(key))
+    return whole, two
+
+
+def grid(config: PipelineConfig) -> tuple[int, int, int]:
+    """Latents (T, h, w) of the preset's video."""
+    s, vae = config.sampling, config.vae
+    return (s.num_frames - 1) // vae.time_factor + 1, s.height // vae.space_factor, s.width // vae.space_factor
+
+
+def tokens(config: PipelineConfig) -> int:
+    """Video tokens of the DiT."""
+    return math.prod(grid(config)) // math.prod(config.dit.patch_size)
+
+
+def activations(config: PipelineConfig) -> float:
+    """GB of a DiT forward, weights apart."""
+    pairs = config.dit.num_heads * (tokens(config) // 64) ** 2 if config.dit.nabla else 0
+    return (ACTIVATIONS * tokens(config) * config.dit.dim + MAP * pairs) / 1e9
+
+
+def decoding(config: PipelineConfig, tile_space: bool) -> float:
+    """GB that the VAE's decoder needs in bf16, weights apart: the estimate that `sample.py` prints."""
+    tiling = replace(config.tiling, space=tile_space)
+    return vae_memory(config.vae, grid(config), torch.bfloat16, tiling) / 1e9
+
+
+def weights() -> list[str]:
+    """What the weights need on the GPU, for each mode of offloading."""
+    rows: list[tuple] = [("bf16", "Lite", "Pro", "largest in Lite", "largest in Pro")]
+    lite, lite_two = weights_in_gb(PRESETS["t2v-lite-sft-5s"])
+    pro, pro_two = weights_in_gb(PRESETS["t2v-pro-sft-5s-sd"])
+    totals = (f"{sum(models.values()):.1f} GB" for models in (lite, pro))
+    rows.append(("all resident", *totals, parts(lite), parts(pro)))
+    for mode, both in (("model", (lite, pro)), ("blocks", (lite_two, pro_two))):
+        groups = [{"DiT": m["dit"], "Qwen + CLIP": m["qwen"] + m["clip"], "VAE": m["vae"]} for m in both]
+        largest = [max(group, key=group.__getitem__) for group in groups]
+        sizes = [f"{group[name]:.1f} GB" for group, name in zip(groups, largest, strict=True)]
+        rows.append((f"`--offload {mode}`", *sizes, *largest))
+    return table(*rows)
+
+
+def parts(models: dict[str, float]) -> str:
+    names = {"dit": "DiT", "qwen": "Qwen", "vae": "VAE", "clip": "CLIP"}
+    return ", ".join(f"{names[name]} {models[name]:.1f}" for name in names)
+
+
+def costs() -> list[str]:
+    """What a video of each preset costs; presets that cost the same share a row."""
+    rows: dict[tuple, list[str]] = {}
+    for name, config in PRESETS.items():
+        flop, share = operations(config)
+        cells = (f"{tokens(config):,}", f"{flop / 1e15:,.0f}", f"{100 * share:.0f} %", f"{flop / 400e12 / 60:.1f}")
+        memory = (f"{decoding(config, tiles):.1f} GB" for tiles in (False, True))
+        rows.setdefault((*cells, f"{activations(config):.1f} GB", *memory), []).append(f"`{name}`")
+    head = ("preset", "tokens", "DiT, PFLOP", "self-attention", "minutes at 400 TFLOP/s")
+    head += ("DiT activations", "decoding", "with `--tile-space`")
+    return table(head, *((", ".join(names), *cells) for cells, names in rows.items()))
+
+
+def operations(config: PipelineConfig) -> tuple[float, float]:
+    """Floating-point operations of all DiT passes with full attention, and self-attention's share of them."""
+    dit, L, S = config.dit, tokens(config), 256
+    attention = 4 * L * L * dit.dim
+    linear = 12 * L * dit.dim**2 + 4 * S * dit.dim**2 + 4 * L * dit.dim * dit.ff_dim
+    block = attention + linear + 4 * L * S * dit.dim
+    passes = config.sampling.num_inference_steps * (1 if config.sampling.guidance_scale == 1 else 2)
+    return passes * dit.num_visual_blocks * block, attention / block
+
+
+# ---------------------------------------------------------------------------------------------- nano
+
+SETS = {
+    "seen, English": "one object",
+    "seen, Russian": "one object, Russian prompt",
+    "held out, English": "unseen combination",
+    "held out, Russian": "unseen combination, Russian prompt",
+    "two objects": "two objects",
+}
+TARGETS = dict(zip(SETS, (95, 93, 85, 85, 75), strict=True))  # of nano
+DISTANCES = {"nano-nocfg": 2, "nano-distilled16steps": 3}  # points that these may be below nano
+FAMILIES = {"judge_": "bundled", "from_nothing_18000_steps_": "from scratch"}
+
+
+def judged(name: str) -> dict:
+    return json.loads((JUDGE / f"{name}.json").read_text())
+
+
+def percent(result: dict, subset: str, answer: str = "all") -> float | None:
+    """How many per cent of a set's clips are right, None where the judge was not run on it."""
+    answers = result["sets"].get(subset, {}).get("answers", {})
+    return 100 * answers[answer]["rate"] if answer in answers else None
+
+
+def cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def nano() -> list[str]:
+    """The judge's verdict on the models of the package; a file judge_nano-float32.json becomes a column."""
+    names = [*NANO_PRESETS, *(["nano-float32"] if (JUDGE / "judge_nano-float32.json").exists() else [])]
+    results = [judged(f"judge_{name}") for name in names]
+    asked = {key: result["sets"][key]["clips"] for result in results for key in result["sets"]}
+    rows = [("", *(f"`{name}`" for name in names))]
+    rows.append(("precision", *(result["settings"]["dtype"] for result in results)))
+    passes = ((r["sampling"]["num_inference_steps"], 2 - (r["sampling"]["guidance_scale"] == 1)) for r in results)
+    rows.append(("steps × passes", *(f"{steps} × {count}" for steps, count in passes)))
+    for key, label in SETS.items():
+        rows.append((f"{label} ({asked[key]} clips)", *(cell(percent(result, key)) for result in results)))
+    label = f"image and prompt: motion and first frame ({asked['image to video']} clips)"
+    answer = "motion and first frame"
+    rows.append((label, *(cell(percent(result, "image to video", answer)) for result in results)))
+    return table(*rows)
+
+
+def nano_targets() -> list[str]:
+    """The targets, and whether the two families meet them."""
+    families = {label: {n: judged(file + n) for n in ("nano", *DISTANCES)} for file, label in FAMILIES.items()}
+    rows: list[tuple] = [("target", *(f"{label}" for label in families))]
+    for key, least in TARGETS.items():
+        values = [percent(family["nano"], key) for family in families.values()]
+        rows.append((f"`nano`, {SETS[key]}: at least {least} %", *(met(v, v >= least) for v in values)))
+    values = [percent(f["nano"], "image to video", "motion and first frame") for f in families.values()]
+    rows.append(("`nano`, from an image, motion and first frame: at least 95 %", *(met(v, v >= 95) for v in values)))
+    for name, distance in DISTANCES.items():
+        below = [max(percent(f["nano"], k) - percent(f[name], k) for k in SETS) for f in families.values()]
+        label = f"`{name}`: at most {distance} points below `nano` in any row"
+        rows.append((label, *(met(b, b <= distance) for b in below)))
+    values = [percent(f["nano"], "VAE") for f in families.values()]
+    rows.append(("judge, on the VAE's reconstructions: at least 97 %", *(met(v, v >= 97) for v in values)))
+    decibels = [f["nano"]["sets"]["VAE"]["psnr"] for f in families.values()]
+    rows.append(("VAE: at least 30 dB PSNR", *(met(d, d >= 30) for d in decibels)))
+    sparse, full = (percent(judged(f"judge_nano-10s{kind}"), "seen, English") for kind in ("", "-full-attention"))
+    label = "`nano-10s`: at most 2 points below its own full attention"
+    rows.append((label, met(full - sparse, full - sparse <= 2), "not judged"))
+    return table(*rows)
+
+
+def met(value: float, yes: bool) -> str:
+    return f"{value:.1f}: {'met' if yes else '**not met**'}"
+
+
+def nano_failures() -> list[str]:
+    """What is wrong with the clips of nano that fail, and with which mask nano-10s fails."""
+    result = judged("judge_nano")
+    sets = [*SETS, "image to video"]
+    clips = sum(result["sets"][key]["clips"] for key in sets)
+    wrong = [
+        {key for key, right in clip["answers"].items() if not right and key != "all"}
+        for name in sets
+        for clip in result["mistakes"].get(name, [])
+        if not clip["answers"]["all"]
+    ]
+    rows: list[tuple] = [("`nano`, clips", f"{clips:,}"), ("that fail", len(wrong))]
+    rows.append(("too many or too few objects, or stray pixels", sum("objects" in keys for keys in wrong)))
+    rows.append(("nothing but that", wrong.count({"objects"})))
+    rows.append(("another shape", sum("shape" in keys for keys in wrong)))
+    sparse, full = (
+        {clip["index"] for clip in judged(f"judge_nano-10s{kind}")["mistakes"]["seen, English"]}
+        for kind in ("", "-full-attention")
+    )
+    total = judged("judge_nano-10s")["sets"]["seen, English"]["clips"]
+    only = len(full - sparse), len(sparse - full)
+    interval = 196 * sum(only) ** 0.5 / total
+    rows.append(("`nano-10s`: right with NABLA only, with full attention only", f"{only[0]}, {only[1]} of {total}"))
+    rows.append(("95 % interval of the difference, points", f"±{interval:.1f}"))
+    return table(("", ""), *rows)
+
+
+def from_scratch() -> list[str]:
+    """Other runs of `make nano`, judged on the way."""
+    files = {
+        "from_nothing_12000_steps": "after `make start` (12,000 steps)",
+        "from_nothing_18000_steps_nano": "after one cycle of `make dit` (18,000 steps)",
+        "from_nothing_18000_steps_nano-nocfg": "…, `nano-nocfg` after 500 steps",
+        "from_nothing_18000_steps_nano-distilled16steps": "…, `nano-distilled16steps` after 500 steps",
+        "distilled_after_500_steps": "bundled `nano`, distilled in 500 + 500 steps",
+        "distilled_after_1000_steps": "bundled `nano`, distilled in 1,000 + 1,000 steps",
+    }
+    rows: list[tuple] = [("run", "clips per set", *SETS.values())]
+    for file, label in files.items():
+        result = judged(file)
+        clips = next(iter(result["sets"].values()))["clips"]
+        rows.append((f"[{label}](judge/{file}.md)", clips, *(cell(percent(result, key)) for key in SETS)))
+    return table(*rows)
+
+
+STAGES = {  # what each trains, minutes on one core; of `make dit` on both
+    "vae": ("the VAE: frames, then clips, then the decoder alone", "140"),
+    "text": ("tokenizers; Qwen on the next token; CLIP on captions against clips", "50"),
+    "start": ("the DiT, from random weights", "277"),
+    "dit": ("`nano`: the DiT again, at times nearer the data", "55 + 53"),
+    "nocfg": ("`nano-nocfg`, from `nano`", "13"),
+    "distilled": ("`nano-distilled16steps`, from `nano-nocfg`", "15"),
+    "long": ("`nano` on clips twice as long and as wide, with NABLA", "74"),
+    "sparse": ("`nano-10s`: that, to answer through NABLA as with full attention", "62"),
+}
+
+
+def stages() -> list[str]:
+    """The stages of `make nano`, with the steps of their recipes."""
+    recipes = {
+        "vae": (train_vae.FRAMES_RECIPE, train_vae.CLIPS_RECIPE, train_vae.DECODER_RECIPE),
+        "text": (train_text.QWEN_RECIPE, train_text.CLIP_RECIPE),
+        "start": (train_dit.RECIPE,),
+    } | {stage: (recipe,) for stage, recipe in distill.RECIPES.items()}
+    steps = {stage: " + ".join(f"{recipe.steps:,}" for recipe in some) for stage, some in recipes.items()}
+    steps["dit"] = f"{train_dit.LAST_RECIPE.cycles} × {train_dit.LAST_RECIPE.steps:,}"
+    rows = [(f"`make {stage}`", what, steps[stage], minutes) for stage, (what, minutes) in STAGES.items()]
+    return table(("stage", "trains", "steps", "minutes"), *rows)
+
+
+# ---------------------------------------------------------------------------------------------- measurements
+
+
+def speed() -> list[str]:
+    """Every row of benchmarks/compare.py."""
+    rows: list[tuple] = [("work", "precision", "threads", "theirs / ours", "spread", "target", "")]
+    measured = json.loads((RESULTS / "compare.json").read_text()).values()
+    for row in measured:
+        work = re.sub(r", (bf16|float32)\b", "", row["work"])
+        precision = "float32" if "float32" in row["work"] else "bf16"
+        threads = re.search(r"(\d+) threads", row["machine"])[1]
+        target, verdict = ("–", "") if row["wanted"] is None else (f"{row['wanted']:.3g}", "met")
+        if row["wanted"] is not None and row["ratio"] < row["wanted"]:
+            verdict = "**not met**"
+        spread = " to ".join(f"{value:.2f}" for value in row["spread"])
+        rows.append((work, precision, threads, f"{row['ratio']:.2f}", spread, target, verdict))
+    return table(*rows)
+
+
+def machine() -> list[str]:
+    """The processor and the versions behind the speed table."""
+    measured = json.loads((RESULTS / "compare.json").read_text()).values()
+    processors = {re.split(r", \d+ threads", row["machine"])[0] for row in measured}
+    versions = {row["machine"].split("cores, ")[1] for row in measured}
+    dates = sorted(row["date"][:10] for row in measured)
+    return [f"Processor: {'; '.join(sorted(processors))}. {'; '.join(sorted(versions))}. {dates[0]} to {dates[-1]}."]
+
+
+def copied(name: str) -> list[str]:
+    """The table of a Markdown file in benchmarks/results, as its script wrote it."""
+    return [line for line in (RESULTS / name).read_text().splitlines() if line.startswith("|")]
+
+
+TABLES = {
+    "presets": presets,
+    "cards": cards,
+    "weights": weights,
+    "costs": costs,
+    "nano": nano,
+    "nano-targets": nano_targets,
+    "nano-failures": nano_failures,
+    "from-scratch": from_scratch,
+    "stages": stages,
+    "speed": speed,
+    "machine": machine,
+    "growth": lambda: copied("growth.md"),
+    "magcache": lambda: copied("magcache.md"),
+    "convert": lambda: copied("convert.md"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
