@@ -62,7 +62,7 @@ def build_text_encoder(config, dtype: torch.dtype) -> TextEncoder:
 def build_their_pipeline(config, dtype: torch.dtype, models: tuple[str, ...] = ("dit", "vae", "qwen", "clip")):
     """Diffusers' text-to-video pipeline of a `PipelineConfig`; what is not in `models` is None.
 
-    The prompt template is set back to the one that the models were trained with (README, Where the references differ).
+    The prompt template is set back to the one that the models were trained with (docs/differences.md).
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline
     from transformers import CLIPTokenizerFast

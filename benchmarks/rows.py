@@ -92,7 +92,7 @@ def dit_nabla(side: str, tiny: bool, folder: Path, peaked: float | None = None) 
     """The same with NABLA, P 0.9. Here the window alone (11, 3, 3 of 13, 2, 3 tiles) keeps 52 % of the map, and as
     random weights attend everywhere about equally, the mass brings that to 92 %.
 
-    theirs: diffusers' flex backend as it stands, which uncompiled computes full attention (README, What is proven).
+    theirs: diffusers' flex backend as it stands, which uncompiled computes full attention (docs/differences.md).
     exact: the same model with a masked softmax over its own block mask, which is what NABLA means.
     """
     config, grid, nabla_config = DiTConfig(num_visual_blocks=4), (13, 32, 48), NablaConfig(P=0.9)

@@ -195,7 +195,7 @@ HD = {"height": 768, "width": 1280, "rope_scale": (1.0, 3.16, 3.16), "image_area
 
 
 def build_preset(name: str, dit: DiTConfig, P: float | None = None, **sampling) -> PipelineConfig:
-    """A row of the README's table of released models: `P` turns NABLA on, `sampling` differs from `SamplingConfig`."""
+    """A row of the table in docs/converting.md: `P` turns NABLA on, `sampling` differs from `SamplingConfig`."""
     return PipelineConfig(
         name=name,
         tasks=(name[:3],),
