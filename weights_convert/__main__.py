@@ -49,8 +49,8 @@ def run_to_diffusers(**options) -> None:
     print(f"{options['dst']}: {config.name} in the Diffusers layout")
     if config.text != TextConfig():
         print(
-            "Diffusers has no place for its prompt template: set it on their pipeline, as docs/converting.md says under "
-            "Unreleased models in diffusers' pipelines"
+            "Diffusers has no place for its prompt template: set it on their pipeline (docs/converting.md, Unreleased "
+            "models in diffusers' pipelines)"
         )
 
 
