@@ -4,9 +4,9 @@
 # **At the end you will have run every stage of Kandinsky 5 Video by hand, and know the shape of everything that goes
 # from one stage to the next.**
 #
-# The model is `nano`, which comes with this package: the architecture of the released models, a few million parameters
-# instead of billions, trained on a small world of coloured shapes that move. It draws a video in seconds on a CPU. The
-# same lines run a released checkpoint: give `Pipeline.load` its converted folder.
+# The model is `nano`, which is bundled with this package: the architecture of the released models with a few million
+# parameters instead of billions, trained on a small world of moving coloured shapes. It samples a video in seconds on a
+# CPU. The same lines run a released checkpoint: pass its converted folder to `Pipeline.load`.
 #
 # ```text
 # prompt ─┬─ Qwen ─> text (B, S, 128) ──┐
@@ -31,9 +31,9 @@ for name, model in {"DiT": pipe.dit, "VAE": pipe.vae, "Qwen": pipe.text_encoder.
 # %% [markdown]
 # ## Stage 1: words
 #
-# Qwen, a language model, reads the prompt inside a template. Its hidden states of the *template's* tokens are cut off;
-# what is left is one vector per token of the prompt and of the template's end. CLIP reads the bare prompt and gives one
-# vector for all of it.
+# Qwen, a language model, reads the prompt inside a template. The hidden states of the *template's* tokens before the
+# prompt are dropped; what remains is one vector per token of the prompt and of the template's end. CLIP reads the bare
+# prompt and returns one vector.
 
 # %%
 prompt = "a blue diamond grows"
@@ -51,9 +51,9 @@ print("pooled", tuple(features.pooled.shape), "(B, dim)")
 # %% [markdown]
 # ## Stage 2: noise
 #
-# The video is not drawn in pixels but in *latents*: 8 × smaller in height and width, 4 × in time (the first frame
-# stands alone, so 4k + 1 frames become k + 1), with 16 channels. Sampling starts from Gaussian noise of that shape.
-# The seed decides it alone, on any device and in any precision.
+# The model does not work on pixels but on *latents*: 8 × smaller in height and width, 4 × in time (the first frame
+# stands alone, so 4k + 1 frames become k + 1), with 16 channels. Sampling starts from Gaussian noise of that shape. It
+# depends on the seed alone, not on the device or the precision.
 
 # %%
 sampling, vae = pipe.config.sampling, pipe.config.vae
@@ -73,8 +73,9 @@ print(f"latents (B, T, h, w, C) = {tuple(noise.shape)}: {noise.numel():,} number
 #
 # Sampling walks it backwards, from $t = 1$ to $t = 0$, in Euler steps $x \leftarrow x + (t' - t)\,v$. Two details:
 #
-# * **Guidance** asks twice, with the prompt and without, and exaggerates the difference: $v_u + w\,(v_c - v_u)$.
-# * Beside the 16 noisy channels the network sees 16 + 1 more: conditioning latents, which are always zero, and a mask
+# * **Guidance** evaluates the network twice, with the prompt and without, and amplifies the difference:
+#   $v_u + w\,(v_c - v_u)$.
+# * Next to the 16 noisy channels the network sees 16 + 1 more: conditioning latents, which are always zero, and a mask
 #   that is 1 where a frame is given (image-to-video, below).
 
 # %%
@@ -103,9 +104,9 @@ print("latents", tuple(latents.shape), f"mean {latents.mean():.2f}, standard dev
 # %% [markdown]
 # ### Noise becomes a video
 #
-# Above, what the sampler holds at time $t$, decoded as if it were finished. Below, where the network believes the path
-# leads: its guess of the clean video, $\hat x_0 = x_t - t\,v$. Look at the lower row: *what* and *where* are decided
-# long before the upper row shows anything, edges come last. (Each picture is the middle frame.)
+# Top: the sampler's state at time $t$, decoded as if it were finished. Bottom: the network's current estimate of the
+# clean video, $\hat x_0 = x_t - t\,v$. In the lower row, *what* and *where* are decided long before the upper row shows
+# anything; edges come last. (Each image is the middle frame.)
 
 # %%
 chosen = [0, 2, 5, 10, 20, 30, 40, len(seen) - 1]
@@ -134,8 +135,8 @@ play({prompt: frames[0]})
 # %% [markdown]
 # ## The same in one line
 #
-# `Pipeline.__call__` does all of the above. Both passes of guidance go through the network together there, so sums are
-# rounded in another order: after 50 steps a few pixels may differ by a level or so of 255, and no more.
+# `Pipeline.__call__` does all of the above. There, both passes of guidance go through the network as one batch, so sums
+# are rounded in a different order: after 50 steps a few pixels may differ by about one level of 255, and no more.
 
 # %%
 same = pipe(prompt, seed=0, progress=False)
@@ -146,9 +147,9 @@ assert difference.float().mean() < 0.1
 # %% [markdown]
 # ## An image and a prompt
 #
-# Image-to-video is the same process with frame 0 given: the image is encoded, written into frame 0 of the latents before
-# every step, and the mask says so. Below, a drawn diamond is given to three videos at once, and
-# the prompt says what should happen to it.
+# Image-to-video is the same process with frame 0 given: the image is encoded, written into frame 0 of the latents
+# before every step, and the mask says so. Below, three videos start from the same drawn diamond, and each prompt says
+# what should happen to it.
 
 # %%
 diamond = Object("purple", "diamond", "still", "big", start=(32, 32, 13), end=(32, 32, 13))  # x, y, radius
@@ -161,9 +162,9 @@ play(videos)
 # %% [markdown]
 # ## One noise, several prompts
 #
-# The same noise for all, and still three videos: the prompt decides. Change the prompts below. `nano` knows the colours
-# red, green, blue, yellow, purple and cyan and the shapes circle, square, triangle and diamond, which move left,
-# right, up or down, grow, shrink or stay still.
+# The noise is the same for all, and there are still three different videos: the prompt decides. Change the prompts
+# below. `nano` knows the colours red, green, blue, yellow, purple and cyan and the shapes circle, square, triangle and
+# diamond, which move left, right, up or down, grow, shrink or stay still.
 
 # %%
 prompts = ["a red circle moves right", "a yellow triangle moves up", "a cyan diamond grows"]
@@ -172,5 +173,5 @@ grid(videos, columns=7, title="Three prompts, the same noise")
 play(videos)
 
 # %% [markdown]
-# To keep one: `kandinsky5.video_io.write_video("diamond.mp4", frames, fps=10)`; or on the command line
-# `python sample.py "a cyan diamond grows" -o diamond.mp4`. Next: [what happens inside the DiT](02_inside_the_dit.ipynb).
+# To save one: `kandinsky5.video_io.write_video("diamond.mp4", frames, fps=10)`; or on the command line `python
+# sample.py "a cyan diamond grows" -o diamond.mp4`. Next: [what happens inside the DiT](02_inside_the_dit.ipynb).

@@ -2,11 +2,11 @@
 # # 2 · Inside the DiT
 #
 # **At the end you will know what each part of a block does while a video is made (modulation, positions, attention,
-# residual stream), and will have broken some of them to see what for.**
+# residual stream), and will have broken some of them to see what they are for.**
 #
-# Everything is read off the running model with [`kandinsky5.extras.probe`](../kandinsky5/extras/probe.py), which hangs hooks on
-# modules and takes them off again; the model's file, [`kandinsky5/dit.py`](../kandinsky5/dit.py), stays as it is. Keep it
-# open beside this notebook.
+# All figures are recorded from the running model with [`kandinsky5.extras.probe`](../kandinsky5/extras/probe.py), which
+# attaches hooks to modules and removes them again; the model itself, [`kandinsky5/dit.py`](../kandinsky5/dit.py), is
+# not changed. Keep that file open next to this notebook.
 
 # %%
 from unittest.mock import patch
@@ -28,9 +28,9 @@ print(f"{T * H * W} video tokens of {config.dim} channels in {config.num_visual_
 print(f"{config.num_heads} heads of {config.head_dim}; rotary channels for time, height, width: {config.rope_axes}")
 
 # %% [markdown]
-# One sampling run, everything recorded at once: what the modulations return, what each block returns, what each of its
-# sub-layers adds, and the attention to the text. `keep` says what to keep of each output, so that memory stays small.
-# With guidance the batch holds two samples, the one with the prompt first: `x[0]` below.
+# One sampling run records everything: what the modulations return, what each block returns, what each of its sub-layers
+# returns, and the attention to the text. `keep` selects what to store of each output, so that memory stays small. With
+# guidance the batch holds two samples, the one with the prompt first: `x[0]` below.
 
 
 # %%
@@ -63,10 +63,10 @@ grid({prompt: frames}, columns=7, title="The video that this notebook looks into
 #
 # $$x \leftarrow x + \mathrm{gate}\cdot f\bigl(\mathrm{norm}(x)\,(1 + \mathrm{scale}) + \mathrm{shift}\bigr),$$
 #
-# and shift, scale and gate depend on nothing but the flow time and the prompt's CLIP vector. Below, how large the gates
-# are on the way from noise (left) to data (right). At a gate of 0 a sub-layer would leave the tokens alone; here none comes
-# near it. Cross-attention's gates are the smallest, and fall towards the data; most others change little, and the
-# feed-forward of block 0 doubles.
+# and shift, scale and gate depend only on the flow time and the prompt's CLIP vector. The figure shows the size of the
+# gates on the way from noise (left) to data (right). With a gate of 0 a sub-layer would leave the tokens unchanged;
+# here none comes close to that. Cross-attention's gates are the smallest, and fall towards the data; most others change
+# little, and the gate of block 0's feed-forward doubles.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), sharey=True)
@@ -83,10 +83,10 @@ plt.show()
 # %% [markdown]
 # ## The residual stream
 #
-# What the sub-layers really add, gate included, is told by the tokens themselves. Left: the size of the tokens after each
-# block, at the beginning, in the middle and at the end of sampling; shaded is the range from the smallest token to the
-# largest. Right: each sub-layer's output (before its gate), in the middle of sampling. LayerNorm in front of every sub-layer
-# makes the size of the stream itself harmless: only what a sub-layer adds *relative* to it counts.
+# The tokens themselves show what the sub-layers add, gate included. Left: the size of the tokens after each block, at
+# the beginning, in the middle and at the end of sampling; the shaded range is from the smallest token to the largest.
+# Right: each sub-layer's output (before its gate), in the middle of sampling. Because of the LayerNorm before every
+# sub-layer the size of the stream itself does not matter: only what a sub-layer adds *relative* to it does.
 
 # %%
 moments = {"first step": 0, "middle": len(times) // 2, "last step": len(times) - 1}
@@ -112,10 +112,11 @@ plt.show()
 # %% [markdown]
 # ## Positions are rotations
 #
-# Attention does not know where a token stands. RoPE tells it: each pair of channels of a query or key is a point in the
-# plane, and is turned by an angle, position × frequency. In a dot product only the difference of two angles remains, so
-# heads see *how far apart* two tokens are. Some pairs belong to time, some to height, some to width; within an axis the
-# frequencies fall from 1 to nearly 0: fast hands tell neighbours apart, slow hands tell far from near.
+# Attention by itself does not know a token's position. RoPE encodes it: each pair of channels of a query or key is a
+# point in the plane, rotated by an angle, position × frequency. In a dot product only the difference of two angles
+# remains, so heads see *how far apart* two tokens are. Some pairs belong to time, some to height, some to width; within
+# an axis the frequencies fall from 1 to nearly 0: fast pairs distinguish neighbours, slow pairs distinguish far from
+# near.
 
 # %%
 figure, axes = plt.subplots(1, 6, figsize=(10, 2.2))
@@ -135,10 +136,10 @@ figure.suptitle("A unit vector of each of the six height pairs, in rows 0 (dark)
 plt.show()
 
 # %% [markdown]
-# What this does to attention: take the *same* vector as query at one place and as key at every place. Without RoPE all
-# products would be 1. With it the product falls off with distance, in space and in time; the stripes are the fast pairs,
-# which come round again after 2π ≈ 6 places. Heads use learned vectors that are not all ones, and can so build other
-# patterns from the same rotations.
+# The effect on attention: take the *same* vector as query at one position and as key at every position. Without RoPE
+# all products would be 1. With it the product falls off with distance, in space and in time; the stripes come from the
+# fast pairs, which repeat after 2π ≈ 6 positions. Heads use learned vectors that are not all ones, and so can build
+# other patterns from the same rotations.
 
 # %%
 big = (9, 16, 16)
@@ -157,14 +158,14 @@ figure.suptitle("The same vector everywhere, against the query at the red cross"
 plt.show()
 
 # %% [markdown]
-# ## What the video asks of the text
+# ## Attention to the text
 #
-# Every video token attends to the tokens of the text. Rows below are the tokens that Qwen made of the prompt (the last one
-# ends the template and has read the whole prompt before it), columns the five latent frames: how much weight each of the
-# 4 × 4 video tokens of a frame gives to that word, averaged over the heads. The maps of "yellow",
-# "triangle" and "up" follow the object, although the picture is still mostly noise; the last token's is darker there. On the
-# right the mean over all video tokens, block by block; dotted is where all words would be alike. In every block most goes to
-# the last token.
+# Every video token attends to the text tokens. Rows are the tokens that Qwen made of the prompt (the last one ends the
+# template and has read the whole prompt before it), columns the five latent frames: the weight that each of the 4 × 4
+# video tokens of a frame gives to that word, averaged over the heads. The maps of "yellow", "triangle" and "up" follow
+# the object, although the latents are still mostly noise; the last token's map is darker there. On the right is the
+# mean over all video tokens, block by block; the dotted line is where all words would be equal. In every block the last
+# token gets most of the weight.
 
 # %%
 encoder = pipe.text_encoder
@@ -203,9 +204,9 @@ plt.show()
 # %% [markdown]
 # ## Where a video token looks in the video
 #
-# The same for self-attention, which is how frames agree with each other. One token, marked by a red square, and the weight
-# that it gives to all 80, for each block (mean over heads). Block 0 spreads it over nearly all tokens; the largest
-# weights of block 3 are at and beside the token; those of block 4 go up with the object from frame to frame.
+# The same for self-attention, through which frames agree with each other: one token, marked by a red square, and the
+# weight that it gives to all 80, for each block (mean over heads). Block 0 spreads it over nearly all tokens; the
+# largest weights of block 3 are at and next to the token; those of block 4 move up with the object from frame to frame.
 
 # %%
 query = (2, 2, 1)  # latent frame, row, column
@@ -227,10 +228,10 @@ plt.show()
 # %% [markdown]
 # ## Change one line, see the video change
 #
-# `kandinsky5/dit.py` calls small functions by their names: `modulate`, `add_gated`, `apply_rope`, `attention`. `patch.multiple`
-# puts another one in their place while it lasts. The weights stay those that were trained with the right ones, and the
-# noise is the same. RMS instead of layer norm is hardly seen; without RoPE, gates or modulation nothing is left, not even the
-# background. **Edit a line of `changes`, or add one, and run the cell again.**
+# `kandinsky5/dit.py` calls small functions by their names: `modulate`, `add_gated`, `apply_rope`, `attention`.
+# `patch.multiple` replaces them inside its block. The weights are those trained with the original functions, and the
+# noise is the same. RMS instead of layer norm is hardly visible; without RoPE, gates or modulation nothing is left, not
+# even the background. **Edit a line of `changes`, or add one, and run the cell again.**
 
 # %%
 changes = {
@@ -254,8 +255,8 @@ grid(videos, columns=7, title="The same prompt, noise and weights")
 play(videos)
 
 # %% [markdown]
-# "RoPE backwards" gives the first token the angles of the last one: every token still knows how far away the others are,
-# but takes left for right, above for below and before for after. The triangle falls to pieces.
+# "RoPE backwards" gives the first token the angles of the last one: every token still knows how far away the others
+# are, but confuses left with right, above with below and before with after. The triangle falls apart.
 #
 # **Try:** drop the gates of one sub-layer only (`add_gated` is called three times per block); scale `gate` by 0.5 or 2;
 # replace `attention` by a function that returns the mean of `v`. Next: [NABLA](03_nabla.ipynb).

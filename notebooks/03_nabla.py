@@ -4,10 +4,10 @@
 # **At the end you will know how Kandinsky 5 makes attention affordable in long clips, step by step on a real model's queries
 # and keys, and what sparsity costs in error and gains in time.**
 #
-# Full attention of $L$ video tokens computes $L^2$ scores: 10 seconds at 512 × 768 are 93,696 tokens after patching, almost
-# nine billion scores per head and block. NABLA ([arXiv 2507.13546](https://arxiv.org/abs/2507.13546),
-# [`kandinsky5/nabla.py`](../kandinsky5/nabla.py)) looks at the video coarsely first and then computes only the tiles where
-# the mass is:
+# Full attention of $L$ video tokens computes $L^2$ scores: 10 seconds at 512 × 768 are 93,696 tokens after patching,
+# almost nine billion scores per head and block. NABLA ([arXiv 2507.13546](https://arxiv.org/abs/2507.13546),
+# [`kandinsky5/nabla.py`](../kandinsky5/nabla.py)) first looks at the video coarsely and then computes only the tiles
+# where the attention mass is:
 #
 # ```text
 # tokens (T, H, W) ──to_tiles──> tile order ──pool──> softmax over tiles ──select_mass──┐
@@ -36,9 +36,9 @@ _ = torch.set_grad_enabled(False)
 # %% [markdown]
 # ## Tile order
 #
-# A tile is 8 × 8 tokens of one frame, 128 × 128 pixels of the video. `to_tiles` puts its 64 tokens next to each other: from
-# then on a tile is 64 tokens in a row. The films show in which order the tokens of two frames come, dark to light, row by
-# row as in any other transformer and in tile order.
+# A tile is 8 × 8 tokens of one frame, 128 × 128 pixels of the video. `to_tiles` puts its 64 tokens next to each other:
+# from then on a tile is 64 consecutive tokens. The videos show the order of the tokens of two frames, dark to light:
+# row by row, as in any other transformer, and in tile order.
 
 # %%
 grid = (2, 16, 24)
@@ -85,8 +85,9 @@ plt.show()
 # ## Queries and keys of a real model
 #
 # A DiT with `nano`'s weights and NABLA switched on, at the size of the `nano-10s` preset: 33 frames of 128 × 128 are 9
-# latent frames of 8 × 8 tokens, one tile each. It gets a drawn scene, half way to noise, and the scene's colours and shapes
-# as a prompt. `record_attention` keeps the queries and keys (after norm and RoPE) and the map that the model made of them.
+# latent frames of 8 × 8 tokens, one tile each. Its input is a drawn scene, halfway to noise, with the scene's colours
+# and shapes as a prompt. `record_attention` stores the queries and keys (after norm and RoPE) and the map that the
+# model computed from them.
 
 # %%
 pipe = Pipeline.load("nano", dtype=torch.float32)
@@ -122,9 +123,9 @@ print("q, k, v (B, N, L, D)", tuple(q.shape), "  map (B, N, L/64, L/64)", tuple(
 # ## The pooled map, and where it is cut
 #
 # Queries and keys are averaged over each tile, and a softmax over tiles says where the mass *probably* is. Then, row by
-# row, the largest entries that together hold the share $P$ stay. Above: the pooled attention of each head, rows are query
-# tiles (here: latent frames). Below: what is kept of it; grey is kept by the window alone. A head that looks everywhere
-# alike keeps much, a head that knows where to look keeps little.
+# row, NABLA keeps the largest entries that together hold the share $P$. Top: the pooled attention of each head; rows
+# are query tiles (here: latent frames). Bottom: the tiles that are kept; grey ones are kept by the window alone. A head
+# that attends uniformly keeps many tiles, a head that knows where to look keeps few.
 
 # %%
 pooled = nabla.pooled_attention(q, k)  # (B, N, tiles, tiles)
@@ -147,9 +148,9 @@ plt.show()
 # %% [markdown]
 # ## A longer row: the cut for several P
 #
-# For the rest a clip with more tiles: 45 frames of 256 × 256 are 12 × 2 × 2 tiles. One row of the pooled map, sorted: an
-# entry stays if it and all *smaller* ones sum to at least $1 - P$. On the right the same row on the video, 12 frames of 2 × 2
-# tiles: the query's tile is marked, the kept ones are light.
+# From here on the clip has more tiles: 45 frames of 256 × 256 are 12 × 2 × 2. Left: one row of the pooled map, sorted.
+# An entry is kept if it and all *smaller* ones sum to at least $1 - P$. Right: the same row on the video, 12 frames of
+# 2 × 2 tiles; the query's tile is marked, the kept ones are light.
 
 # %%
 _, recorded, grid = run(NablaConfig(P=0.9, window=(3, 3, 3)), num_frames=45, side=256)
@@ -206,9 +207,9 @@ plt.show()
 # %% [markdown]
 # ## Window and union
 #
-# The coarse look can miss a neighbour, so near tiles are kept in any case: a window over time, height and width. The map is
-# the union. Look at the diagonal bands of the window (near in time) and at what the mass adds far from them: this head looks
-# mostly at later frames.
+# The coarse look can miss a neighbour, so nearby tiles are always kept: a window over time, height and width. The map
+# is the union. Compare the diagonal bands of the window (near in time) with what the mass adds far from them: this head
+# looks mostly at later frames.
 
 # %%
 config = NablaConfig(P=0.6, window=(3, 3, 3))
@@ -256,8 +257,9 @@ assert error(sparse, masked) < 1e-5 and error(everything, full) < 1e-5
 # %% [markdown]
 # ## What sparsity costs, and gains
 #
-# Left, for several P: how much of the tiles is computed, and how far the result is from full attention. Right, how long it takes. As a yardstick, the same number of tiles for each query chosen by chance. The
-# window here is the tile itself alone, so that P decides. One line per block of the network.
+# Left, for several P: the share of the tiles that is computed, and the error compared with full attention. Right: the
+# time. As a baseline, the same number of tiles per query is chosen at random. The window here is only the tile itself,
+# so that P decides. One line per block of the network.
 
 # %%
 shares = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
@@ -315,15 +317,16 @@ right.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Time falls in proportion to what is left out, and making the map costs next to nothing. (If all tiles
-# are kept, PyTorch's kernel is the faster one: ours gathers them first.) In blocks 2 to 4 choosing is better than chance, in
-# block 1 where half or more is kept; block 0, which attends to everything nearly alike, loses nothing by chance. So how small P can be depends on the model: released
-# long-clip models were *trained* with NABLA at P = 0.7 to 0.9, so that their mass is where the map can find it; `nano`'s weights
-# here were trained with full attention on short clips.
+# Time falls in proportion to the tiles that are dropped, and computing the map costs almost nothing. (If all tiles are
+# kept, PyTorch's kernel is faster: ours gathers them first.) In blocks 2 to 4 NABLA's choice is better than a random
+# one, in block 1 only where half or more is kept; block 0, which attends to everything almost uniformly, loses nothing
+# by random choice. So how small P can be depends on the model: released long-clip models were *trained* with NABLA at P
+# = 0.7 to 0.9, so that their mass is where the map can find it; `nano`'s weights here were trained with full attention
+# on short clips.
 #
 # ## What it does to the velocity
 #
-# What counts in the end is the answer of the whole network.
+# What counts in the end is the output of the whole network.
 
 # %%
 exact, _, _ = run(NablaConfig(P=1.0, window=(1, 1, 1)), num_frames=33, side=128)

@@ -4,10 +4,10 @@
 # **At the end you will know what is in the 16 channels of a latent, what "causal" means here and where it is not quite true,
 # and what tiling does to the pixels.**
 #
-# The VAE ([`kandinsky5/vae.py`](../kandinsky5/vae.py), that of HunyuanVideo) packs a video 8 × in height and width and 4 ×
-# in time, so that the DiT has 1/256 of the places to think about: $4k + 1$ frames become $k + 1$ latent frames. `nano` has
-# the same architecture with few channels, trained on small coloured shapes. Everything here works on clips that the small
-# world draws.
+# The VAE ([`kandinsky5/vae.py`](../kandinsky5/vae.py), that of HunyuanVideo) packs a video 8 × in height and width and
+# 4 × in time, so that the DiT has 1/256 of the positions to process: $4k + 1$ frames become $k + 1$ latent frames.
+# `nano` has the same architecture with few channels, trained on small coloured shapes. All clips here are drawn from
+# the small world.
 
 # %%
 from dataclasses import replace
@@ -39,8 +39,8 @@ def psnr(a, b):
 # %% [markdown]
 # ## There and back
 #
-# The encoder gives a Gaussian for each latent number, a mean and a variance; sampling the mean is the best reconstruction.
-# The third row is the error, five times enlarged: look for it at edges, and where things move.
+# The encoder returns a Gaussian for each latent value, a mean and a variance; decoding the mean gives the best
+# reconstruction. The third row is the error, five times amplified: look for it at edges, and where things move.
 
 # %%
 things = (
@@ -60,11 +60,12 @@ grid({"video": original, "decoded": decoded, "error × 5 (grey: none)": enlarged
 play({"video": original, "decoded": decoded})
 
 # %% [markdown]
-# ## Latent channels as pictures
+# ## Latent channels as images
 #
-# The 16 channels of the middle latent frame, each 8 × 8, beside the video frame it belongs to. In this VAE each channel has
-# mean 0 and standard deviation 1 over the training clips; blue is below, red above. A channel is no colour and no edge: it
-# is whatever 4 × 8 × 8 pixels needed. But things are where they are in the video, which is what lets the DiT patchify.
+# The 16 channels of the middle latent frame, each 8 × 8, next to the video frame it belongs to. In this VAE each
+# channel has mean 0 and standard deviation 1 over the training clips; blue is below, red above. A channel is neither a
+# colour nor an edge: it is whatever 4 × 8 × 8 pixels needed. But things are where they are in the video, which is why
+# the DiT can patchify.
 
 # %%
 z = posterior.mean[0]  # (16, T, h, w)
@@ -80,8 +81,8 @@ right.suptitle("channels of latent frame 2", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# Which channels matter? Set one to zero in the whole clip and decode. The figure shows how much each one is missed, and what
-# the three most missed ones take away.
+# Which channels matter? Set one to zero in the whole clip and decode. The figure shows the error that each one leaves,
+# and what is lost without the three most important ones.
 
 # %%
 missed = []
@@ -103,9 +104,9 @@ grid(rows, columns=7, title="The channels that are missed most")
 # %% [markdown]
 # ## Causal: an impulse
 #
-# A 3 × 3 × 3 convolution usually looks one frame back and one ahead. `CausalConv3d` pads both frames in front, so that an
-# output frame sees itself and the *two before*. Put in one bright pixel in frame 6 of black, and look where it comes out:
-# in frames 6, 7 and 8, never before.
+# A 3 × 3 × 3 convolution usually looks one frame back and one ahead. `CausalConv3d` pads both frames in front, so that
+# an output frame sees itself and the *two before*. Put one bright pixel into frame 6 of a black clip, and look where it
+# comes out: in frames 6, 7 and 8, never before.
 
 # %%
 torch.manual_seed(0)
@@ -128,10 +129,10 @@ plt.show()
 # %% [markdown]
 # ## … and where it is not
 #
-# The GroupNorms between the convolutions take their mean and variance over all frames, so the whole VAE is *almost* causal.
-# Change the video in frame 9 and measure how much each latent frame moves; change a latent frame and measure how much each
-# frame of the video moves. Before the change there is not zero but a small number. It is the norms', and it is why a video
-# that is encoded in two pieces is never quite the video encoded in one.
+# The GroupNorms between the convolutions take their mean and variance over all frames, so the whole VAE is *almost*
+# causal. Change the video in frame 9 and measure how much each latent frame moves; change a latent frame and measure
+# how much each frame of the video moves. Before the changed frame the effect is not zero but small. It comes from the
+# norms, and it is why a video that is encoded in two pieces is never quite the video encoded in one.
 
 # %%
 F_changed, T_changed = 9, 2  # latent frame 2 stands for frames 5 … 8, latent frame 3 for 9 … 12
@@ -159,11 +160,12 @@ plt.show()
 # %% [markdown]
 # ## Tiling: seams, with and without blending
 #
-# A long video does not fit in memory, so it is decoded in windows ([`kandinsky5/vae_tiling.py`](../kandinsky5/vae_tiling.py)).
-# At the edge of a window the convolutions lack a neighbour and the norms see other statistics, so two windows do not meet
-# exactly. Windows therefore overlap by a quarter, and the earlier fades into the later. Below, 33 frames of 128 × 128, cut
-# in space alone or in time alone; each time in windows that only touch, and in windows that overlap and are blended. (The
-# pipeline cuts time into windows of 16 frames, as here, and space into tiles of 256 pixels, here 64.)
+# A long video does not fit in memory, so it is decoded in windows
+# ([`kandinsky5/vae_tiling.py`](../kandinsky5/vae_tiling.py)). At the edge of a window the convolutions lack a neighbour
+# and the norms see other statistics, so two windows do not match exactly. Windows therefore overlap by a quarter, and
+# the earlier one fades into the later. Below, 33 frames of 128 × 128 are split in space only or in time only, each with
+# windows that only touch and with windows that overlap and are blended. (The pipeline splits time into windows of 16
+# frames, as here, and on request space into tiles of 256 pixels, here 64.)
 
 # %%
 things = (
@@ -197,9 +199,9 @@ figure.suptitle("The middle of frame 20; on the right all of it, the mean over t
 plt.show()
 
 # %% [markdown]
-# A difference from the whole is no harm by itself; a *step* between neighbours is seen. So the seam is measured as a jump: how
-# much the *error*, tiled minus whole, changes from one column (in time: one frame) to the next. Peaks at the dotted lines,
-# where windows begin, are seams; the slow waves elsewhere are not.
+# A difference from the untiled result is harmless by itself; a *step* between neighbours is visible. So the seam is
+# measured as a jump: how much the *error*, tiled minus whole, changes from one column (in time: one frame) to the next.
+# Peaks at the dotted lines, where windows begin, are seams; the slow waves elsewhere are not.
 
 
 # %%
@@ -220,8 +222,8 @@ for ax, (where, kinds), dim, unit in zip(axes, cuts.items(), (4, 2), ("column", 
 plt.show()
 
 # %% [markdown]
-# Blending takes the step away by spreading the difference over the overlap; it does not make the result the one decoded in
-# one piece. It costs time, as the overlap is computed twice: 16/12 in time, (64/48)² in space.
+# Blending removes the step by spreading the difference over the overlap; the result still differs from decoding in one
+# piece. It costs time, because the overlap is computed twice: 16/12 in time, (64/48)² in space.
 #
-# **Try:** `frame_stride=8`; decode Gaussian noise in place of `z`; sample the posterior (`posterior.sample(noise)`) instead of
-# taking its mean. Next: [flow matching](05_flow_matching.ipynb).
+# **Try:** `frame_stride=8`; decode Gaussian noise instead of `z`; sample the posterior (`posterior.sample(noise)`)
+# instead of taking its mean. Next: [flow matching](05_flow_matching.ipynb).

@@ -9,8 +9,8 @@
 # $$x_t = (1 - t)\,x_0 + t\,\varepsilon, \qquad \dot x_t = \varepsilon - x_0, \qquad
 #   \mathcal L = \mathbb E\,\bigl\| v_\theta(x_t, t) - (\varepsilon - x_0) \bigr\|^2 .$$
 #
-# A network cannot know which of all paths through $x_t$ it is on, so it learns their mean velocity; and following the mean
-# from noise at $t = 1$ to $t = 0$ gives samples of the data.
+# The network cannot know which of all paths through $x_t$ it is on, so it learns their mean velocity; following that
+# mean from noise at $t = 1$ to $t = 0$ gives samples of the data.
 
 # %%
 import math
@@ -31,9 +31,9 @@ from kandinsky5.training.loop import FlowTimes, Recipe, flow_loss, generator, re
 # %% [markdown]
 # ## Train one
 #
-# Points on two half moons, two classes. The network is three Linears that get the point, the embedded time (that of the DiT)
-# and the class; class 2 means "not told", for guidance. Loop, times, loss and random numbers are those that train the DiT:
-# [`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py).
+# The data are points on two half moons, two classes. The network is three Linears whose input is the point, the
+# embedded time (the DiT's embedding) and the class; class 2 means "no class", for guidance. Loop, times, loss and
+# random numbers are those that train the DiT: [`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py).
 
 
 # %%
@@ -80,14 +80,14 @@ ax.set(title=f"Trained in {float(rows[-1]['seconds']):.0f} seconds", xlabel="ste
 plt.show()
 
 # %% [markdown]
-# The loss does not go to zero, and need not: it is the spread of the velocities of all paths through a point, which the mean
-# leaves over.
+# The loss does not go to zero, and need not: what remains is the variance of the velocities of all paths through a
+# point.
 #
 # ## Straight paths, bent flow
 #
-# Left, what the network is shown: straight lines from noise (grey) to data, which cross everywhere. Right, what it makes of
-# them: a flow has one velocity at each point and time, so its paths never cross at the same time; they start straight
-# towards the middle of everything, and bend where the moons part.
+# Left: what the network is trained on, straight lines from noise (grey) to data, which cross everywhere. Right: what it
+# learns from them. A flow has one velocity at each point and time, so its paths never cross at the same time; they
+# start straight towards the mean of the data, and bend where the moons part.
 
 # %%
 _ = torch.set_grad_enabled(False)
@@ -132,11 +132,11 @@ plt.show()
 # %% [markdown]
 # ## Schedules
 #
-# Sampling visits times from 1 to 0. An even spacing is *shifted* towards the noise, $t \leftarrow s\,t / (1 + (s-1)\,t)$:
-# thousands of latents tell the same layout, and together they show it through a lot of noise. So the layout is decided at times
-# close to 1, and that is where steps are needed; the released models use s = 5 or 10. diffusers shifts its end point once and
-# then everything again, so that its last step is tiny and the earlier ones are longer. Left the times, right the length of
-# each step.
+# Sampling visits times from 1 to 0. An even spacing is *shifted* towards the noise,
+# $t \leftarrow s\,t / (1 + (s-1)\,t)$. Thousands of latents carry the same layout, and together they reveal it through
+# a lot of noise. So the layout is decided at times close to 1, and that is where steps are needed; the released models
+# use s = 5 or 10. diffusers shifts its end point once and then everything again, so that its last step is tiny and the
+# earlier ones are longer. Left: the times. Right: the length of each step.
 
 # %%
 steps = 16
@@ -160,10 +160,11 @@ plt.show()
 # %% [markdown]
 # ## Few steps
 #
-# Euler's method follows the velocity at the beginning of each step in a straight line, so it errs where paths bend. A single
-# step takes every point to the middle of its class: at $t = 1$ nothing of the data is seen, and that is where the mean velocity
-# leads. With a few steps points fall short of the moons. The curves show the mean distance to the end points of 1,000 steps:
-# halve the step and the error halves, which is order 1. (A method of order 2 is in [notebook 6](06_change_it.ipynb).)
+# Euler's method follows the velocity at the beginning of each step in a straight line, so it errs where paths bend. A
+# single step takes every point to the mean of its class: at $t = 1$ nothing of the data is visible, and that is where
+# the mean velocity leads. With a few steps the points fall short of the moons. The curves show the mean distance to the
+# end points of 1,000 steps: half the step gives half the error, which is order 1. (A method of order 2 is in [notebook
+# 6](06_change_it.ipynb).)
 
 # %%
 exact = toy_path(1000)[-1]
@@ -190,9 +191,9 @@ plt.show()
 # %% [markdown]
 # ## Guidance
 #
-# $v_u + w\,(v_c - v_u)$: with $w = 0$ the class is not heard, $w = 1$ is the class as it was learned, $w > 1$ goes beyond. All
-# points below (green) are asked for class 0 (grey in the background, blue in the figures above). Too much of it leaves no
-# variety, and finally leaves the data.
+# $v_u + w\,(v_c - v_u)$: $w = 0$ ignores the class, $w = 1$ is the class as it was learned, $w > 1$ extrapolates. All
+# points below (green) are sampled for class 0 (grey in the background, blue in the figures above). Too much guidance
+# loses diversity, and finally leaves the data.
 
 # %%
 scales = (0, 1, 2, 4, 8)
@@ -208,8 +209,8 @@ plt.show()
 # %% [markdown]
 # ## The same on videos
 #
-# Now `nano`. First guidance: with 0 the prompt is not heard at all, with 1 as it was learned. With 2, `nano`'s default, the
-# circle is larger. Then come things that nobody asked for: corners at 4, and at 8 hardly a circle is left.
+# Now `nano`. First guidance: 0 ignores the prompt, 1 is the prompt as it was learned. With 2, `nano`'s default, the
+# circle is larger. Then come artefacts: corners at 4, and at 8 hardly a circle is left.
 
 # %%
 pipe = Pipeline.load("nano", dtype=torch.float32)
@@ -221,10 +222,10 @@ videos = {
 grid(videos, columns=6, title=f"“{prompt}”, the same noise, 25 steps")
 
 # %% [markdown]
-# **Few steps.** One step leaves much of what fits the prompt on top of each other; with two a second thing still hangs above
-# the circle; with four there is one circle, and from eight on, on another background, it hardly changes. The curves measure the distance of the latents to
-# those of 100 steps, with both schedules. diffusers' last step is tiny, so that with two steps it is hardly better than with
-# one; with many steps it makes little difference.
+# **Few steps.** One step superimposes many videos that fit the prompt; with two, a second object still hangs above the
+# circle; with four there is one circle, and from eight on, on another background, it hardly changes. The curves show
+# the distance of the latents to those of 100 steps, for both schedules. diffusers' last step is tiny, so that two steps
+# are hardly better than one; with many steps the schedules differ little.
 
 # %%
 reference = pipe(prompt, seed=seed, num_inference_steps=100, output_type="latents", progress=False)
@@ -249,12 +250,12 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## How many prompts are obeyed?
+# ## How many prompts are followed?
 #
-# One video proves little. `nano`'s world can be measured: [`kandinsky5/nano/judge.py`](../kandinsky5/nano/judge.py) finds
-# objects, colours, shapes and motions in a clip, and says whether *everything* in the prompt is true of it. Below, the share of
-# 24 prompts for which it is, for several guidance scales, shifts and numbers of steps. The bars are 95 % intervals: with 24
-# prompts they are wide, so look at the large differences only.
+# One video proves little, but `nano`'s world can be measured: [`kandinsky5/nano/judge.py`](../kandinsky5/nano/judge.py)
+# finds objects, colours, shapes and motions in a clip, and says whether *everything* in the prompt is true of it. Below
+# is the share of 24 prompts for which it is, for several guidance scales, shifts and numbers of steps. The bars are
+# intervals of 95 %: with 24 prompts they are wide, so look at large differences only.
 
 # %%
 pipe = Pipeline.load("nano")
@@ -286,11 +287,13 @@ axes[0].set_ylabel("share of prompts obeyed")
 plt.show()
 
 # %% [markdown]
-# With guidance 0 no prompt is obeyed, with 1 to 4 most are, with 8 fewer than half. Four steps want a shift of 1 or 3: at 0.3 and at
-# 10 fewer prompts are obeyed. One step is never enough, two seldom; with four about nine in ten of these prompts are, from eight on nearly all.
+# With guidance 0 no prompt is followed, with 1 to 4 most are, with 8 fewer than half. Four steps need a shift of 1 or
+# 3: at 0.3 and at 10 fewer prompts are followed. One step is never enough, two rarely; with four about nine in ten
+# prompts are followed, from eight on nearly all.
 #
-# The released *distilled* checkpoints need only 16 steps and no guidance: there the network was trained further to answer with
-# what many guided steps of its teacher do ([`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py), `step_target`, `guided_target`).
+# The released *distilled* checkpoints need only 16 steps and no guidance: there, the network was trained further to
+# predict the result of many guided steps of its teacher
+# ([`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py), `step_target`, `guided_target`).
 #
-# **Try:** other moons; `FlowTimes("logit-normal", mean=0.5)` for the toy; a network that predicts $x_0$ in place of the velocity
-# ($v = (x_t - x_0)/t$); `schedule="diffusers"` in the sweep over steps. Next: [change it](06_change_it.ipynb).
+# **Try:** other moons; `FlowTimes("logit-normal", mean=0.5)` for the toy; a network that predicts $x_0$ instead of the
+# velocity ($v = (x_t - x_0)/t$); `schedule="diffusers"` in the sweep over steps. Next: [change it](06_change_it.ipynb).

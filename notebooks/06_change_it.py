@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 6 · Change it
 #
-# **At the end you will have changed the model in three places, an attention rule, an input and the sampler, and have written the
-# tests that tell you whether the change does what you meant.**
+# **At the end you will have changed the model in three places, an attention rule, an input and the sampler, and have
+# written the tests that tell you whether each change does what you meant.**
 #
-# Each of the three goes the same way: write the new piece, write down what must hold, *break the piece to see the test fail*, and
-# only then look at videos. Weights do not complain: a model with a mistake in it still draws something.
+# Each of the three follows the same pattern: write the new piece, write down what must hold, *break the piece to see
+# the test fail*, and only then look at videos. Weights do not complain: a model with a bug still draws something.
 
 # %%
 import copy
@@ -49,9 +49,10 @@ def guard(test, right, **wrong):
 # %% [markdown]
 # ## 1 · A new attention rule
 #
-# Suppose that video tokens need not see the whole clip, only frames at most `reach` latent frames away. `near_frames_attention`
-# computes just these scores; with T frames and a small reach, (2·reach + 1)/T of them. It goes into a subclass of the DiT's
-# `Attention`, so that the weights stay the same and text and cross-attention are left alone.
+# Suppose that video tokens need not see the whole clip, only frames at most `reach` latent frames away.
+# `near_frames_attention` computes only these scores; with T frames and a small reach, (2·reach + 1)/T of them. It goes
+# into a subclass of the DiT's `Attention`, so that the weights stay the same and text and cross-attention are not
+# affected.
 
 
 # %%
@@ -90,8 +91,8 @@ def with_near_frames(model, reach):
 
 
 # %% [markdown]
-# **What must hold?** A fast rule equals its definition, which here is dense attention under a mask. Frames out of reach have no
-# influence at all. And with a reach that covers the clip, the model is the old one.
+# **What must hold?** A fast rule equals its definition, which here is dense attention under a mask. Frames out of reach
+# have no influence. And with a reach that covers the clip, the model is unchanged.
 
 
 # %%
@@ -142,9 +143,9 @@ guard(
 guard(test_full_reach_is_the_old_model, with_near_frames, weights_left_behind=with_new_weights)
 
 # %% [markdown]
-# **What happens?** The same prompt and noise; the network was trained to see everything. With reach 0 each latent frame is on its
-# own, and only the prompt is common to them all: frames agree on neither background nor object. With reach 1 they do, but the
-# square shrinks and hardly moves. With reach 2 the video is nearly the old one.
+# **What happens?** Prompt and noise are the same; the network was trained to see everything. With reach 0 each latent
+# frame is on its own, and they share only the prompt: frames agree on neither background nor object. With reach 1 they
+# do, but the square shrinks and hardly moves. With reach 2 the video is nearly the original.
 
 # %%
 prompt, seed = "a blue square moves down", 5
@@ -156,16 +157,17 @@ grid(videos, columns=6, title=f"“{prompt}”: attention to near frames only, w
 play(videos)
 
 # %% [markdown]
-# Without training this says how much the network *relies* on far frames, not how good the rule is: for that, train with it (NABLA
-# is such a rule, and released long-clip models were trained with theirs). In the package the rule would stand in
-# [`attention.py`](../kandinsky5/attention.py) beside its definition, be chosen by a field of `DiTConfig`, and the three tests
-# would go to `tests/test_attention.py` and `tests/test_dit.py`.
+# Without training this says how much the network *relies* on far frames, not how good the rule is: for that, train with
+# it (NABLA is such a rule, and released long-clip models were trained with theirs). In the package the rule would be in
+# [`attention.py`](../kandinsky5/attention.py) next to its definition, be chosen by a field of `DiTConfig`, and the
+# three tests would go to `tests/test_attention.py` and `tests/test_dit.py`.
 #
 # ## 2 · A new input: draw the path
 #
-# A prompt can say "moves right". Where exactly, no word can say. So give the network a *path*: for each latent frame a bump where
-# the object shall be. A place for it is there already: the DiT takes 33 channels, 16 noisy latents, 16 conditioning latents, which
-# are always zero in this model, and a mask. The path takes the first of the zeros, channel 16.
+# A prompt can say "moves right", but not exactly where. So give the network a *path*: for each latent frame a bump
+# where the object should be. There is already room for it: the DiT has 33 input channels, 16 noisy latents, 16
+# conditioning latents, which are always zero in this model, and a mask. The path uses the first of the zeros, channel
+# 16.
 #
 # Two things make a new input safe. Its weights start at **zero**, so that the changed network *is* the old one before training;
 # and in training it is sometimes **left out**, so that the network still works without it.
@@ -207,8 +209,8 @@ def given_path(model, path):
 
 
 # %% [markdown]
-# **What must hold?** Before training a path changes nothing, to the bit. The bump is in the cell where the point is, x to the
-# right and y downwards. And the new weights get a gradient, or they would stay zero for ever.
+# **What must hold?** Before training, a path changes nothing, bit for bit. The bump is in the cell of the point, x to
+# the right and y downwards. And the new weights get a gradient, or they would stay zero for ever.
 
 # %%
 somewhere = torch.tensor([[[12.0, 52.0], [20.0, 44.0], [28.0, 36.0], [36.0, 28.0], [44.0, 20.0]]])
@@ -262,8 +264,9 @@ guard(
 
 
 # %% [markdown]
-# **Train it.** 256 clips of one object that goes from a point to another and on to a third; drawn and encoded first. Words: "a
-# blue square moves". 300 steps, most of them close to the noise, where layout is decided. This takes a minute or two.
+# **Train it.** The data are 256 clips of one object that moves from one point to a second and on to a third, drawn and
+# encoded first. Captions: "a blue square moves". 300 steps, most of them close to the noise, where the layout is
+# decided. This takes a minute or two.
 
 
 # %%
@@ -317,8 +320,9 @@ print(f"{len(rows_of_words)} clips, {rows[-1]['step']} steps in {float(rows[-1][
       f"{float(rows[0]['loss']):.3f} → {float(rows[-1]['loss']):.3f}")  # fmt: skip
 
 # %% [markdown]
-# **What happens?** Paths that were never trained, drawn white over each frame; the dot is where the object shall be at that time.
-# Below each the same noise without a path. How far the object is from where it was asked to be, is measured by its centre of mass.
+# **What happens?** Unseen paths, drawn in white over each frame; the dot is where the object should be at that time.
+# Below each is the same noise without a path. The distance of the object from its requested position is measured by its
+# centre of mass.
 
 # %%
 told = Pipeline(pipe.config, copy.deepcopy(trained).to(pipe.dtype).eval(), pipe.vae, pipe.text_encoder)
@@ -370,20 +374,21 @@ for key, values in away.items():
 assert sum(away["with the path"]) < sum(away["without"])
 
 # %% [markdown]
-# With a path the object is 2 to 4 pixels from where it was asked to be, in the mean over the frames, and 15 to 24 without. In
-# motion it is blurred and loses its shape: 300 steps are few.
+# With a path the object is 2 to 4 pixels from its requested position, averaged over the frames, and 15 to 24 without.
+# In motion it is blurred and loses its shape: 300 steps are few.
 #
-# In the package the path would be an argument of `Pipeline.__call__`, go into the condition that `_build_condition` makes, and
-# have its own check of what a user gives. A vector that says something about the whole clip (a speed, a camera) has another
-# place: a third embedder beside `time_embedder` and `pooled_embedder` in [`dit.py`](../kandinsky5/dit.py), its last Linear zero at
-# first.
+# In the package the path would be an argument of `Pipeline.__call__`, go into the condition that `_build_condition`
+# makes, and have its own check of user input. A vector that describes the whole clip (a speed, a camera) belongs
+# elsewhere: a third embedder beside `time_embedder` and `pooled_embedder` in [`dit.py`](../kandinsky5/dit.py), its last
+# Linear zero at first.
 #
 # ## 3 · A new sampler: Heun's method
 #
-# Euler follows the velocity at the beginning of a step. Heun goes there on trial, asks for the velocity at the *end*, and takes
-# the mean of both: two questions a step, but the error falls with the square of the step. As it is Euler's loop with another
-# velocity, that is how it is written; given first frames and callbacks stay as they are. The last step would end at $t = 0$, where
-# the network has hardly ever been trained, so there the trial goes half the way, and its velocity is taken for the whole step.
+# Euler follows the velocity at the beginning of a step. Heun takes that step on trial, evaluates the velocity at its
+# *end*, and takes the mean of both: two evaluations per step, but the error falls with the square of the step. It is
+# Euler's loop with another velocity, and is written that way; given first frames and callbacks work as before. The last
+# step would end at $t = 0$, where the network has hardly been trained, so there the trial goes halfway, and its
+# velocity is used for the whole step.
 
 
 # %%
@@ -406,8 +411,9 @@ def heun_sample(velocity, x, schedule, first_frame=None, callback=None, last_ste
 
 
 # %% [markdown]
-# **What must hold?** On $\dot x = x$, whose solution is known, twice the steps leave a quarter of the error. A given first frame
-# is clean at *every* question, the ones on trial too: that is easy to forget, and no picture would show it clearly.
+# **What must hold?** On $\dot x = x$, whose solution is known, twice the steps leave a quarter of the error. A given
+# first frame is clean in *every* evaluation, those on trial too: that is easy to forget, and no video would show it
+# clearly.
 
 
 # %%
@@ -447,9 +453,9 @@ guard(
 )
 
 # %% [markdown]
-# **What happens?** The pipeline calls `sampler.euler_sample`; for a while another function stands in its place. To be fair, count
-# the network's *evaluations*, not steps. Left, how far the result is from that of 128 steps of Heun. Right, where on the way the
-# distance comes about, for 32 evaluations each.
+# **What happens?** The pipeline calls `sampler.euler_sample`; for a while another function stands in its place. For a
+# fair comparison count the network's *evaluations*, not steps. Left: the distance to the result of 128 steps of Heun.
+# Right: where along the path that distance arises, for 32 evaluations each.
 
 # %%
 exact = Pipeline.load("nano", dtype=torch.float32)
@@ -502,19 +508,21 @@ grid(
 )
 
 # %% [markdown]
-# Heun is ahead where an accurate result is wanted: from 16 evaluations to 32 its distance falls to a sixth, from 32 to 64 to
-# four tenths (theory promises a quarter each time), where Euler's about halves. The right figure shows what hangs on the *last*
-# step: left to Euler, it alone adds half. With 8 evaluations or fewer Euler is nearer; and a video that is a little off from the
-# exact path is not a worse video: the three above are squares that grow, at places a little apart. The released models are
-# sampled with Euler.
+# Heun is ahead where accuracy matters: from 16 evaluations to 32 its distance falls to a sixth, from 32 to 64 to four
+# tenths (theory promises a quarter each time), where Euler's about halves. The right figure shows how much depends on
+# the *last* step: left to Euler, it alone adds half. With 8 evaluations or fewer Euler is closer; and a video that is
+# slightly off the exact path is not a worse video: the three above are squares that grow, at slightly different
+# positions. The released models are sampled with Euler.
 #
 # ## Taking a change into the package
 #
-# 1. The new piece beside its kind (`attention.py`, `dit.py`, `sampler.py`), chosen by a field of a config or an argument, never by
-#    a flag inside a `forward`.
-# 2. Its tests into `tests/test_<file>.py`, and its broken versions into [`tests/test_mutations.py`](../tests/test_mutations.py),
-#    which does there what `guard` does here.
-# 3. `pytest`, `ruff check .`, and `pytest tests/parity`: with the new thing switched off, everything still equals the references.
+# 1. The new piece next to its kind (`attention.py`, `dit.py`, `sampler.py`), chosen by a field of a config or an
+#    argument, never by a flag inside a `forward`.
+# 2. Its tests into `tests/test_<file>.py`, and its broken versions into
+#    [`tests/test_mutations.py`](../tests/test_mutations.py), which does there what `guard` does here.
+# 3. `pytest`, `ruff check .`, and `pytest tests/parity`: with the new piece switched off, everything still equals the
+#    references.
 #
-# **Try:** train with reach 1 (put `with_near_frames(pipe.dit, 1)` into the training cell); a path for two objects, one channel
-# each; image-to-video with a path; the midpoint method, or Adams–Bashforth, which is of order 2 with one evaluation a step.
+# **Try:** train with reach 1 (put `with_near_frames(pipe.dit, 1)` into the training cell); a path for two objects, one
+# channel each; image-to-video with a path; the midpoint method, or Adams–Bashforth, which is of order 2 with one
+# evaluation per step.
