@@ -1,4 +1,4 @@
-"""Draw docs/dataflow.svg, the README's picture: python docs/draw_dataflow.py (needs matplotlib)."""
+"""Draw docs/dataflow.svg, the figure of docs/api.md: python docs/draw_dataflow.py (needs matplotlib)."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Draw what the nano family makes: a contact sheet of each model, and an animated picture of nano for the README.
+"""Draw samples of the nano family: a contact sheet per model, and the README's animation.
 
     python docs/draw_nano.py            # docs/nano/NAME.png for every model, docs/nano.webp
 
-Rows are prompts, columns are frames at even times. Nothing is chosen: prompt i has seed i, given images have seed 0.
-Needs matplotlib (`pip install '.[train]'`).
+Rows are prompts, columns are equally spaced frames. No cherry-picking: prompt i has seed i, given images have seed 0.
+Needs matplotlib (`pip install -c constraints.txt -e '.[train]'`).
 """
 
 import os
@@ -30,7 +30,7 @@ PROMPTS = (
     "a red square moves left and a small cyan circle stands still",
     "слева синий ромб движется вниз, справа жёлтый треугольник движется вверх",
 )
-IMAGE_VERBS = ("moves right", "grows")  # what drawn first frames are asked to do
+IMAGE_VERBS = ("moves right", "grows")  # what the drawn first frames should do
 ANIMATED = tuple(  # colours down, motions across
     f"a big {colour} {shape} {verb} on a {background} background"
     for colour, shape, background in (
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def draw_sheet(pipe: Pipeline, path: Path) -> None:
-    """A PNG with one row a prompt: clips from text, and below them clips that go on from a given image."""
+    """A PNG with one row per prompt: clips from text, and below them clips that start from a given image."""
     sampling = pipe.config.sampling
     scenes = [sample_scene([7, i], num_objects=1) for i in range(len(IMAGE_VERBS))]
     images = [torch.from_numpy(draw_scene(scene, 1, sampling.height, sampling.width)[0]) for scene in scenes]

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.dit import DiT
-from kandinsky5.nano import distill, train_dit, train_text, train_vae
+from kandinsky5.nano import distill, train_dit, train_text, train_vae, world
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
 from kandinsky5.qwen import Qwen
 from kandinsky5.vae import VAE
@@ -79,8 +79,8 @@ def download(preset: str) -> str:
     return "-".join(["Kandinsky-5.0", *(capitals.get(word, word) for word in words), "Diffusers"])
 
 
-ACTIVATIONS = 25  # bytes for each token and channel of a DiT forward in bf16: counted on the meta device
-MAP = 24  # bytes for each pair of NABLA's tiles and each head: the map and what flex_attention makes of it; likewise
+ACTIVATIONS = 25  # bytes per token and channel of a DiT forward in bf16, read off the meta device
+MAP = 24  # bytes per pair of NABLA's tiles and head: the map and flex_attention's BlockMask, measured on a CPU
 CONTEXT = 1.0  # GB of a card that CUDA and the allocator's gaps need: an assumption
 CARDS = (8, 12, 16, 24, 48, 80)
 COLUMNS = {  # of the table by card
@@ -221,6 +221,23 @@ DISTANCES = {"nano-nocfg": 2, "nano-distilled16steps": 3}  # points that these m
 FAMILIES = {"judge_": "bundled", "from_nothing_18000_steps_": "from scratch"}
 
 
+def vocabulary() -> list[str]:
+    """The English words that nano was trained on."""
+    verbs = [verb for forms in world.ENGLISH_VERB.values() for verb, _ in forms]
+    directions = [word for words in world.ENGLISH_DIRECTION.values() for word in words]
+    places = [place for pair in world.ENGLISH_PLACE.values() for place in pair]
+    rows = {
+        "colours": world.COLOURS,
+        "shapes": world.SHAPES,
+        "sizes": [word for words in world.ENGLISH_SIZE.values() for word in words],
+        "verbs": verbs,
+        "directions": directions,
+        "backgrounds": world.BACKGROUNDS,
+        "between two objects": places,
+    }
+    return table(("", "words"), *((name, ", ".join(words)) for name, words in rows.items()))
+
+
 def judged(name: str) -> dict:
     return json.loads((JUDGE / f"{name}.json").read_text())
 
@@ -353,10 +370,11 @@ def stages() -> list[str]:
 
 
 def speed() -> list[str]:
-    """Every row of benchmarks/compare.py."""
+    """Every row of benchmarks/compare.py, in the order of its own table."""
     rows: list[tuple] = [("work", "precision", "threads", "theirs / ours", "spread", "target", "")]
+    order = (RESULTS / "compare.md").read_text()
     measured = json.loads((RESULTS / "compare.json").read_text()).values()
-    for row in measured:
+    for row in sorted(measured, key=lambda row: order.find(f"| {row['work']} |")):
         work = re.sub(r", (bf16|float32)\b", "", row["work"])
         precision = "float32" if "float32" in row["work"] else "bf16"
         threads = re.search(r"(\d+) threads", row["machine"])[1]
@@ -387,6 +405,7 @@ TABLES = {
     "cards": cards,
     "weights": weights,
     "costs": costs,
+    "vocabulary": vocabulary,
     "nano": nano,
     "nano-targets": nano_targets,
     "nano-failures": nano_failures,
