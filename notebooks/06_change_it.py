@@ -379,8 +379,8 @@ assert sum(away["with the path"]) < sum(away["without"])
 #
 # In the package the path would be an argument of `Pipeline.__call__`, go into the condition that `_build_condition`
 # makes, and have its own check of user input. A vector that describes the whole clip (a speed, a camera) belongs
-# elsewhere: a third embedder beside `time_embedder` and `pooled_embedder` in [`dit.py`](../kandinsky5/dit.py), its last
-# Linear zero at first.
+# elsewhere: a third embedder next to `time_embedder` and `pooled_embedder` in [`dit.py`](../kandinsky5/dit.py), its
+# last Linear zero at first.
 #
 # ## 3 · A new sampler: Heun's method
 #
