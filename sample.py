@@ -28,6 +28,7 @@ from kandinsky5.checkpoint import SHIPPED, find_checkpoint, fingerprint
 from kandinsky5.config import PipelineConfig
 from kandinsky5.extras import magcache, preview
 from kandinsky5.extras.replay import check_checkpoint, check_image, check_output, read_settings, to_metadata
+from kandinsky5.request import choose_size
 from kandinsky5.rope import scale_for_size
 from kandinsky5.runtime.offload import MODES as OFFLOAD
 from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
@@ -92,8 +93,9 @@ def sample(output: str, replay: str | None = None, **given) -> str:
     for name in FROM_CHECKPOINT - {"height", "width"}:  # those may follow from the image
         settings.setdefault(name, getattr(pipe.config.sampling, name))
     video_io.check_writable(output, settings["num_frames"], settings["fps"], settings["quality"])
-    size = (settings["num_frames"], *pipe.choose_size(image, settings.get("height"), settings.get("width")))
-    note_other_size(size, settings["checkpoint"], pipe.config)
+    images = None if image is None else (image,)
+    size = choose_size(pipe.config, images, settings.get("height"), settings.get("width"))
+    note_other_size((settings["num_frames"], *size), settings["checkpoint"], pipe.config)
     note_long_prompt(settings["prompt"], pipe.text_encoder)
 
     every = (settings["num_inference_steps"] + 9) // 10  # rounded up: 10 pictures or fewer

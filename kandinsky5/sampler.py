@@ -33,8 +33,9 @@ def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
         return shift * t / (1 + (shift - 1) * t)
 
     if rule == "official":
-        return shifted(torch.linspace(1, 0, steps + 1))
-    return torch.cat([shifted(torch.linspace(1, shifted(0.001), steps)), torch.zeros(1)])
+        return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu"))
+    times = shifted(torch.linspace(1, shifted(0.001), steps, dtype=torch.float32, device="cpu"))
+    return torch.cat([times, times.new_zeros(1)])
 
 
 def guided_velocity(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:

@@ -5,6 +5,7 @@ is how the files are found, and the two recipes that `vocab.json` + `merges.txt`
 transformers 5.23.0, tokenization_qwen2.py and tokenization_clip.py.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -143,27 +144,34 @@ def load_sentencepiece(path: Path) -> Tokenizer:
     control = sorted((piece for piece, i in vocabulary.items() if model.is_control(i)), key=len, reverse=True)
     at_control = re.compile(f"({'|'.join(map(re.escape, control))})" if control else r"(?!)")  # longest first
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = []
-        for part in at_control.split(text):
-            ids += [vocabulary[part]] if part in control else model.encode(part)
-        return ids
-
+    encode = functools.partial(_encode_pieces, model, vocabulary, set(control), at_control)
     return Tokenizer(encode, model.decode, vocabulary)
+
+
+def _encode_pieces(
+    model: SentencePieceProcessor, vocabulary: dict[str, int], control: set[str], at_control: re.Pattern, text: str
+) -> list[int]:
+    ids: list[int] = []
+    for part in at_control.split(text):
+        ids += [vocabulary[part]] if part in control else model.encode(part)
+    return ids
 
 
 def build_bpe(backend: tokenizers.Tokenizer) -> Tokenizer:
     """Ours around a tokenizer of the `tokenizers` library."""
     word_end = getattr(backend.model, "end_of_word_suffix", None)  # CLIP's </w>
 
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
-    def decode(ids: list[int]) -> str:
-        text = backend.decode(ids, skip_special_tokens=False)
-        return text.replace(word_end, " ").removesuffix(" ") if word_end else text
-
+    encode, decode = functools.partial(_encode_bpe, backend), functools.partial(_decode_bpe, backend, word_end)
     return Tokenizer(encode, decode, backend.get_vocab(with_added_tokens=True))
+
+
+def _encode_bpe(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def _decode_bpe(backend: tokenizers.Tokenizer, word_end: str | None, ids: list[int]) -> str:
+    text = backend.decode(ids, skip_special_tokens=False)
+    return text.replace(word_end, " ").removesuffix(" ") if word_end else text
 
 
 def load_vocabulary(path: Path) -> dict[str, int]:

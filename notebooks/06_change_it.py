@@ -377,7 +377,7 @@ assert sum(away["with the path"]) < sum(away["without"])
 # With a path the object is 2 to 4 pixels from its requested position, averaged over the frames, and 15 to 24 without.
 # In motion it is blurred and loses its shape: 300 steps are few.
 #
-# In the package the path would be an argument of `Pipeline.__call__`, go into the condition that `_build_condition`
+# In the package the path would be an argument of `Pipeline.__call__`, go into the condition that `build_condition`
 # makes, and have its own check of user input. A vector that describes the whole clip (a speed, a camera) belongs
 # elsewhere: a third embedder next to `time_embedder` and `pooled_embedder` in [`dit.py`](../kandinsky5/dit.py), its
 # last Linear zero at first.

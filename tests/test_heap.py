@@ -52,7 +52,7 @@ def test_the_pipeline_samples_inside_it(monkeypatch):
         inside.append(pages_of_five_blocks() < 2 * BLOCK // PAGE)
         return predict(self, *arguments)
 
-    predict = Pipeline._predict
-    monkeypatch.setattr(Pipeline, "_predict", watch)
+    predict = Pipeline.predict
+    monkeypatch.setattr(Pipeline, "predict", watch)
     Pipeline.load("nano")("a red circle moves left", num_inference_steps=5, output_type="latents", progress=False)
     assert inside[-1]

@@ -1,6 +1,10 @@
 """The pipeline: what a user may ask for, what comes out, and what each mistake is answered with."""
 
+import copy
+import pickle
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,8 @@ import torch
 
 from kandinsky5 import Pipeline, attention, pipeline
 from kandinsky5.config import PRESETS, PipelineConfig
-from kandinsky5.pipeline import _free_memory, _left_in_container
+from kandinsky5.request import Request
+from kandinsky5.runtime import memory
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
 
@@ -38,10 +43,12 @@ def test_same_seed_same_video_and_another_seed_another(pipe):
 
 def test_noise_is_drawn_on_the_cpu_in_float32(pipe):
     expected = torch.randn(2, 4, 6, 16, generator=torch.Generator().manual_seed(9))
-    assert pipe._initial_noise(None, 9, 1, 32, 48, 5)[0][0].equal(expected)
+    assert Request.resolve(pipe.config, "a fox", seed=9).noise()[0][0].equal(expected)
+    seen = []
     half = build_small_pipeline()
     half.dit.bfloat16()
-    assert half._initial_noise(None, 9, 1, 32, 48, 5)[0][0].equal(expected)
+    run(half, seed=9, num_inference_steps=1, solver=lambda velocity, x, *rest: seen.append(x) or x)
+    assert seen[0][0].equal(expected)
 
 
 def test_a_batch_of_unequal_prompts_gives_each_what_it_gets_alone(pipe):
@@ -116,16 +123,15 @@ def test_image_is_the_first_frame_and_keeps_its_shape(pipe):
     latents = run(pipe, image=image, output_type="latents")
     assert latents.shape == (1, 2, 4, 8, 16)  # 40×90 at 1536 pixels is 26×59, in steps of 16: 32×64
     assert run(pipe, image=image, height=32, width=48, output_type="latents").shape == (1, 2, 4, 6, 16)
-    first, *_ = pipe._encode_image(image, 32, 64, [torch.Generator().manual_seed(0)] * 2)
-    noise_first = torch.Generator().manual_seed(0)
-    torch.randn(2, 4, 8, 16, generator=noise_first)  # the generator has drawn the video's noise before the image's
-    expected = pipe._encode_image(image, 32, 64, [noise_first])
-    assert latents[:, :1].equal(expected) and first.shape == (1, 4, 8, 16)
+    request = Request.resolve(pipe.config, ["a fox", "a dog"], image)
+    generators = request.noise()[1]  # have drawn the videos' noise before the images'
+    expected = pipe.encode_image(request, generators)
+    assert expected.shape == (2, 1, 4, 8, 16) and latents[:, :1].equal(expected[:1])
 
 
 def test_mask_channel_marks_the_given_frame_and_conditioning_is_zero(pipe):
     latents = torch.randn(1, 3, 4, 6, 16)
-    without, given = (pipe._build_condition(latents, frame) for frame in (None, latents[:, :1]))
+    without, given = (pipe.build_condition(latents, frame) for frame in (None, latents[:, :1]))
     assert without.shape == (1, 3, 4, 6, 17) and not without.any()
     assert (given[:, 0, ..., 16] == 1).all() and given.sum() == 4 * 6
 
@@ -147,50 +153,10 @@ def test_nabla_pipeline():
         run(pipe)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"height": 500}, "height 500: a side is a multiple of 16; try 496 or 512"),
-        ({"width": 8}, "width 8: a side is a multiple of 16; try 16 or 32"),
-        ({"width": -16}, "width -16: a side is a multiple of 16"),
-        ({"num_frames": 24}, "24 frames: a clip has 4k [+] 1 frames; try 21 or 25"),
-        ({"num_frames": 0}, "0 frames: .* try 1 or 5"),
-        ({"num_inference_steps": 0}, "0 steps: sampling takes at least 1 step"),
-        ({"shift": 0.0}, "shift 0.0: it must be positive"),
-        ({"shift": float("nan")}, "shift nan: it must be positive"),
-        ({"schedule": "linear"}, "schedule 'linear': choose one of official, diffusers"),
-        ({"guidance_scale": float("nan")}, "guidance_scale nan: it must be a finite number"),
-        ({"prompt": []}, "give a string, or a list of at least one string"),
-        ({"prompt": 3}, "prompt 3: give a string"),
-        ({"negative_prompt": ["a", "b"]}, "give one string, or a list of 1"),
-        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt 0: it must be at least 1"),
-        ({"max_sequence_length": 0}, "max_sequence_length 0: it must be at least 1"),
-        ({"output_type": "pil"}, "output_type 'pil': choose uint8, float or latents"),
-        ({"rope_scale": (1.0, 2.0)}, "give three positive numbers"),
-        ({"latents": torch.zeros(1, 2, 4, 4, 16)}, r"latents \(1, 2, 4, 4, 16\): this prompt and size need"),
-        (
-            {"latents": torch.full((1, 2, 4, 6, 16), torch.nan)},
-            "the given latents contain NaN or infinity: give",
-        ),
-        ({"latents": [[0.0]]}, r"latents \(1, 1\): this prompt and size need"),
-        ({"width": 16400}, "width 16400: an mp4 holds sides up to 16384; give --height and --width"),
-        ({"num_videos_per_prompt": 2**40}, "num_videos_per_prompt 1099511627776: it must be .* at most 10,000"),
-        ({"rope_scale": (1.0, 2.0, float("inf"))}, "give three positive numbers"),
-        (
-            {"callback": lambda step, t, x: x[:, :1]},
-            r"step 1 of 2 the callback returned latents \(1, 1, 4, 6, 16",
-        ),
-        ({"callback": lambda step, t, x: x.numpy()}, "callback returned a ndarray: return a tensor, False to stop, or"),
-        ({"image": torch.zeros(3, 8, 8)}, "give a path, or uint8"),
-        ({"image": torch.zeros(0, 8, 3, dtype=torch.uint8)}, "give a path, or uint8"),
-        ({"image": torch.zeros(1, 10**6, 3, dtype=torch.uint8).numpy()}, "width 39184: an mp4 holds sides up to 16384"),
-        ({"image": "no/such/file.png"}, "no/such/file.png"),
-        ({"seed": -1}, "seed -1"),
-    ],
-)
-def test_mistakes_are_answered_in_one_line(pipe, arguments, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        run(pipe, **arguments)
+@pytest.mark.parametrize("answer", [lambda x: x[:, :1], lambda x: x.numpy(), lambda x: 3, lambda x: [x]])
+def test_a_callback_may_return_latents_a_bool_or_nothing(pipe, answer):
+    with pytest.raises(ValueError, match="after step 1 of 2 the callback") as caught:
+        run(pipe, callback=lambda step, t, x: answer(x))
     assert "\n" not in str(caught.value)
 
 
@@ -199,14 +165,6 @@ def test_numpy_is_as_good_as_torch(pipe):
     upside_down = image.flip(0).numpy()[::-1]  # a view, as arrays from cameras and mirrored ones are
     same = run(pipe, image=upside_down, latents=latents.numpy(), seed=np.int64(3), width=64)
     assert same.equal(run(pipe, image=image, latents=latents, seed=3, width=64))
-
-
-def test_task_of_the_checkpoint():
-    image = torch.zeros(32, 48, 3, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="from a prompt alone"):
-        run(build_small_pipeline(tasks=("t2v",)), image=image)
-    with pytest.raises(ValueError, match="give an image"):
-        run(build_small_pipeline(tasks=("i2v",)))
 
 
 def test_nan_is_named_with_its_step(pipe):
@@ -288,19 +246,19 @@ def test_videos_are_decoded_one_after_the_other(pipe, monkeypatch):
 
 
 def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
-    video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_memory(torch.zeros(1, 2, 4, 6, 16), "uint8")
-    assert pipe._check_memory(torch.zeros(3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
-    assert pipe._check_memory(torch.zeros(3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
-    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed)
+    video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_memory((1, 2, 4, 6, 16), "uint8")
+    assert pipe._check_memory((3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
+    assert pipe._check_memory((3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
+    monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed)
     frames = run(pipe)
-    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed - 1)
+    monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed - 1)
     with pytest.raises(ValueError, match="decoding 5 frames of 32x48 takes about .* GB are free: ask for less"):
         pipe(prompt="a fox", progress=False, callback=lambda *step: pytest.fail("not before the first step"))
     with pytest.raises(ValueError, match="decoding 2 × 5 frames of 32x48 .* are free: ask for fewer videos at once"):
         pipe.decode(torch.zeros(2, 2, 4, 6, 16))
     with pytest.raises(ValueError, match="of 512x512 .* are free: ask for less"):  # nor would it in tiles
         pipe.decode(torch.zeros(1, 2, 64, 64, 16))
-    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: needed + 5 * 10**8)
+    monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed + 5 * 10**8)
     with pytest.raises(ValueError, match=r"of 512x512 .* decode in tiles \(--tile-space: 0.\d GB\), or ask for less"):
         pipe.decode(torch.zeros(1, 2, 64, 64, 16))
     assert run(pipe, output_type="latents").shape == (1, 2, 4, 6, 16) and len(frames) == 1  # nothing to decode
@@ -308,33 +266,36 @@ def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
 
 def test_on_a_gpu_finished_videos_are_the_cpus_memory(pipe, monkeypatch):
     """As if it were on one: neither more videos nor floats need more of it, but the CPU must hold them."""
-    latents = torch.zeros(3, 2, 4, 6, 16)
-    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
     free = {"cuda": 10**12, "cpu": 10**12}
-    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: free[device.type])
-    needed = pipe._check_memory(latents[:1], "uint8")
-    assert pipe._check_memory(latents, "float") == needed
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
+
+    def check(batch: int, output_type: str) -> int:
+        place = torch.device("cuda"), torch.float32
+        return memory.check_decoding(pipe.config, (batch, 2, 4, 6, 16), [], *place, output_type, offloaded=False)
+
+    needed = check(1, "uint8")
+    assert check(3, "float") == needed
     free["cpu"] = 3 * 2 * 5 * 32 * 48 * 3 * 4 - 1
     with pytest.raises(ValueError, match="3 × 5 frames of 32x48, when they are decoded, take .* of the CPU's memory"):
-        pipe._check_memory(latents, "float")
-    pipe._check_memory(latents, "uint8")
+        check(3, "float")
+    check(3, "uint8")
     free["cuda"] = needed - 1
     with pytest.raises(ValueError, match=r"keep the other models off the GPU meanwhile \(--offload model\), or"):
-        pipe._check_memory(latents, "uint8")
+        check(3, "uint8")
 
 
 def test_free_memory_is_known_on_linux():
-    assert 0 < _free_memory(torch.device("cpu")) < 2**50 or not Path("/proc/meminfo").exists()
-    assert _free_memory(torch.device("meta")) is None
+    assert 0 < memory.free_memory(torch.device("cpu")) < 2**50 or not Path("/proc/meminfo").exists()
+    assert memory.free_memory(torch.device("meta")) is None
 
 
 def test_a_containers_limit_counts(tmp_path):
-    assert _left_in_container(tmp_path) == []
+    assert memory.left_in_container(tmp_path) == []
     (tmp_path / "memory.current").write_text("300\n")
     (tmp_path / "memory.stat").write_text("anon 180\nfile 120\nactive_file 70\ninactive_file 50\n")
     for limit, left in (("max\n", []), ("1000\n", [820])):
         (tmp_path / "memory.max").write_text(limit)
-        assert _left_in_container(tmp_path) == left
+        assert memory.left_in_container(tmp_path) == left
 
 
 def test_what_decoding_takes_is_shown(pipe, capsys):
@@ -369,7 +330,114 @@ def test_presets_are_the_rows_of_spec():
     assert found["i2v-pro-sft-5s-hd"] == (50, 5, 5, 768, 1280, 121, 3.16, 0.8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", torch.int8])
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, 3])
 def test_a_precision_that_no_model_has_is_refused(dtype):
-    with pytest.raises(ValueError, match="give torch.bfloat16, torch.float16, torch.float32 or"):
+    with pytest.raises(ValueError, match="dtype"):
         Pipeline.load("nano", dtype=dtype)
+
+
+def test_lists_give_each_prompt_its_own_image_negative_prompt_and_seed(pipe):
+    images = [torch.full((32, 48, 3), level, dtype=torch.uint8) for level in (0, 255)]
+    lists = dict(image=images, negative_prompt=["rain", "snow"], seed=[5, 90], num_videos_per_prompt=2)
+    together = run(pipe, ["a fox", "a dog"], output_type="latents", **lists)
+    assert together.shape[0] == 4
+    for i, (prompt, image, negative, seed) in enumerate(
+        [("a fox", images[0], "rain", 5), ("a fox", images[0], "rain", 6), ("a dog", images[1], "snow", 90)]
+    ):
+        alone = run(pipe, prompt, image=image, negative_prompt=negative, seed=seed, output_type="latents")
+        assert relative_error(together[i : i + 1], alone) < 1e-4
+
+
+def test_another_solver_gets_what_euler_gets(pipe):
+    def one_step(velocity, x, schedule, first_frame=None, callback=None):
+        return x - velocity(x, schedule[0])
+
+    expected = run(pipe, num_inference_steps=1, output_type="latents")
+    assert run(pipe, num_inference_steps=7, output_type="latents", solver=one_step).allclose(expected)
+
+
+def test_results_can_be_changed_and_trained_on(pipe):
+    frames = run(pipe)
+    frames[:, :, :4] = 0
+    run(pipe, output_type="latents").requires_grad_().square().sum().backward()
+
+
+def test_a_callback_can_use_gradients(pipe):
+    def callback(step, t, x):
+        with torch.enable_grad():
+            y = x.clone().requires_grad_()
+            y.square().sum().backward()
+        return x - 0.01 * y.grad
+
+    assert run(pipe, callback=callback).shape == (1, 5, 32, 48, 3)
+
+
+def test_a_second_call_is_refused_while_one_runs_and_the_pipeline_stays_usable(pipe):
+    expected = run(pipe)
+
+    def again(step, t, x):
+        with pytest.raises(ValueError, match="running in another call"):
+            run(pipe)
+        with ThreadPoolExecutor() as threads, pytest.raises(ValueError, match="running in another call"):
+            threads.submit(run, pipe).result()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, callback=again)
+    assert run(pipe).equal(expected)
+
+
+def test_a_pipeline_can_be_pickled_and_copied(pipe):
+    expected = run(pipe)
+    for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert run(other).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_changes_nothing(pipe, dtype):
+    expected = run(pipe, output_type="latents")
+    torch.set_default_dtype(dtype)
+    try:
+        assert run(pipe, output_type="latents").equal(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_callers_default_device_changes_nothing(pipe):
+    expected = run(pipe, image=torch.zeros(32, 48, 3, dtype=torch.uint8))
+    with torch.device("meta"):
+        assert run(pipe, image=torch.zeros(32, 48, 3, dtype=torch.uint8, device="cpu")).equal(expected)
+        loaded = Pipeline.load("nano", "cpu", torch.float32)
+    assert not any(weight.is_meta for weight in loaded.dit.parameters())
+
+
+def test_a_vae_may_have_another_precision(pipe):
+    other = build_small_pipeline()
+    other.vae.double()
+    image = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    assert (run(other, image=image).int() - run(pipe, image=image).int()).abs().max() <= 1
+
+
+def test_a_wrapped_dit_says_where_it_is(pipe):
+    other = build_small_pipeline()
+    other.dit = torch.nn.DataParallel(other.dit)
+    assert (other.device, other.dtype) == (torch.device("cpu"), torch.float32)
+    assert run(other).equal(run(pipe))
+
+
+def test_a_pipeline_says_what_it_is(pipe):
+    for word in ("small", "t2v and i2v", "5 frames of 32x48", "float32", "cpu", "DiT 0.2 M"):
+        assert word in repr(pipe), repr(pipe)
+
+
+def test_progress_without_a_terminal_costs_nothing(pipe, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert pipe("a fox").shape == (1, 5, 32, 48, 3)
+
+
+def test_what_does_not_fit_is_refused_before_noise_is_drawn(pipe, monkeypatch):
+    monkeypatch.setattr(Request, "noise", lambda self: pytest.fail("noise was drawn"))
+    with pytest.raises(ValueError, match="memory"):
+        run(pipe, num_frames=4 * 10**9 + 1, output_type="latents")
+    with pytest.raises(ValueError, match="memory"):
+        run(pipe, num_frames=4 * 10**15 + 1)

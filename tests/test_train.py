@@ -169,7 +169,7 @@ def test_flow_batch_is_presented_as_the_pipeline_does_it():
     noisy = latents + t.view(2, 1, 1, 1, 1) * (noise - latents)
     for i, image in enumerate((None, first_frame[1:])):
         seen = []
-        condition = pipe._build_condition(noisy[i : i + 1], image)
+        condition = pipe.build_condition(noisy[i : i + 1], image)
         euler_sample(
             lambda x, t, condition=condition, seen=seen: seen.append(torch.cat([x, condition], -1)) or x,
             noisy[i : i + 1],

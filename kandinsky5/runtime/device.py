@@ -1,7 +1,8 @@
 """Where a model runs and in which precision: what "auto" means, decided once, before anything is loaded."""
 
+import contextlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -72,3 +73,18 @@ def cpu_features() -> set[str]:
     if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         features -= NATIVE[torch.float16]
     return features
+
+
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Inside, tensors made without dtype= and device= are float32 on the CPU, whatever the calling program has set."""
+    dtype, device = torch.get_default_dtype(), torch.empty(0).device
+    if dtype == torch.float32 and device.type == "cpu":
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -1,0 +1,135 @@
+"""What fits: memory that is free, memory that a call needs, and the refusal before hours of work, not after them."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kandinsky5.config import PipelineConfig, Tiling, VAEConfig
+
+PIECE = 2**23  # elements that a large convolution of the VAE takes at a time
+KEPT_BY_HEAP = 300_000_000  # bytes that glibc may retain of what decoding has freed: measured, see `vae_memory`
+LATENTS = 8  # times the initial noise, at least, that sampling holds: noise, condition, both velocities, float32
+
+
+def check_sampling(shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError where latents of that shape, (B, T, h, w, 16), and what each step makes of them do not fit."""
+    needed = 4 * LATENTS
+    for size in shape:
+        needed *= size
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"sampling latents {shape} takes at least {_gigabytes(needed)} GB of memory and {_gigabytes(free)} GB are "
+            "free: ask for fewer videos at once, or less --height, --width or --num-frames"
+        )
+
+
+def check_decoding(
+    config: PipelineConfig,
+    shape: tuple[int, ...],
+    weights: Iterable[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    output_type: str,
+    offloaded: bool,
+) -> int:
+    """Bytes needed on the device to decode latents (B, T, h, w, 16). Raises ValueError where they are not free there.
+
+    weights: the VAE's; those that rest (`offload.py`) are still to come. offloaded: whether the other models rest too.
+    Finished videos lie in the CPU's memory, which must hold them.
+    """
+    batch, T, h, w, _ = shape
+    vae, tiling, on_gpu = config.vae, config.tiling, device.type == "cuda"
+    frames, height, width = vae.time_factor * (T - 1) + 1, vae.space_factor * h, vae.space_factor * w
+    video = 2 * frames * height * width * vae.image_channels  # twice while pieces become one tensor
+    finished = batch * video * (1 if output_type == "uint8" else 4)
+    resting = sum(weight.nbytes for weight in weights if weight.is_meta)
+    more = (resting if on_gpu else finished + KEPT_BY_HEAP) - video  # `vae_memory` includes one video in bytes
+    in_tiles = replace(tiling, space=True)
+    needed, tiled = (vae_memory(vae, (T, h, w), dtype, kind) + more for kind in (tiling, in_tiles))
+
+    clip, fewer = f"{frames} frames of {height}x{width}", ""
+    if batch > 1:
+        clip, fewer = f"{batch} × {clip}", "ask for fewer videos at once, or "
+    less = f"{fewer}ask for less --height, --width or --num-frames"
+    free = free_memory(device)
+    if free is not None and needed > free:
+        tiles = f"decode in tiles (--tile-space: {_gigabytes(tiled)} GB), or " if tiled < min(needed, free) else ""
+        alone = "" if offloaded or not on_gpu else "keep the other models off the GPU meanwhile (--offload model), or "
+        raise ValueError(
+            f"decoding {clip} takes about {_gigabytes(needed)} GB of memory and {_gigabytes(free)} GB are free: "
+            f"{alone}{tiles}{less}"
+        )
+    left = free_memory(torch.device("cpu"))
+    if on_gpu and left is not None and finished > left:
+        raise ValueError(
+            f"{clip}, when they are decoded, take {_gigabytes(finished)} GB of the CPU's memory and "
+            f"{_gigabytes(left)} GB are free: {less}"
+        )
+    return needed
+
+
+def vae_memory(config: VAEConfig, size: tuple[int, int, int], dtype: torch.dtype, tiling: Tiling) -> int:
+    """About how many bytes it takes to decode one video's latents of size (T, h, w), on top of the VAE's weights.
+
+    Most are needed in the first block of the last stage, which sees the finished video's grid: its input and what its
+    first convolution makes of it. Add the copies of a few frames that a convolution works on, and the frames
+    themselves: in three channels what a window's tiles are put together of, and the whole video in bytes, twice
+    while its windows are. From sizes alone: on a CPU the measured peaks are 0.65 to 0.96 of it, and up to 0.3 GB
+    more where glibc keeps what was freed.
+    """
+    time, space = config.time_factor, config.space_factor
+    T, h, w = size
+    frames = time * (T - 1) + 1
+    window = min(frames, tiling.frames + 1) if tiling.time else frames
+    height, width = (min(side, tiling.pixels) if tiling.space else side for side in (space * h, space * w))
+    before, last = (config.channels[min(i, len(config.channels) - 1)] for i in (1, 0))
+    inside = window * height * width * (before + last)
+
+    def copies(channels: int) -> int:
+        frame = height * width * channels
+        at_a_time = max(2, PIECE // frame // 2 * 2)
+        # Normalised frames, and twice with two of the past; the rest is what the kernels work on.
+        return frame * (3 * min(window, at_a_time) + 13)
+
+    put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
+    video = 2 * frames * (space * h) * (space * w) * config.image_channels
+    return dtype.itemsize * (inside + max(copies(before), copies(last)) + put_together) + video
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes on the device, without swapping; None where the system does not tell."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, unused
+        return torch.cuda.mem_get_info(device)[0] + cached
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = meminfo.read_text().splitlines()
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([*free, *left_in_container()], default=None)
+
+
+def left_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes until a container's limit is reached, if there is one: of control groups, version 2 or 1.
+
+    Pages of files, such as mapped weights, count as used there, but make room when it is wanted.
+    """
+    left = []
+    for limit, used, stat, prefix in (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            most, now = (int((cgroup / name).read_text()) for name in (limit, used))
+            counts = dict(line.split() for line in (cgroup / stat).read_text().splitlines())
+            left.append(most - now + sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive")))
+    return left
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f}" if size < 1e15 else "millions of"
