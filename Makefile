@@ -47,7 +47,7 @@ CLIPS = $(RUNS)/start/clips
 nano vae text start dit nocfg distilled long sparse: export OMP_NUM_THREADS ?= 1
 
 PROMPTS ?= 300
-JUDGE = $(PYTHON) -m kandinsky5.nano.judge --dtype bfloat16 --prompts $(PROMPTS)
+JUDGE = $(PYTHON) -m kandinsky5.nano.judge --prompts $(PROMPTS)
 EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
 
 nano: vae text start dit nocfg distilled long sparse ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.dit import DiT
-from kandinsky5.nano import distill, train_dit, train_text, train_vae, world
+from kandinsky5.nano import captions, distill, train_dit, train_text, train_vae, world
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
 from kandinsky5.qwen import Qwen
 from kandinsky5.vae import VAE
@@ -223,13 +223,13 @@ FAMILIES = {"judge_": "bundled", "from_nothing_18000_steps_": "from scratch"}
 
 def vocabulary() -> list[str]:
     """The English words that nano was trained on."""
-    verbs = [verb for forms in world.ENGLISH_VERB.values() for verb, _ in forms]
-    directions = [word for words in world.ENGLISH_DIRECTION.values() for word in words]
-    places = [place for pair in world.ENGLISH_PLACE.values() for place in pair]
+    verbs = [verb for forms in captions.ENGLISH_VERB.values() for verb, _ in forms]
+    directions = [word for words in captions.ENGLISH_DIRECTION.values() for word in words]
+    places = [place for pair in captions.ENGLISH_PLACE.values() for place in pair]
     rows = {
         "colours": world.COLOURS,
         "shapes": world.SHAPES,
-        "sizes": [word for words in world.ENGLISH_SIZE.values() for word in words],
+        "sizes": [word for words in captions.ENGLISH_SIZE.values() for word in words],
         "verbs": verbs,
         "directions": directions,
         "backgrounds": world.BACKGROUNDS,

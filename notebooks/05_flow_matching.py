@@ -24,9 +24,13 @@ from torch import nn
 
 from kandinsky5 import Pipeline
 from kandinsky5.dit import TimeEmbedder
-from kandinsky5.nano.judge import judge_clip, question, score, wilson
+from kandinsky5.nano.evaluate import sample_prompt, wilson
+from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.sampler import euler_sample, flow_schedule, guided_velocity
-from kandinsky5.training.loop import FlowTimes, Recipe, flow_loss, generator, read_rows, train
+from kandinsky5.training.flow import FlowTimes, flow_loss
+from kandinsky5.training.loop import generator, train
+from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import read_rows
 
 # %% [markdown]
 # ## Train one
@@ -69,7 +73,7 @@ def loss(seed):
 
 torch.manual_seed(0)
 toy_in_training = Toy()
-recipe = Recipe(steps=2500, learning_rate=3e-3, warmup=50, ema=0.99, bf16=False)
+recipe = Recipe(steps=2500, learning_rate=3e-3, warmup=50, ema=0.99, dtype="float32")
 with tempfile.TemporaryDirectory() as folder:
     toy = train(toy_in_training, loss, recipe, folder, log_every=25, progress=False)  # the averaged weights
     rows = read_rows(Path(folder) / "loss.csv")
@@ -259,7 +263,7 @@ plt.show()
 
 # %%
 pipe = Pipeline.load("nano")
-asked = [question("seen, English", i, seed=5)[1] for i in range(24)]
+asked = [sample_prompt("seen, English", i, seed=5)[1] for i in range(24)]
 print(f"such as “{asked[0].text}”, “{asked[1].text}”")
 
 
@@ -293,7 +297,7 @@ plt.show()
 #
 # The released *distilled* checkpoints need only 16 steps and no guidance: there, the network was trained further to
 # predict the result of many guided steps of its teacher
-# ([`kandinsky5/training/loop.py`](../kandinsky5/training/loop.py), `step_target`, `guided_target`).
+# ([`kandinsky5/training/distill.py`](../kandinsky5/training/distill.py), `step_target`, `guided_target`).
 #
 # **Try:** other moons; `FlowTimes("logit-normal", mean=0.5)` for the toy; a network that predicts $x_0$ instead of the
 # velocity ($v = (x_t - x_0)/t$); `schedule="diffusers"` in the sweep over steps. Next: [change it](06_change_it.ipynb).

@@ -29,7 +29,11 @@ from kandinsky5.nano import world
 from kandinsky5.rope import apply_rope
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.training.loop import FlowTimes, Recipe, autocast_dit, flow_batch, flow_loss, generator, read_rows, train
+from kandinsky5.training.flow import FlowTimes, flow_batch, flow_loss
+from kandinsky5.training.loop import generator, train
+from kandinsky5.training.modes import autocast_dit
+from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import read_rows
 
 pipe = Pipeline.load("nano")
 
@@ -308,7 +312,7 @@ def loss(seed, batch_size=16):
     row = torch.where(prompted, rows_of_words[chosen], 0)
     with autocast_dit(model):
         predicted = model(batch.x, features.text[row], features.pooled[row], batch.t, features.mask[row])
-    return flow_loss(predicted, batch.velocity, batch.asked), {}
+    return flow_loss(predicted, batch.velocity, batch.loss_mask), {}
 
 
 model = with_path_input(pipe.dit)

@@ -1,4 +1,4 @@
-"""`make nano` from nothing: its commands as they stand in the Makefile, in their order, each run for one step."""
+"""`make nano` from scratch: the commands of the Makefile, in their order, each run for one step."""
 
 import functools
 import importlib
@@ -18,9 +18,12 @@ import torch
 from kandinsky5 import video_io
 from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.dit import DiT
-from kandinsky5.nano import distill, export, judge, presets, train_dit, train_text, train_vae
-from kandinsky5.training import loop as training
-from kandinsky5.training.loop import FlowTimes, Recipe, read_rows, train
+from kandinsky5.nano import distill, evaluate, export, presets, train_dit, train_text, train_vae
+from kandinsky5.training import state
+from kandinsky5.training.flow import FlowTimes
+from kandinsky5.training.loop import train
+from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,14 +43,14 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
-    monkeypatch.setattr(judge, "examine", examine_in_one_step)
-    monkeypatch.setattr(judge, "EXAM", {name: judge.EXAM[name] for name in ("seen, English", "ground truth")})
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_in_one_step)
+    monkeypatch.setattr(evaluate, "SETS", {name: evaluate.SETS[name] for name in ("seen, English", "ground truth")})
 
     say = f"{sys.executable} -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))'"
     make = ["make", "--silent", "nano", f"PYTHON={say}", f"RUNS={tmp_path}", "PROMPTS=1"]
     for command in subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         _, module, *arguments = shlex.split(command)  # -m kandinsky5.nano.train_vae --folder …
-        run(monkeypatch, importlib.import_module(module), *arguments)
+        run(monkeypatch, importlib.import_module(module.replace(".judge", ".evaluate")), *arguments)
 
     runs = [
         *(f"vae/{stage}" for stage in ("frames", "clips", "decoder")),
@@ -77,7 +80,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     assert full["settings"]["full_attention"] and full["sets"]["seen, English"]["clips"] == 1
 
 
-def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
+def test_training_and_export_start_from_a_checkpoint(monkeypatch, tmp_path):
     """`nano` of the package stands in for the runs that made it: one step of rate 0, and out comes nano."""
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
     monkeypatch.setattr(train_dit, "LAST_RECIPE", replace(train_dit.LAST_RECIPE, learning_rate=0.0, weight_decay=0.0))
@@ -94,23 +97,23 @@ def test_training_and_export_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
 
 
-def test_what_could_not_be_loaded_is_not_exported(monkeypatch, tmp_path, capsys):
+def test_a_model_without_its_base_is_not_exported(monkeypatch, tmp_path, capsys):
     (tmp_path / "sparse").mkdir()
     (tmp_path / "sparse" / "state.pt").touch()
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano")
-    assert "has nano, which the others stand on" in capsys.readouterr().err and not (tmp_path / "to").exists()
+    assert "has nano, which the others build on" in capsys.readouterr().err and not (tmp_path / "to").exists()
 
 
-def test_answers_that_are_not_there_are_not_left_out_of_the_cards_in_silence(monkeypatch, tmp_path, capsys):
+def test_missing_results_are_not_left_out_silently(monkeypatch, tmp_path, capsys):
     exporting = ["--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano"]
     for judged in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, export, *exporting, "--judged", judged)
-        assert f"--judged {judged} holds no answers: judge first" in capsys.readouterr().err
+        assert f"--judged {judged} holds no results: judge first" in capsys.readouterr().err
 
 
-def test_a_card_does_not_carry_the_answers_about_other_weights(monkeypatch, tmp_path, capsys):
+def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     checkpoint = ["--vae", "nano", "--text", "nano"]
@@ -125,7 +128,7 @@ def test_a_card_does_not_carry_the_answers_about_other_weights(monkeypatch, tmp_
     assert fingerprint(tmp_path / "to" / "nano") == before
 
 
-def test_an_export_that_was_stopped_loses_no_model(monkeypatch, tmp_path):
+def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path):
     """Between its two renamings: the old nano, which VAE and encoders come from, lies aside."""
     (tmp_path / "dit").mkdir()
     model = DiT(presets.DIT)
@@ -145,30 +148,30 @@ def test_an_export_that_was_stopped_loses_no_model(monkeypatch, tmp_path):
     [
         (lambda document: document["settings"].update(full_attention=True), "judge nano without --full-attention"),
         (lambda document: document["settings"].update(canvas=[96, 96]), "and without --canvas"),
-        (lambda document: document["sets"].pop("two objects"), "breaks off after seen, English"),
-        (lambda document: document.pop("sets"), "holds no answers of the judge"),
-        (lambda document: document.clear(), "holds no answers of the judge"),
+        (lambda document: document["sets"].pop("two objects"), "ends after seen, English"),
+        (lambda document: document.pop("sets"), "holds no results of the judge"),
+        (lambda document: document.clear(), "holds no results of the judge"),
     ],
 )
-def test_a_card_does_not_carry_half_answers_or_answers_about_something_else(tmp_path, change, words):
+def test_a_card_carries_only_complete_results_about_its_model(tmp_path, change, words):
     document = json.loads((ROOT / "docs" / "judge" / "judge_nano.json").read_text(encoding="utf-8"))
     judged = tmp_path / "judge_nano.json"
     judged.write_text(json.dumps(document))
     table = (ROOT / "docs" / "judge" / "judge_nano.md").read_text(encoding="utf-8")
-    assert export.describe_exam("nano", judged, SHIPPED / "nano").endswith(table)
+    assert export.describe_evaluation("nano", judged, SHIPPED / "nano").endswith(table)
     change(document)
     judged.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=words):
-        export.describe_exam("nano", judged, SHIPPED / "nano")
+        export.describe_evaluation("nano", judged, SHIPPED / "nano")
 
 
 @pytest.mark.stages
-def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, tmp_path):
+def test_an_interrupted_stage_ends_as_in_one_go(monkeypatch, tmp_path):
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
-    monkeypatch.setattr(training, "plot_losses", lambda *_: None)
+    monkeypatch.setattr(state, "plot_losses", lambda *_: None)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     nano = ["--teacher", "nano", *checkpoint]
@@ -195,7 +198,7 @@ def test_a_stage_that_is_cut_off_and_begun_again_ends_as_in_one_go(monkeypatch, 
 @pytest.mark.parametrize(
     ("stage", "runs"), [(train_vae, ("frames", "clips", "standardised", "decoder")), (train_text, ("qwen", "clip"))]
 )
-def test_vae_and_text_encoders_cut_off_in_each_of_their_runs_end_as_in_one_go(monkeypatch, tmp_path, stage, runs):
+def test_vae_and_text_stages_interrupted_in_each_run_end_alike(monkeypatch, tmp_path, stage, runs):
     monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
     monkeypatch.setattr(train_vae, "test", lambda *_, **__: {})
     monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 2000)
@@ -220,7 +223,7 @@ def test_vae_and_text_encoders_cut_off_in_each_of_their_runs_end_as_in_one_go(mo
             assert all(whole[kind][n].equal(cut[kind][n]) for n in whole[kind]), (name, kind)
 
 
-def test_steps_are_not_distilled_from_a_teacher_that_needs_guidance(monkeypatch, tmp_path):
+def test_steps_are_not_distilled_from_a_guided_teacher(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--teacher nano needs guidance"):
         arguments = ("--teacher", "nano", "--clips", tmp_path, "--vae", "nano", "--text", "nano")
         run(monkeypatch, distill, "distilled", "--folder", tmp_path / "run", *arguments)
@@ -244,5 +247,5 @@ def try_dit_in_one_step(config, dit, vae, text_encoder, picture, count=8, test=t
     return test(config, dit, vae, text_encoder, picture, min(count, 8))
 
 
-def examine_in_one_step(*arguments, examine=judge.examine, **options):
-    return examine(*arguments, **options | {"num_inference_steps": 1})
+def evaluate_in_one_step(*arguments, evaluate=evaluate.evaluate, **options):
+    return evaluate(*arguments, **options | {"num_inference_steps": 1})

@@ -21,10 +21,10 @@ import test_compile
 import test_dit
 import test_magcache
 import test_nabla
+import test_nano_text
 import test_offload
 import test_pipeline
 import test_text_encoder
-import test_train
 from golden_data import load_golden_pipeline, measure_error
 from kandinsky5 import (
     Pipeline,
@@ -358,7 +358,7 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_dit.test_float32_linear_widens_half_weights_piece_by_piece(torch.bfloat16, patch),
      dit.Float32Linear.forward, "bias.to(dtype)) for", "self.bias[: len(bias)].to(dtype)) for"),
     ("last letters numbered as they are met",
-     lambda patch, folder: test_train.test_tokenizers_of_the_same_captions_are_the_same_files(patch, folder),
+     lambda patch, folder: test_nano_text.test_tokenizers_are_reproducible(patch, folder),
      train_text._last_letters, "return sorted(", "return [] and sorted("),
     ("the window kept with rows for columns",
      lambda patch, folder: test_nabla.test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with(),

@@ -20,8 +20,9 @@ from kandinsky5 import Pipeline
 from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.config_file import load_config
 from kandinsky5.extras.probe import block_map, record_attention
-from kandinsky5.nano import export, judge, presets
-from kandinsky5.nano.world import caption, sample_scene
+from kandinsky5.nano import evaluate, export, judge, presets
+from kandinsky5.nano.captions import write_caption
+from kandinsky5.nano.world import sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ROOT / "docs" / "judge"
@@ -38,19 +39,19 @@ def test_clips_show_what_the_prompts_say(pipe):
     results = [
         result["answers"]["all"]
         for exam in ("seen, English", "held out, Russian", "two objects")
-        for result in judge.examine(pipe, exam, 4, 4, num_inference_steps=steps)
+        for result in evaluate.evaluate(pipe, exam, 4, 4, num_inference_steps=steps)
     ]
     assert sum(results) >= 0.75 * len(results), results
 
 
 def test_a_given_image_moves_as_the_prompt_says(pipe):
-    results = list(judge.examine(pipe, "image to video", 4, 4, num_inference_steps=16))
+    results = list(evaluate.evaluate(pipe, "image to video", 4, 4, num_inference_steps=16))
     right = [result["answers"]["motion and first frame"] for result in results]
     assert sum(right) >= 3, results
 
 
 def test_the_vae_gives_clips_back_with_30_db():
-    results = list(judge.examine(Pipeline.load("nano", dtype=torch.float32), "VAE", 4, 4))
+    results = list(evaluate.evaluate(Pipeline.load("nano", dtype=torch.float32), "VAE", 4, 4))
     assert np.mean([result["psnr"] for result in results]) >= 30, results
     assert sum(result["answers"]["all"] for result in results) >= 3, results
 
@@ -68,8 +69,8 @@ def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
     """Colour and motion, which are decided in few steps; two clips from words and two from an image."""
     pipe = Pipeline.load("nano-10s", dtype=torch.float32)
     with record_attention(pipe.dit, "visual_blocks.*.self_attention", keep=block_map) as seen:
-        results = list(judge.examine(pipe, "seen, English", 2, 2, num_inference_steps=12))
-        results += judge.examine(pipe, "image to video", 2, 2, num_inference_steps=12)
+        results = list(evaluate.evaluate(pipe, "seen, English", 2, 2, num_inference_steps=12))
+        results += evaluate.evaluate(pipe, "image to video", 2, 2, num_inference_steps=12)
         clip = pipe("a red circle moves left on a white background", num_inference_steps=1, progress=False)[0]
     assert clip.shape == (33, 128, 128, 3)
     asked = ("background", "colour", "motion")  # not every caption says the background
@@ -79,17 +80,17 @@ def test_nano_10s_gives_long_clips_through_nabla_that_drops_tiles():
     assert kept <= 0.6, f"NABLA kept {kept:.0%} of the tiles"
 
 
-def test_what_is_shipped_is_what_the_judge_saw_and_its_card_says_what_it_found():
+def test_cards_carry_the_results_of_the_bundled_weights():
     for name, preset in presets.PRESETS.items():
         judged = json.loads((JUDGED / f"judge_{name}.json").read_text(encoding="utf-8"))
         assert judged["fingerprint"] == fingerprint(SHIPPED / name), f"{name} was judged with other weights"
-        assert not judged["settings"]["full_attention"] and judged["settings"]["seed"] == judge.JUDGE_SEED
+        assert not judged["settings"]["full_attention"] and judged["settings"]["seed"] == evaluate.JUDGE_SEED
         config = load_config(SHIPPED / name / "config.json")
         assert replace(config, base=None) == preset, f"{name} is shipped with other settings than its preset's"
         sampling = ("num_inference_steps", "guidance_scale", "shift")
         assert judged["sampling"] == {key: getattr(preset.sampling, key) for key in sampling}
         card = (SHIPPED / name / "README.md").read_text(encoding="utf-8")
-        assert card.endswith(export.describe_exam(name, JUDGED / f"judge_{name}.json", SHIPPED / name)), name
+        assert card.endswith(export.describe_evaluation(name, JUDGED / f"judge_{name}.json", SHIPPED / name)), name
     full = json.loads((JUDGED / "judge_nano-10s-full-attention.json").read_text(encoding="utf-8"))
     sparse = json.loads((JUDGED / "judge_nano-10s.json").read_text(encoding="utf-8"))
     assert full["fingerprint"] == sparse["fingerprint"] and full["settings"]["full_attention"]
@@ -104,7 +105,9 @@ def test_the_family_takes_30_mb_at_most():
 def test_the_same_clips_are_not_what_other_prompts_say():
     """What the tests above count can fail: nano's clips, scored against the captions of other scenes."""
     pipe = Pipeline.load("nano", dtype=torch.float32)
-    captions = [caption(sample_scene([5, i], num_objects=1), "english", np.random.default_rng(i)) for i in range(6)]
+    captions = [
+        write_caption(sample_scene([5, i], num_objects=1), "english", np.random.default_rng(i)) for i in range(6)
+    ]
     clips = pipe([said.text for said in captions], num_inference_steps=10, progress=False).numpy()
     reports = [judge.judge_clip(clip) for clip in clips]
     assert not any(judge.score(report, said)["all"] for report, said in zip(reports, captions[1:], strict=False))

@@ -1,9 +1,9 @@
-"""The trained family as checkpoint folders that `Pipeline.load` reads, all in bf16, each with its model card.
+"""The trained family as checkpoint folders for `Pipeline.load`, all in bf16, each with its model card.
 
 python -m kandinsky5.nano.export --runs runs --vae runs/vae --text runs/text --to kandinsky5/nano/weights
 
-`nano` is complete. The others hold a DiT, and name `nano` as the base that VAE, encoders and tokenizers come from.
-The judge's tables go into the cards if they are there: `judge_NAME.json` in the folder that --judged names.
+`nano` is complete. The others hold a DiT and name `nano` as their base for VAE, encoders and tokenizers. The judge's
+tables go into the cards if they exist: `judge_NAME.json` in the folder --judged.
 """
 
 import argparse
@@ -12,21 +12,24 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kandinsky5 import cli, screen
 from kandinsky5.checkpoint import find_checkpoint, find_part, fingerprint, save_checkpoint
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.files import write_text
 from kandinsky5.nano import presets, world
-from kandinsky5.nano.judge import CANVAS, EXAM, JUDGE_SEED, format_table
+from kandinsky5.nano.evaluate import JUDGE_SEED, SETS, format_table
+from kandinsky5.nano.stages import is_checkpoint, load_vae
 from kandinsky5.nano.train_text import load_text_encoder
-from kandinsky5.nano.train_vae import is_checkpoint, load_vae
-from kandinsky5.training.loop import load_average, load_progress, load_recipe, refusals_in_one_line
+from kandinsky5.nano.world import CANVAS
+from kandinsky5.training.state import load_average, load_progress, load_recipe
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
 START, LONG = "start", "long"  # the runs that dit and sparse go on from
@@ -34,53 +37,68 @@ START, LONG = "start", "long"  # the runs that dit and sparse go on from
 
 def main() -> None:
     """Write a checkpoint folder for each run that there is."""
+    arguments, remarks = _parse()
+    for name, run in RUNS.items():
+        if (arguments.runs / run / "state.pt").is_file():
+            judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
+            if judged and not judged.is_file():
+                screen.say(f"there is no {judged}: the card of {name} says that it is not evaluated yet")
+            folder = arguments.to / name
+            with _replacing_folder(folder) as new:
+                export(name, arguments.runs / run, arguments.vae, arguments.text, new)
+                before = stages_before(name, arguments.runs, arguments.vae, arguments.text)
+                write_card(name, arguments.runs / run, before, new, judged, remarks.get(name, ""))
+            print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
+        elif name == "nano-10s" and (arguments.runs / LONG / "state.pt").is_file():
+            screen.say(f"{arguments.runs / LONG} waits for the stage {run}, which makes {name} of it")
+
+
+def _parse() -> tuple[argparse.Namespace, dict[str, str]]:
+    """The options, and the remark for each model's card."""
     parser = argparse.ArgumentParser("python -m kandinsky5.nano.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and sparse")
-    parser.add_argument("--vae", type=Path, required=True, help="of which run; or of which checkpoint, such as nano")
-    parser.add_argument("--text", type=Path, required=True, help="encoders of which run, or checkpoint")
-    parser.add_argument("--judged", type=Path, help="folder of the judge's answers for these weights, judge_NAME.json")
-    parser.add_argument("--remark", action="append", default=[], metavar="NAME=TEXT", help="for a card")
-    parser.add_argument("--to", type=Path, required=True, help="a folder of each model's name is written into it")
+    add = parser.add_argument
+    add("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and sparse")
+    add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")
+    add("--text", type=Path, required=True, help="folder of the text encoders' runs, or a checkpoint")
+    add("--judged", type=Path, help="folder of the judge's results for these weights, judge_NAME.json")
+    add("--remark", action="append", default=[], metavar="NAME=TEXT", help="for a card")
+    add("--to", type=Path, required=True, help="each model becomes a folder of its name in it")
     arguments = parser.parse_args()
     remarks = dict(remark.split("=", 1) for remark in arguments.remark if "=" in remark)
     if len(remarks) < len(arguments.remark) or not remarks.keys() <= RUNS.keys():
-        parser.error(f"--remark takes NAME=TEXT, once for a name of {', '.join(RUNS)}")
+        parser.error(f"--remark takes NAME=TEXT, once for each name of {', '.join(RUNS)}")
     if arguments.judged and not any(arguments.judged.glob("judge_*.json")):
-        parser.error(f"--judged {arguments.judged} holds no answers: judge first (python -m kandinsky5.nano.judge)")
+        parser.error(f"--judged {arguments.judged} holds no results: judge first (python -m kandinsky5.nano.judge)")
     if not any((arguments.runs / run / "state.pt").is_file() for run in RUNS.values()):
         parser.error(
             f"--runs {arguments.runs} holds none of the runs {', '.join(RUNS.values())}: train one first (make dit)"
         )
     if not ((arguments.runs / RUNS["nano"] / "state.pt").is_file() or (arguments.to / "nano").is_dir()):
-        parser.error(f"neither --runs {arguments.runs} nor --to {arguments.to} has nano, which the others stand on")
-    for name, run in RUNS.items():
-        if (arguments.runs / run / "state.pt").is_file():
-            folder, new, old = (arguments.to / f"{name}{end}" for end in ("", ".new", ".old"))
-            if old.is_dir() and not folder.is_dir():
-                old.rename(folder)  # stopped between the two renamings below
-            for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
-            judged = arguments.judged / f"judge_{name}.json" if arguments.judged else None
-            if judged and not judged.is_file():
-                print(f"there is no {judged}: the card of {name} says that it is not judged yet", file=sys.stderr)
-            try:
-                export(name, arguments.runs / run, arguments.vae, arguments.text, new)
-                before = stages_before(name, arguments.runs, arguments.vae, arguments.text)
-                write_card(name, arguments.runs / run, before, new, judged, remarks.get(name, ""))
-            except BaseException:
-                shutil.rmtree(new, ignore_errors=True)
-                raise
-            if folder.is_dir():  # only now: VAE and tokenizers may have come from there
-                folder.rename(old)
-            new.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-            print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 1e6:.2f} MB")
-        elif name == "nano-10s" and (arguments.runs / LONG / "state.pt").is_file():
-            print(f"{arguments.runs / LONG} waits for the stage {run}, which makes {name} of it", file=sys.stderr)
+        parser.error(f"neither --runs {arguments.runs} nor --to {arguments.to} has nano, which the others build on")
+    return arguments, remarks
+
+
+@contextlib.contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """Inside, a new folder is written; if all went well it takes the place of `folder`, which stays until then."""
+    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    if old.is_dir() and not folder.is_dir():
+        old.rename(folder)  # interrupted between the two renames below
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.is_dir():  # only now: VAE and tokenizers may have come from there
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) -> None:
-    """Write what `run` has trained so far into the new `folder`."""
+    """Write the averaged weights of `run` into the new `folder`."""
     config = presets.PRESETS[name]
     models: dict[str, nn.Module] = {"dit": load_average(DiT(config.dit), run)}
     tokenizers = {}
@@ -91,13 +109,13 @@ def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) ->
     else:
         config = replace(config, base="../nano")
     for model in models.values():
-        for parameter in model.parameters():  # the float32 islands too: they are computed in float32 from bf16 weights
+        for parameter in model.parameters():  # the float32 islands too: they compute in float32 from bf16 weights
             parameter.data = parameter.data.to(torch.bfloat16)
     save_checkpoint(folder, config, models, tokenizers)
 
 
 def find_tokenizer(source: Path, name: str) -> Path:
-    """The folder of a tokenizer of a run, or of a checkpoint or its base."""
+    """The folder of a tokenizer, of a run or of a checkpoint or its base."""
     if is_checkpoint(source):
         folder = find_checkpoint(source)
         source = find_part(folder, name, load_config(folder / "config.json").base)
@@ -124,14 +142,18 @@ A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} mill
 
 {judged}"""
 JUDGED = """\
-In per cent, on scenes that no model was trained on; a sentence may have occurred there.
+Percentages, on scenes that no model was trained on; a caption's text may have occurred in training.
 """
-ANSWERS = """
+RESULTS = """
 ```bash
 {command}
 ```
 
-{table}"""
+{remark}{table}"""
+VARIANTS = {  # of the evaluation, in files of these endings, and what the card says of them
+    "full-attention": "",
+    "float32": "",
+}
 WHAT = {
     "nano": "Text and image to video, with guidance: every step asks the network twice.",
     "nano-nocfg": "`nano` with its guidance distilled into one pass a step.",
@@ -147,7 +169,7 @@ BEFORE = {
 
 
 def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
-    """What a model stands on, with the steps and hours of the runs that made it, as far as they are there."""
+    """What a model was made from, with steps and hours of the runs that are still there."""
     stages = {}
     if name == "nano":
         stages = {f"VAE, {stage}": vae_run / stage for stage in ("frames", "clips", "decoder")}
@@ -165,9 +187,9 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
 
 
 def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | None, remark: str = "") -> None:
-    """The model card: data, recipe, steps and hours of `run`, what went `before`, a remark, the judge's table.
+    """The model card: data, recipe, steps and hours of `run`, what came `before`, a remark, the judge's table.
 
-    ValueError where that is of other weights than those in `folder`, or not of the whole exam that it names.
+    Raises ValueError if that is about other weights than those in `folder`, or incomplete.
     """
     config = presets.PRESETS[name]
     recipe, (steps, seconds) = load_recipe(run), load_progress(run)
@@ -201,36 +223,49 @@ def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | N
         guidance=config.sampling.guidance_scale,
         shift=config.sampling.shift,
         attention=attention,
-        judged=describe_exam(name, judged, folder) if judged and judged.is_file() else "Not yet.\n",
+        judged=describe_evaluation(name, judged, folder) if judged and judged.is_file() else "Not yet.\n",
     )
     write_text(folder / "README.md", card)
 
 
-def describe_exam(name: str, judged: Path, folder: Path) -> str:
-    """The judge's answers in the file `judged`, and in judge_NAME-full-attention.json beside it if there is one.
+def describe_evaluation(name: str, judged: Path, folder: Path) -> str:
+    """The judge's results in the file `judged`, and in those of VARIANTS next to it.
 
-    ValueError where they are about other weights or another canvas, break off, or one stands for the other.
+    Raises ValueError if they are about other weights or another canvas, incomplete, or mixed up.
     """
-    text = JUDGED + describe_answers(name, judged, folder, full_attention=False)
-    full = judged.with_name(f"{judged.stem}-full-attention.json")
-    return text + (describe_answers(name, full, folder, full_attention=True) if full.is_file() else "")
+    text = JUDGED + describe_results(name, judged, folder)
+    for variant in VARIANTS:
+        other = judged.with_name(f"{judged.stem}-{variant}.json")
+        text += describe_results(name, other, folder, variant) if other.is_file() else ""
+    return text
 
 
-def describe_answers(name: str, judged: Path, folder: Path, full_attention: bool) -> str:
-    """One file of answers as a table, below the command that gives them; ValueError as in `describe_exam`."""
+def describe_results(name: str, judged: Path, folder: Path, variant: str = "") -> str:
+    """One file of results as a table, below the command that reproduces it.
+
+    Raises ValueError as `describe_evaluation` does.
+    """
     document = None
     with contextlib.suppress(json.JSONDecodeError):
         document = json.loads(judged.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not document.keys() >= {"settings", "sets"}:
-        raise ValueError(f"{judged} holds no answers of the judge: remove it, or judge {name} once more")
-    settings = document["settings"]
+        raise ValueError(f"{judged} holds no results of the judge: remove it, or judge {name} again")
+    settings, full_attention = document["settings"], variant == "full-attention"
     if document.get("fingerprint") != fingerprint(folder):
         raise ValueError(f"{judged} is about another {name}: judge these weights, python -m kandinsky5.nano.judge")
     if settings["full_attention"] != full_attention or tuple(settings["canvas"]) != CANVAS:
-        asked = "with" if full_attention else "without"
-        raise ValueError(f"{judged}: judge {name} {asked} --full-attention, and without --canvas")
+        how = "with" if full_attention else "without"
+        raise ValueError(f"{judged}: judge {name} {how} --full-attention, and without --canvas")
+    if variant == "float32" and settings["dtype"] != "float32":
+        raise ValueError(f"{judged}: judge {name} with --dtype float32")
     if set(document["sets"]) != set(settings["sets"]):
-        raise ValueError(f"{judged} breaks off after {', '.join(document['sets'])}: judge {name} once more")
+        raise ValueError(f"{judged} ends after {', '.join(document['sets'])}: judge {name} again")
+    command = shlex.join(_command(name, settings))
+    return RESULTS.format(command=command, remark=VARIANTS.get(variant, ""), table=format_table(document["sets"]))
+
+
+def _command(name: str, settings: dict) -> list[str]:
+    """The judge's command with these settings."""
     command = ["python", "-m", "kandinsky5.nano.judge", name]
     command += ["--prompts", str(settings["prompts"]), "--dtype", settings["dtype"]]
     for option, setting, default in (
@@ -241,13 +276,12 @@ def describe_answers(name: str, judged: Path, folder: Path, full_attention: bool
     ):
         if settings[setting] != default:
             command += [option, str(settings[setting])]
-    if full_attention:
+    if settings["full_attention"]:
         command.append("--full-attention")
-    if settings["sets"] != list(EXAM):
+    if settings["sets"] != list(SETS):
         command += ["--sets", *settings["sets"]]
-    return ANSWERS.format(command=shlex.join(command), table=format_table(document["sets"]))
+    return command
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line("what was written is whole, what was not is as before"):
-        main()
+    sys.exit(cli.run(main, "what was written is complete, the rest is as before"))

@@ -2,17 +2,18 @@
 
     python -m kandinsky5.nano.train_text --folder runs/text
 
-The Qwen-class encoder learns to go on with a conversation: a caption stands where the prompt will, and the answer
-lists what it says in one fixed manner, so that the caption's tokens must come to mean something. Its tokens must also
-say, one linear layer away, all that they can know of the object they are about. Next token alone does not ask for
-that, and a small DiT on such features gives the attributes of one object to another: both were right in 7 % of
-clips. The CLIP-class encoder learns which of 128 clips belongs to which caption. Both are frozen afterwards, as in the
-real model.
+The Qwen-class encoder learns to continue a conversation: a caption stands where the prompt will be, and the answer
+lists its claims in a fixed form, so that the caption's tokens must come to carry meaning. In addition each of them must
+predict, through one linear layer, everything it can know about its object. Next-token prediction alone does not demand
+that, and a small DiT on such features gives the attributes of one object to the other: both were right in 7 % of clips.
+The CLIP-class encoder learns which of 128 clips belongs to which caption. Both are frozen afterwards, as in the real
+model.
 """
 
 import argparse
 import json
 import string
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,41 +26,35 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from kandinsky5 import cli, screen
 from kandinsky5.clip import CLIPText
 from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano import presets
-from kandinsky5.nano.train_vae import as_checkpoint, check_folder, draw_videos
-from kandinsky5.nano.world import (
-    COLOURS,
-    MOTIONS,
-    OPPOSITE,
-    RADII,
-    SHAPES,
-    Caption,
-    Scene,
-    caption,
-    sample_scene,
-)
+from kandinsky5.nano.captions import LANGUAGES, Caption, write_caption
+from kandinsky5.nano.clips import draw_videos
+from kandinsky5.nano.stages import RESUMES, as_checkpoint, check_folder
+from kandinsky5.nano.world import COLOURS, MOTIONS, OPPOSITE, RADII, SHAPES, Scene, sample_scene
 from kandinsky5.qwen import Qwen
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import CLIP_SPLIT, QWEN_SPLIT, Tokenizer
-from kandinsky5.training.loop import Recipe, load_average, refusals_in_one_line, train
+from kandinsky5.training.loop import train
+from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import load_average
 
 QWEN_RECIPE = Recipe(steps=1000, learning_rate=2e-3, ema=0.998)
 CLIP_RECIPE = Recipe(steps=3000, learning_rate=1e-3, ema=0.998)
 QWEN_BATCH, CLIP_BATCH = 48, 128  # captions
-CLIP_FRAMES = 5  # of a clip, as the tower that looks sees it
+CLIP_FRAMES = 5  # per clip, for the vision tower
 ABOUT_WEIGHT = 10.0
 TOKENIZER_CAPTIONS = 40_000
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-LANGUAGES = ("english", "russian")
 
 
 def main() -> None:
-    """Train tokenizers, Qwen and CLIP, each as far as it is not done."""
+    """Train tokenizers, Qwen and CLIP, each unless it is finished."""
     parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where the run lives; it goes on from there")
+    parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
     folder = parser.parse_args().folder
     check_folder(folder, holds_runs=True)
     if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
@@ -69,7 +64,7 @@ def main() -> None:
 
 
 def load_text_encoder(folder: Path) -> TextEncoder:
-    """What this stage left in `folder`, or a checkpoint has: both models with their tokenizers, frozen, float32."""
+    """Both models with their tokenizers, of this stage's folder or of a checkpoint; frozen, in float32."""
     if checkpoint := as_checkpoint(folder):
         return checkpoint.text_encoder
     return TextEncoder(
@@ -82,10 +77,10 @@ def load_text_encoder(folder: Path) -> TextEncoder:
 
 
 def draw_pair(seed: list[int]) -> tuple[Scene, Caption]:
-    """A training scene and a caption of it, in English or Russian; they depend on nothing but `seed`."""
+    """A training scene and a caption of it, in English or Russian; they depend only on `seed`."""
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)
-    return scene, caption(scene, LANGUAGES[rng.integers(2)], rng)
+    return scene, write_caption(scene, LANGUAGES[rng.integers(2)], rng)
 
 
 def draw_caption(seed: list[int]) -> Caption:
@@ -98,15 +93,19 @@ def draw_caption(seed: list[int]) -> Caption:
 
 def train_tokenizers(folder: Path) -> None:
     """Byte-level BPE of captions for both encoders: `qwen_tokenizer/` and `clip_tokenizer/tokenizer.json`."""
-    captions = [draw_caption([1, i]) for i in range(TOKENIZER_CAPTIONS)]
-    corpus = [said.text for said in captions]
-    letters = [" ".join(string.printable), " ".join(map(chr, range(ord("а"), ord("я") + 1)))]  # as words of their own
-    conversation = [presets.TEMPLATE.replace("{}", answer(said)) for said in captions[:4000]]
+    captions, bar = [], screen.bar(TOKENIZER_CAPTIONS, "drawing captions for the tokenizers", "caption")
+    for i in range(TOKENIZER_CAPTIONS):
+        captions.append(draw_caption([1, i]))
+        bar.update()
+    bar.close()
+    corpus = [caption.text for caption in captions]
+    letters = [" ".join(string.printable), " ".join(map(chr, range(ord("а"), ord("я") + 1)))]  # as separate words
+    conversation = [presets.TEMPLATE.replace("{}", answer(caption)) for caption in captions[:4000]]
     for name, backend, special, texts in (
         ("qwen", _qwen_backend(), QWEN_SPECIAL, corpus + conversation),
         ("clip", _clip_backend(), CLIP_SPECIAL, corpus + letters),
     ):
-        # "Special" to the trainer, which numbers them first; the special tokens proper are sorted out below.
+        # "Special" for the trainer, which numbers them first; only the special tokens proper are kept as such below.
         numbered_first = [*special, *(_last_letters(backend, texts) if name == "clip" else [])]
         trainer = trainers.BpeTrainer(
             vocab_size=presets.QWEN.vocab_size if name == "qwen" else presets.CLIP.vocab_size,
@@ -124,9 +123,9 @@ def train_tokenizers(folder: Path) -> None:
 
 
 def _last_letters(backend: Backend, texts: list[str]) -> list[str]:
-    """The bytes that end a word somewhere, marked as CLIP marks them.
+    """The bytes that end some word, with CLIP's mark.
 
-    Left to itself the trainer numbers them in the order in which it meets the words, which is another each time, and
+    On its own the trainer numbers them in the order in which it meets the words, which differs from run to run, and
     breaks ties between counts by these numbers.
     """
     words = (backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)) for text in texts)
@@ -160,7 +159,7 @@ ATTRIBUTES = (*COLOURS, *SHAPES, *MOTIONS, *RADII, *OPPOSITE)
 
 
 class LanguageModel(nn.Module):
-    """Qwen with two heads, which are thrown away: the next token, and what the object is like that a token is about.
+    """Qwen with two heads, which are discarded: the next token, and the attributes of the object a token is about.
 
     ids (B, S) → logits (B, S, vocabulary), (B, S, attributes).
     """
@@ -178,20 +177,20 @@ class LanguageModel(nn.Module):
 
 
 def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
-    """Next token in conversations of template, caption and answer; and what each of the caption's tokens is about."""
+    """Next token in conversations of template, caption and answer; and the object that each caption token is about."""
     torch.manual_seed(recipe.seed)
     model, tokenizer = LanguageModel(), Backend.from_file(str(folder / "qwen_tokenizer" / "tokenizer.json"))
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         captions = [draw_caption([2, *seed, i]) for i in range(QWEN_BATCH)]
-        encoded = [tokenizer.encode(conversation(said)) for said in captions]
+        encoded = [tokenizer.encode(conversation(caption)) for caption in captions]
         ids = pad_sequence([torch.tensor(row.ids) for row in encoded], batch_first=True, padding_value=-100)  # (B, S)
         logits, described = (x.float() for x in model(ids[:, :-1].clamp(min=0)))
         next_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
-        where = [tokens_about(said, row.offsets) for said, row in zip(captions, encoded, strict=True)]
-        asked = [(b, s, as_set(captions[b])[i]) for b, row in enumerate(where) for s, i in row.items()]
-        rows, places, attributes = (list(x) for x in zip(*asked, strict=True))
-        about = F.binary_cross_entropy_with_logits(described[rows, places], torch.stack(attributes))
+        where = [tokens_about(caption, row.offsets) for caption, row in zip(captions, encoded, strict=True)]
+        targets = [(b, s, as_set(captions[b])[i]) for b, row in enumerate(where) for s, i in row.items()]
+        rows, positions, attributes = (list(x) for x in zip(*targets, strict=True))
+        about = F.binary_cross_entropy_with_logits(described[rows, positions], torch.stack(attributes))
         answers = answer_accuracy(logits.detach(), ids[:, 1:], tokenizer.get_vocab()["<|im_start|>"])
         return next_token + ABOUT_WEIGHT * about, {
             "next_token": float(next_token.detach()),
@@ -203,45 +202,44 @@ def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
     return train(model, loss, recipe, folder / "qwen")
 
 
-def tokens_about(said: Caption, offsets: list[tuple[int, int]]) -> dict[int, int]:
-    """Which tokens of `conversation(said)` are about an object, and which: position → index in `said.objects`.
+def tokens_about(caption: Caption, offsets: list[tuple[int, int]]) -> dict[int, int]:
+    """The tokens of `conversation(caption)` that are about an object: position → index in `caption.objects`.
 
-    offsets: each token's first character and the one behind its last.
+    offsets: each token's first character and the one after its last.
     """
     begin = presets.TEMPLATE.index("{}")
-    ends = {s: end - 1 - begin for s, (_, end) in enumerate(offsets) if begin < end <= begin + len(said.text)}
-    return {s: i for s, end in ends.items() if (i := said.about[end]) is not None}
+    ends = {s: end - 1 - begin for s, (_, end) in enumerate(offsets) if begin < end <= begin + len(caption.text)}
+    return {s: i for s, end in ends.items() if (i := caption.about[end]) is not None}
 
 
 def about_accuracy(described: Tensor, captions: list[Caption], where: list[dict[int, int]]) -> float:
-    """The share of objects of which the last token knows colour, shape and motion; described (B, S, attributes)."""
+    """The share of objects whose last token knows colour, shape and motion; described (B, S, attributes)."""
     known, width = [], len(COLOURS) + len(SHAPES) + len(MOTIONS)
-    for b, (said, places) in enumerate(zip(captions, where, strict=True)):
-        last = {i: s for s, i in places.items()}  # later ones win
-        known += [torch.equal(described[b, s, :width] > 0, as_set(said)[i, :width] > 0) for i, s in last.items()]
+    for b, (caption, positions) in enumerate(zip(captions, where, strict=True)):
+        last = {i: s for s, i in positions.items()}  # later ones win
+        known += [torch.equal(described[b, s, :width] > 0, as_set(caption)[i, :width] > 0) for i, s in last.items()]
     return sum(known) / len(known)
 
 
-def conversation(said: Caption) -> str:
-    """The template with a caption in it, and the answer after it."""
-    return f"{presets.TEMPLATE.replace('{}', said.text)}\n<|im_start|>assistant\n{answer(said)}<|im_end|>"
+def conversation(caption: Caption) -> str:
+    """The template with a caption in it, followed by the answer."""
+    return f"{presets.TEMPLATE.replace('{}', caption.text)}\n<|im_start|>assistant\n{answer(caption)}<|im_end|>"
 
 
-def answer(said: Caption) -> str:
-    """What a caption says, in a fixed manner: "red circle left small above; blue diamond still; on black"."""
-    parts = [
-        " ".join((*thing.values(), role or "")).strip() for thing, role in zip(said.objects, roles(said), strict=False)
-    ]
-    return "; ".join(parts + [f"on {said.background}"] * (said.background is not None))
+def answer(caption: Caption) -> str:
+    """A caption's claims in a fixed form: "red circle left small above; blue diamond still; on black"."""
+    objects = zip(caption.objects, roles(caption), strict=False)
+    parts = [" ".join((*obj.values(), role or "")).strip() for obj, role in objects]
+    return "; ".join(parts + [f"on {caption.background}"] * (caption.background is not None))
 
 
-def roles(said: Caption) -> tuple[str | None, str | None]:
-    """Where the first object stands to the second, and the second to the first, if the caption says so."""
-    return said.relation, OPPOSITE[said.relation] if said.relation else None
+def roles(caption: Caption) -> tuple[str | None, str | None]:
+    """The relation of the first object to the second, and of the second to the first, if the caption states it."""
+    return caption.relation, OPPOSITE[caption.relation] if caption.relation else None
 
 
 def answer_accuracy(logits: Tensor, targets: Tensor, start: int) -> float:
-    """The share of the answers' tokens that are predicted; logits (B, S, V), targets (B, S)."""
+    """The share of the answers' tokens predicted correctly; logits (B, S, V), targets (B, S)."""
     in_answer = ((targets == start).cumsum(dim=1) == 2) & (targets >= 0)  # the third <|im_start|> begins the answer
     return float((logits.argmax(-1) == targets)[in_answer].float().mean())
 
@@ -250,7 +248,7 @@ def answer_accuracy(logits: Tensor, targets: Tensor, start: int) -> float:
 
 
 class CaptionContrast(nn.Module):
-    """CLIP's text tower, and one that looks at clips; the latter is thrown away."""
+    """CLIP's text tower, and a vision tower, which is discarded."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -277,7 +275,7 @@ class CaptionContrast(nn.Module):
 
 
 def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> CaptionContrast:
-    """Which caption is of which clip, among those of a batch."""
+    """Which caption belongs to which clip, within a batch."""
     torch.manual_seed(recipe.seed)
     model, tokenizer = CaptionContrast(), Tokenizer.load(folder / "clip_tokenizer")
     start, end = presets.CLIP.start_token, presets.CLIP.end_token
@@ -285,32 +283,31 @@ def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> CaptionContrast:
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         scenes, captions = zip(*(draw_pair([3, *seed, i]) for i in range(CLIP_BATCH)), strict=True)
-        ids = [torch.tensor([start, *tokenizer.encode(said.text), end]) for said in captions]
+        ids = [torch.tensor([start, *tokenizer.encode(caption.text), end]) for caption in captions]
         clips = draw_videos(list(scenes), CLIP_FRAMES)
         scores = model(pad_sequence(ids, batch_first=True, padding_value=end), clips)
-        target = same_said(captions)
+        target = same_claims(captions)
         value = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return value, {"accuracy": float((target.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean())}
 
     return train(model, loss, recipe, folder / "clip")
 
 
-def same_said(captions: Sequence[Caption]) -> Tensor:
-    """Captions that say the same are right answers to each other's clips: (B, B), rows sum to 1."""
-    said = [sorted(answer(said).split("; ")) for said in captions]  # which object is named first does not matter
-    same = torch.tensor([[a == b for b in said] for a in said]).float()
+def same_claims(captions: Sequence[Caption]) -> Tensor:
+    """Target (B, B), rows sum to 1: captions with the same claims are right for each other's clips."""
+    claims = [sorted(answer(caption).split("; ")) for caption in captions]  # the order of objects does not matter
+    same = torch.tensor([[a == b for b in claims] for a in claims]).float()
     return same / same.sum(dim=1, keepdim=True)
 
 
-def as_set(said: Caption) -> Tensor:
-    """What a caption says of its objects as ones and zeros, (2, attributes)."""
+def as_set(caption: Caption) -> Tensor:
+    """A caption's claims about its objects as ones and zeros, (2, attributes)."""
     objects = torch.zeros(2, len(ATTRIBUTES))
-    for i, (thing, role) in enumerate(zip(said.objects, roles(said), strict=False)):
-        for word in (*thing.values(), *([role] if role else [])):
+    for i, (obj, role) in enumerate(zip(caption.objects, roles(caption), strict=False)):
+        for word in (*obj.values(), *([role] if role else [])):
             objects[i, ATTRIBUTES.index(word)] = 1
     return objects
 
 
 if __name__ == "__main__":
-    with refusals_in_one_line():
-        main()
+    sys.exit(cli.run(main, RESUMES))

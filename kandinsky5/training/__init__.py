@@ -1,1 +1,9 @@
-"""Training: one loop for any model, and the losses of flow models."""
+"""Training: one loop for any model, and the losses of flow models.
+
+recipe     the learning rate and the optimizers
+loop       train
+flow       flow matching: times, batches, loss
+distill    targets of distillation
+modes      precision, attention and memory of a model in training
+state      a run on disk
+"""

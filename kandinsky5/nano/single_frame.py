@@ -1,0 +1,51 @@
+"""The VAE on single frames only: 2-D convolutions with the same result in a third of the time.
+
+A causal conv on a single frame sees that frame three times, as its past is replicated: this equals a 2-D conv with the
+kernel summed over time.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kandinsky5.training.modes import swapped
+from kandinsky5.vae import VAE, CausalConv3d, Upsample, repeat
+
+
+class FrameConv(CausalConv3d):
+    """A causal conv on a video of one frame: (B, C, 1, H, W) → (B, C', 1, H', W').
+
+    Gradients reach the part of the kernel for the frame itself, not the parts for the frames before.
+    """
+
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        assert x.shape[2] == 1 and not padded, x.shape
+        borders = F.pad(x[:, :, 0], (1, 1, 1, 1), mode="replicate")  # (B, C, H + 2, W + 2)
+        kernel = self.weight[:, :, -1] + self.weight[:, :, :-1].detach().sum(dim=2)
+        return F.conv2d(borders, kernel, self.bias, self.stride[1:])[:, :, None]
+
+
+class FrameUpsample(Upsample):
+    """Upsampling of one frame, which is never doubled in time: (B, C, 1, H, W) → (B, C, 1, 2H, 2W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(repeat(x, double_time=False))
+
+
+@contextlib.contextmanager
+def single_frame(vae: VAE) -> Iterator[None]:
+    """Inside, the VAE takes videos of one frame only."""
+    with swapped(vae, {CausalConv3d: FrameConv, Upsample: FrameUpsample}):
+        yield
+
+
+@torch.no_grad()
+def forget_the_past(vae: VAE) -> None:
+    """Let every causal conv see its own frame only: the parts of its kernel for the two frames before become 0."""
+    for conv in vae.modules():
+        if isinstance(conv, CausalConv3d):
+            conv.weight[:, :, :-1] = 0
+            conv.weight[:, :, -1] *= 3**0.5  # as large an output as the whole kernel would give

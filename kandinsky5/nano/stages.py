@@ -1,0 +1,65 @@
+"""What nano's training stages share: where they may live, and what they start from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kandinsky5.checkpoint import find_shipped
+from kandinsky5.dit import DiT
+from kandinsky5.nano import presets
+from kandinsky5.pipeline import Pipeline
+from kandinsky5.training.state import load_average
+from kandinsky5.vae import VAE
+
+RESUMES = "run the same command to resume (saved every minute; nothing is saved in the first)"
+
+
+def check_folder(folder: Path, holds_runs: bool) -> None:
+    """Raise ValueError if `folder` belongs to something else; it is meant for several runs (holds_runs) or for one."""
+    if str(folder) in presets.PRESETS:
+        raise ValueError(f"--folder {folder} would hide the checkpoint of that name: choose another")
+    if (folder / "origin.txt").is_file():
+        raise ValueError(f"--folder {folder} holds clips, which any stage may read: choose another for the run")
+    if holds_runs and (folder / "loss.csv").is_file():
+        raise ValueError(f"--folder {folder} is the run of another stage: choose another, or this stage's own")
+    if not holds_runs and any(folder.glob("*/loss.csv")):
+        raise ValueError(f"--folder {folder} holds other runs: choose another, such as {folder / 'dit'}")
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Whether it is a checkpoint's folder or the name of a bundled one, and not a run's folder."""
+    return (find_shipped(source) / "config.json").is_file()
+
+
+def as_checkpoint(source: Path) -> Pipeline | None:
+    """The checkpoint at `source`, in float32 on the CPU; None if it is a run's folder."""
+    return Pipeline.load(source, device="cpu", dtype=torch.float32) if is_checkpoint(source) else None
+
+
+def load_vae(source: Path) -> VAE:
+    """The VAE of a run's folder, as far as it is trained, or of a checkpoint; frozen, in float32.
+
+    Its latents are final once they are standardised.
+    """
+    if checkpoint := as_checkpoint(source):
+        vae = VAE(checkpoint.vae.config)
+        vae.load_state_dict(checkpoint.vae.state_dict())
+        return vae.eval().requires_grad_(False)
+    finished = "decoder" if (source / "decoder" / "state.pt").is_file() else "standardised"
+    return load_average(VAE(presets.VAE), source / finished)
+
+
+def load_dit(source: Path) -> DiT:
+    """The DiT of a run's folder, as far as it is trained, or of a checkpoint; frozen, in float32, without NABLA.
+
+    Raises ValueError if it has other sizes than nano.
+    """
+    checkpoint = as_checkpoint(source)
+    if not checkpoint:
+        return load_average(DiT(presets.DIT), source)
+    if replace(checkpoint.config.dit, nabla=None) != presets.DIT:
+        raise ValueError(f"the DiT of {source} has other sizes than nano's: start from a model of that family")
+    dit = DiT(presets.DIT)
+    dit.load_state_dict(checkpoint.dit.state_dict())
+    return dit.eval().requires_grad_(False)

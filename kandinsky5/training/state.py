@@ -1,0 +1,228 @@
+"""A training run on disk: its state, from which it resumes exactly, and its curves.
+
+state.pt               everything in `Run`, in one file that is never half written
+loss.csv, samples.csv  one row per logged step, per sample
+loss.png               loss.csv as curves
+"""
+
+import contextlib
+import csv
+import hashlib
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky5.files import make_folder, replacing
+from kandinsky5.runtime.device import choose_dtype
+from kandinsky5.training.recipe import Recipe
+
+Model = TypeVar("Model", bound=nn.Module)  # the same type in and out
+
+
+@dataclass
+class Run(Generic[Model]):
+    """Everything a training run consists of."""
+
+    folder: Path
+    model: Model
+    average: Model  # the same model with averaged weights
+    optimizers: list[torch.optim.Optimizer]
+    recipe: Recipe
+    began_with: str  # digest of the initial weights where the recipe names their origin, else empty
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+        return next(self.model.parameters()).device
+
+
+def save(run: Run) -> None:
+    """Write state.pt, completely or not at all."""
+    state = {
+        "step": run.step,
+        "seconds": run.seconds,
+        "recipe": asdict(run.recipe),
+        "began_with": run.began_with,
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+    }
+    _write(state, run.folder / "state.pt")
+
+
+def resume(run: Run) -> None:
+    """Fill `run` from the state in its folder, if there is one; settle what autocast's dtype "auto" is.
+
+    Raises ValueError if the state has another recipe or initial weights with another `digest`: it could not resume
+    exactly. Checkpointing changes no result, and additional cycles begin where the last one ended.
+    """
+    path = run.folder / "state.pt"
+    state = _read(run.folder, run.device) if path.is_file() else {}
+    stored = _stored_recipe(state)
+    if run.recipe.dtype == "auto":
+        native = str(choose_dtype("auto", run.device)).removeprefix("torch.")
+        run.recipe = replace(run.recipe, dtype=stored.get("dtype", native))
+    if not state:
+        return
+    if "model" not in state:
+        raise ValueError(f"{path} holds finished weights, not a run that can resume: choose another folder")
+    saved = asdict(run.recipe) | stored  # states older than a field are accepted as they are
+    differences = ", ".join(
+        f"{name} {saved[name]}, not {value}"
+        for name, value in asdict(run.recipe).items()
+        if name not in ("checkpointing", "cycles", "origin") and saved[name] != value
+    )
+    if differences:
+        raise ValueError(f"the run in {run.folder} has {differences}: resume with the same, or choose another folder")
+    if state.get("began_with", "") != run.began_with:
+        start = f"with what {state['recipe']['origin']} was then" if state.get("began_with") else "at random"
+        raise ValueError(
+            f"the run in {run.folder} began {start}, not with these weights: take those, or choose another folder"
+        )
+    load_weights(run.model, state["model"], path)
+    load_weights(run.average, state["average"], path)
+    for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
+    run.step, run.seconds = state["step"], state["seconds"]
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256, in hex, of the names and bytes of the model's weights."""
+    sha256 = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        sha256.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def load_recipe(folder: str | Path) -> Recipe:
+    """The recipe of the run in `folder`. Raises FileNotFoundError without a run, ValueError if it records none."""
+    recipe = _stored_recipe(_read(folder))
+    if not recipe:
+        raise ValueError(f"the run in {folder} records no recipe: run its stage once more, which writes it down")
+    return Recipe(**recipe)
+
+
+def load_progress(folder: str | Path) -> tuple[int, float]:
+    """Steps of the run in `folder` so far, and their seconds. Raises FileNotFoundError without a run."""
+    state = _read(folder)
+    return state["step"], state["seconds"]
+
+
+def load_average(model: Model, folder: str | Path) -> Model:
+    """Fill `model` with the averaged weights of the run in `folder`; return it frozen, in eval mode.
+
+    Raises FileNotFoundError without a run, ValueError if it trained another model.
+    """
+    return load_weights(model, _read(folder)["average"], Path(folder)).eval().requires_grad_(False)
+
+
+def load_weights(model: Model, weights: dict[str, Tensor], source: Path) -> Model:
+    """`model` with these weights. Raises ValueError, naming their source, if names or shapes do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).split("\n\t")[1]  # of up to a hundred lines
+        raise ValueError(f"{source} was written for another model: {first} Start another run, or remove it") from error
+    return model
+
+
+def save_average(model: nn.Module, folder: str | Path) -> None:
+    """Write a finished model where `load_average` finds it."""
+    make_folder(folder)
+    _write({"average": model.state_dict()}, Path(folder) / "state.pt")
+
+
+def _stored_recipe(state: dict) -> dict:
+    """Fields of the recipe in a state; older ones have bf16, true or false, instead of dtype."""
+    fields = dict(state.get("recipe", {}))
+    if "bf16" in fields:
+        fields["dtype"] = "bfloat16" if fields.pop("bf16") else "float32"
+    return fields
+
+
+def _read(folder: str | Path, device: torch.device | str = "cpu") -> dict:
+    path = Path(folder) / "state.pt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}: run the stage that trains it first (see the Makefile), or name "
+            "a checkpoint such as nano"
+        )
+    state = None
+    with contextlib.suppress(zipfile.BadZipFile, pickle.UnpicklingError), zipfile.ZipFile(path) as archive:
+        if archive.testzip() is None:  # every part has its full length and the right checksum
+            state = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(state, dict) or "average" not in state:
+        raise ValueError(f"{path} is damaged or not a run's state: remove it to start again, or choose another folder")
+    return state
+
+
+def _write(state: dict, path: Path) -> None:
+    """`torch.save`, completely or not at all. Raises OSError where the disk is full."""
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path} ({error}): free some disk space") from error
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """Append a row to a CSV file; with a new column the file is rewritten."""
+    rows = read_rows(path)
+    columns = list(dict.fromkeys([*(rows[0] if rows else []), *row]))
+    if rows and list(rows[0]) == columns:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, columns).writerow(row)
+    else:
+        _write_rows(path, columns, [*rows, row])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, [] if there is none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove what an interrupted run logged after it last saved its state."""
+    rows = read_rows(path)
+    kept = [row for row in rows if int(row["step"]) <= step]
+    if len(kept) < len(rows):
+        _write_rows(path, list(rows[0]), kept)
+
+
+def plot_losses(path: Path, image: Path) -> None:
+    """The curves of a log as a PNG; nothing without matplotlib (`pip install kandinsky5[train]`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = read_rows(path)
+    columns = [name for name in rows[0] if name not in ("step", "seconds", "rate")]
+    figure = Figure(figsize=(8, 2.2 * len(columns)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(columns), 1, squeeze=False)[:, 0], columns, strict=True):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        axes.plot(*zip(*points, strict=True), linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        if all(value > 0 for _, value in points):
+            axes.set_yscale("log")
+    with replacing(image) as temporary:
+        figure.savefig(temporary, dpi=80)
+
+
+def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

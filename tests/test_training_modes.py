@@ -1,0 +1,89 @@
+"""Precision, attention and memory of a DiT in training: the same numbers, and nothing left behind."""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from kandinsky5 import dit as dit_module
+from kandinsky5 import nabla
+from kandinsky5.attention import attention
+from kandinsky5.dit import DiT
+from kandinsky5.nano import presets
+from kandinsky5.training import modes
+from kandinsky5.training.loop import generator
+from kandinsky5.training.modes import autocast_dit, gradient_checkpointing
+from kandinsky5.training.recipe import Recipe
+from tiny_training import TINY, random_dit, same_weights, tiny_features, tiny_run, train
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    dit, features = random_dit(), tiny_features(2)
+    again = copy.deepcopy(dit)
+    x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
+    dit(x, features.text, features.pooled, t).square().mean().backward()
+    with gradient_checkpointing(again):
+        again(x, features.text, features.pooled, t).square().mean().backward()
+    for a, b in zip(dit.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_gradient():
+    """Bytes that a forward of nano-10s's DiT leaves behind for the gradient: of each block what goes into it."""
+    config = replace(presets.LONG.dit, num_visual_blocks=3)
+    dit, x, t = DiT(config), torch.randn(1, 3, 16, 16, config.input_channels), torch.rand(1)
+    text, pooled = torch.randn(1, 3, config.text_dim), torch.randn(1, config.pooled_dim)
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def bytes_kept(context) -> int:
+        kept.clear()
+        with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = dit(x, text, pooled, t)
+        weights = {p.untyped_storage().data_ptr() for p in dit.parameters()}
+        assert out.requires_grad
+        return sum(size for place, size in kept.items() if place not in weights)
+
+    assert bytes_kept(gradient_checkpointing(dit)) < bytes_kept(contextlib.nullcontext()) / 8
+
+
+def test_a_run_with_gradient_checkpointing_is_the_same_run(tmp_path, monkeypatch):
+    blocks, forward = [], modes.checkpoint
+    monkeypatch.setattr(modes, "checkpoint", lambda *args, **how: blocks.append(1) or forward(*args, **how))
+    plain, _ = tiny_run(tmp_path / "plain", steps=3, dtype="bfloat16")
+    assert not blocks
+    forgetful, _ = tiny_run(tmp_path / "forgetful", steps=3, dtype="bfloat16", checkpointing=True)
+    assert len(blocks) == 3 * len(plain.visual_blocks)
+    assert same_weights(plain, forgetful)
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="for a DiT, not for a Linear"):
+        train(nn.Linear(2, 2), lambda seed: (torch.zeros(()), {}), Recipe(1, checkpointing=True), tmp_path)
+
+
+def test_attention_written_out_is_the_same_attention():
+    dit, features = DiT(TINY), tiny_features(2)
+    x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
+    expected = dit(x, features.text, features.pooled, t, features.mask)
+    with autocast_dit(dit):
+        torch.testing.assert_close(dit(x, features.text, features.pooled, t, features.mask), expected)
+    assert dit_module.attention is attention
+
+
+def test_nabla_chooses_the_same_tiles_under_autocast():
+    """Its sums stay in float32 under autocast: in bf16 the cut falls elsewhere."""
+    grid, config = (4, 16, 16), presets.LONG.dit.nabla
+    q, k = (torch.randn(2, 1, 6, 4 * 256, 32, generator=generator([1])) * 6).bfloat16()
+    expected, chosen = nabla.block_map(q, k, grid, config), nabla.block_map
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not nabla.block_map(q, k, grid, config).equal(expected)
+        with autocast_dit(DiT(TINY)):
+            assert nabla.block_map(q, k, grid, config).equal(expected)
+    assert nabla.block_map is chosen
