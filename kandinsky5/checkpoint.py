@@ -8,6 +8,7 @@ does not hold may come from another one, which config.json names as `base`. Weig
 stay where they are: the files are mapped into memory, not copied through it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from kandinsky5.config import NANO_NAMES, PipelineConfig, find_preset
@@ -59,6 +61,25 @@ def find_shipped(folder_or_name: str | Path) -> Path:
     if name in NANO_NAMES and not any(place for mark in MARKS for place in folder.glob(mark)):
         return SHIPPED / name
     return folder
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, models are built on the meta device, and no initial weights are drawn, which would be thrown away.
+
+    Even there drawing them costs seconds: the first `normal_` on the meta device imports PyTorch's compiler.
+    """
+    with torch.device("meta"), _NoFill():
+        yield
+
+
+class _NoFill(TorchFunctionMode):
+    NAMES = ("normal_", "uniform_", "trunc_normal_", "zero_", "fill_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_weights(

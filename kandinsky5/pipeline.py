@@ -79,7 +79,7 @@ class Pipeline:
         check_models_fit(config)
         if tile_space:
             config = replace(config, tiling=replace(config.tiling, space=True))
-        with torch.device("meta"):
+        with checkpoint.without_weights():
             dit, vae, qwen, clip = DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)
         for name, model in {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}.items():
             place = checkpoint.find_part(folder, name, config.base)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kandinsky5.checkpoint import MODELS, find_part, find_shipped
+from kandinsky5.checkpoint import MODELS, find_part, find_shipped, without_weights
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
@@ -265,7 +265,7 @@ def describe_model(model: str, sizes: ModelConfig, where: str) -> tuple[dict[str
     ValueError for sizes that no model can have.
     """
     try:
-        with torch.device("meta"):
+        with without_weights():
             built = CLASSES[model](sizes)
     except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise ValueError(f"{where}: no {model} can have the sizes {sizes}: {error}") from error
