@@ -8,6 +8,8 @@ its row says how many tiles it keeps).
 import torch
 from torch import Tensor, nn
 
+from kandinsky5 import attention
+from kandinsky5.runtime import fast
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
 from random_weights import randomise
@@ -22,7 +24,11 @@ def build(side: str, name: str, config, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         ours = CLASSES[name](config)
     ours = randomise(ours.to(dtype).to_empty(device="cpu"))
-    return ours if side == "ours" else build_theirs(name, config, ours.state_dict())
+    if side != "ours":
+        return build_theirs(name, config, ours.state_dict())
+    fast.install(ours)  # as Pipeline.load does
+    attention.install(ours, "auto")
+    return ours
 
 
 def build_theirs(name: str, config, weights: dict[str, Tensor]) -> nn.Module:

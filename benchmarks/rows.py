@@ -34,7 +34,7 @@ from kandinsky5.config import (
 from kandinsky5.dit import DiT
 from kandinsky5.extras import preview
 from kandinsky5.pipeline import ONE_PASS
-from kandinsky5.runtime import offload
+from kandinsky5.runtime import fast, offload
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.heap import keep_freed_memory
 from weights_convert import tables
@@ -43,6 +43,7 @@ from weights_convert.sizes import to_their_config
 
 Work = Callable[[], Tensor | None]
 
+ROPE_SCALE = (1.0, 1.0, 1.0)
 TEXT_TOKENS = 64  # of the prompt that the DiT's rows attend to
 TINY_DIT = DiTConfig(
     dim=128, ff_dim=256, time_dim=32, num_text_blocks=1, num_visual_blocks=2, text_dim=64, pooled_dim=32
@@ -138,7 +139,7 @@ def dit_matmul_share(side: str, tiny: bool, folder: Path) -> Work:
     with torch.device("meta"):
         dit = DiT(config).to(torch.bfloat16)
     with FlopCounterMode(display=False) as counter:
-        dit(**dit_inputs(config, grid, device="meta"))
+        dit(**dit_inputs(config, grid, device="meta"), rope_scale=ROPE_SCALE)
     size = 64 if tiny else 3072  # 2048 and 4096 reach the same rate within 6 %
     a, b, out = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(3))
     count = max(1, round(counter.get_total_flops() / (2 * size**3)))
@@ -162,7 +163,7 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
     if side == "theirs":
         return dit_forward("ours", config, grid, peaked=5.3, steps=3)
     forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.3, steps=3)
-    build_map, shares = nabla.block_map, []
+    build_map, shares = attention.map_head_by_head, []
 
     def block_map(*arguments) -> Tensor:
         kept = build_map(*arguments)
@@ -172,7 +173,7 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
         return kept
 
     def run() -> Tensor:
-        with mock.patch.object(nabla, "block_map", block_map):
+        with mock.patch.object(attention, "map_head_by_head", block_map):
             return forward()
 
     return run
@@ -185,11 +186,11 @@ def attention_long(side: str, tiny: bool, folder: Path) -> Work:
     shape = (3, 1, heads, math.prod(grid), 64)
     q, k, v = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
     if side == "theirs":
-        return lambda: attention.attention(q, k, v)
+        return lambda: attention.attend_through("auto", q, k, v)
     window = nabla.build_window(grid, NablaConfig().window, torch.device("cpu"))  # (L/64, L/64)
     share = max(0.0, 0.15 - window.float().mean().item()) / (1 - window.float().mean().item() + 1e-9)
     kept = (torch.rand(1, heads, *window.shape, generator=generator) < share) | window
-    return lambda: attention.attention(q, k, v, block_map=kept)
+    return lambda: attention.block_sparse_attention(q, k, v, kept)
 
 
 def guidance_short(side: str, tiny: bool, folder: Path) -> Work:
@@ -210,7 +211,9 @@ def guidance(side: str, config: DiTConfig, grid: tuple[int, int, int]) -> Work:
 
     def run() -> Tensor:
         with keep_freed_memory(inputs["x"].device):
-            return dit(**both) if together else torch.cat([dit(**inputs), dit(**inputs)])
+            if together:
+                return dit(**both, rope_scale=ROPE_SCALE)
+            return torch.cat([dit(**inputs, rope_scale=ROPE_SCALE) for _ in range(2)])
 
     return run
 
@@ -230,10 +233,12 @@ def streaming(side: str, tiny: bool, folder: Path) -> Work:
     else:
         weights = checkpoint.map_weights(dit, file.parent, "dit", torch.bfloat16)
         offload.rest(dit, weights, torch.device("cpu"), "blocks")
+    fast.install(dit)
+    attention.install(dit, "auto")
 
     def run() -> Tensor:
         with keep_freed_memory(inputs["x"].device), offload.awake(dit):
-            return dit(**inputs)
+            return dit(**inputs, rope_scale=ROPE_SCALE)
 
     return run
 
@@ -244,7 +249,7 @@ def dit_compiled(side: str, tiny: bool, folder: Path) -> Work:
     inputs, dit = dit_inputs(config, grid), build("ours", "dit", config, torch.bfloat16)
     if side == "ours":
         compile_models(dit, build("ours", "vae", TINY_VAE, torch.bfloat16))
-    return lambda: dit(**inputs)
+    return lambda: dit(**inputs, rope_scale=ROPE_SCALE)
 
 
 def decoder_compiled(side: str, tiny: bool, folder: Path) -> Work:
@@ -294,7 +299,7 @@ def dit_forward(
 
     def run() -> Tensor:
         with keep_freed_memory(inputs["x"].device):  # as the pipeline does, there for all its steps together
-            return [dit(**inputs) for _ in range(steps)][-1]
+            return [dit(**inputs, rope_scale=ROPE_SCALE) for _ in range(steps)][-1]
 
     return run
 

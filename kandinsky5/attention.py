@@ -1,95 +1,161 @@
-"""The DiT's and the text encoders' only door to attention kernels, beside the definition that each of them must match.
+"""The one door to attention: the definition, and the kernels that compute the same with less time or memory.
 
-    attention                 what the models call; it picks among the following
-      dense_attention         the definition, written out: softmax(q kᵀ / √D) v with an optional bool mask
-      scaled_dot_product      PyTorch's fused kernels
-      chunked_attention       the definition for a few hundred queries at a time: on a CPU in bf16 faster than fused
-      block_sparse_attention  NABLA: for each tile of queries its kept tiles of keys; any device, no compiler
-      flex                    the same through compiled flex_attention, on CUDA
+    attend                    the definition, softmax(q kᵀ / √D) v: what a model computes unless something is installed
+    install                   lets a model compute through a kernel instead, chosen by name
+      choose_kernel             which of the following a name stands for
+      dense_attention           the equation, with an optional mask
+      F.scaled_dot_product_…    PyTorch's fused kernels
+      chunked_attention         the equation for a few hundred queries at a time: faster than fused on a CPU in bf16
+      block_sparse_attention    NABLA: only the kept tiles of keys for each tile of queries; any device, no compiler
+      flex                      the same through compiled flex_attention, on CUDA
 
 q (B, N, L, D), k and v (B, N, S, D). `mask` is bool and True where a key may be seen (a bf16 mask that is added
-to the scores masks nothing). `block_map` is NABLA's bool (B, N, L/64, L/64), tokens in tile order.
+to the scores masks nothing). `block_map` is NABLA's bool (B, N, L/64, L/64), with tokens in tile order.
 """
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from torch import Tensor
+from torch import Tensor, nn
 
+from kandinsky5 import nabla as nabla_map
+from kandinsky5.config import NablaConfig
 from kandinsky5.nabla import TILE
 
+Attend = Callable[..., Tensor]  # the signature of `attend`; models hold one as the attribute `attend`
+
 KERNELS = ("auto", "sdpa", "chunked", "flex", "dense")
-SCORES = 2**20  # how many scores are held at a time on a CPU: 2 MB in bf16, which stay in the cache
-TILE_PAIRS = 2**21  # of tiles, whose choice block_sparse_attention lists at a time: 16 bytes for each that is kept
-LONG = 512  # queries from which chunks are worth their while; text stays below
-
-_kernel = "auto"
+SCORES = 2**20  # scores held at a time on a CPU: 2 MB in bf16, which stay in the cache
+TILE_PAIRS = 2**21  # tile pairs indexed per chunk in block_sparse_attention: 16 bytes per kept pair
+LONG = 512  # queries from which chunks pay; text stays below
 
 
-@contextlib.contextmanager
-def use(kernel: str) -> Iterator[None]:
-    """Inside, `attention` computes with this one of KERNELS. ValueError for another name."""
-    global _kernel
+def attend(
+    q: Tensor,  # (B, N, L, D)
+    k: Tensor,  # (B, N, S, D)
+    v: Tensor,  # (B, N, S, D)
+    mask: Tensor | None = None,  # bool, expands to (B, N, L, S)
+    nabla: NablaConfig | None = None,  # with it queries see the tiles of keys that NABLA keeps; tokens in tile order
+    grid: tuple[int, int, int] | None = None,  # (T, H, W) of the tokens, for NABLA
+) -> Tensor:
+    """Attention as it is defined; (B, N, L, D). All L × S scores exist at once: 127 GB for a released model's video."""
+    if nabla is not None:
+        assert grid is not None, "tiles need the grid of the tokens"
+        mask = expand_block_map(nabla_map.block_map(q, k, grid, nabla))  # (B, N, L, L)
+    return dense_attention(q, k, v, mask)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The equation: q (B, N, L, D), k, v (B, N, S, D), mask that expands to (B, N, L, S) → (B, N, L, D)."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, N, L, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1) @ v  # (B, N, L, D)
+
+
+def expand_block_map(block_map: Tensor) -> Tensor:
+    """bool (B, N, L/64, L/64) over tiles → bool (B, N, L, L) over tokens."""
+    return repeat(block_map, "B N Q K -> B N (Q q) (K k)", q=TILE, k=TILE)
+
+
+# ---------------------------------------------------------------------------------------------- kernels by name
+
+
+def install(model: nn.Module, kernel: str) -> None:
+    """Let every attention of `model` compute through this one of KERNELS, in place; "auto" is the fastest.
+
+    Errors in bf16 against float64 (8 heads of 64, 4,992 random tokens): fused 0.0022, chunked 0.0045, because its
+    scores are rounded to bf16. "sdpa" never uses chunks: slower on a CPU and, in bf16, closer. With NABLA it gathers
+    the kept tiles and needs no compiler, on CUDA too. Raises ValueError for another name.
+    """
     check_kernel(kernel)
-    before, _kernel = _kernel, kernel
-    try:
-        yield
-    finally:
-        _kernel = before
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = functools.partial(attend_through, kernel)  # type: ignore[assignment]
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`: every attention of `model` computes as it is defined."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend  # type: ignore[assignment]
 
 
 def check_kernel(kernel: str, device: torch.device | None = None) -> None:
-    """ValueError unless it is one of KERNELS, and can be used on `device`."""
+    """Raise ValueError unless this is one of KERNELS, and can be used on `device`."""
     if kernel == "flex" and device is not None and device.type not in ("cuda", "meta"):
         raise ValueError(f"attention flex is compiled for CUDA, not for {device.type}: choose auto")
     if kernel not in KERNELS:
         raise ValueError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block_map: Tensor | None = None) -> Tensor:
-    """Attention through the kernel that `use` names; returns (B, N, L, D).
+def choose_kernel(name: str, device: str, dtype: torch.dtype, length: int, has_map: bool) -> str:
+    """The kernel that one of KERNELS stands for: "dense", "sdpa" or "chunked"; with a block map "dense", "gathered",
+    "gathered sdpa" (the gathered tiles through PyTorch's kernel) or "flex".
 
-    "auto": without a block map `F.scaled_dot_product_attention` (flash kernels where PyTorch has them), on a CPU in
-    bf16 from LONG queries on `chunked_attention`. With a block map compiled flex_attention on CUDA, else
-    `block_sparse_attention`. On the meta device, where no data selects tiles, dense attention gives the right shape.
-    Errors in bf16 against float64 (8 heads of 64, 4,992 random tokens): fused 0.0022, chunked 0.0045, as its scores
-    are rounded to bf16. "sdpa" never chunks: slower on a CPU and, in bf16, closer.
-
-    What another name changes: without a block map "flex" is as "auto". With one, "dense" is the definition under the
-    map's mask, "chunked" as "auto" on a CPU, and "sdpa" the gathered tiles through PyTorch's kernel, on CUDA too, where
-    it needs no compiler. No gradient goes through a compiled model (`compile.py`), where this is one operation.
+    device: "cpu", "cuda", …; length: number of queries. On the meta device no data can select tiles: "dense".
     """
-    if torch.compiler.is_compiling():
-        return _one_operation(q, k, v, mask, block_map).transpose(1, 2)
-    kernel = _kernel
-    if block_map is not None and not q.is_meta:
-        assert mask is None, "a block map and a key mask together are not used by any model"
-        if kernel == "dense":
-            return dense_attention(q, k, v, expand_block_map(block_map))
-        if kernel == "flex" or kernel == "auto" and q.is_cuda:
+    if name == "dense" or device == "meta":
+        return "dense"
+    if has_map:
+        if name == "flex" or name == "auto" and device == "cuda":
+            return "flex"
+        return "gathered" if device == "cpu" and name != "sdpa" else "gathered sdpa"
+    if name == "chunked" or name == "auto" and device == "cpu" and dtype == torch.bfloat16 and length >= LONG:
+        return "chunked"
+    return "sdpa"
+
+
+def attend_through(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    nabla: NablaConfig | None = None,
+    grid: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """`attend`, all shapes as there, through the kernel that `name` stands for."""
+    block_map = None
+    if nabla is not None:
+        assert grid is not None and mask is None, "tiles need the grid of the tokens, and no model masks them"
+        block_map = map_head_by_head(q, k, grid, nabla)  # (B, N, L/64, L/64)
+    kernel = choose_kernel(name, q.device.type, q.dtype, q.shape[2], block_map is not None)
+    if block_map is not None:
+        if kernel == "flex":
             tile = {"BLOCK_M": TILE, "BLOCK_N": TILE}  # the kernel's own default of 128 refuses such blocks
             return _compiled_flex_attention()(q, k, v, block_mask=build_block_mask(block_map), kernel_options=tile)
-        return block_sparse_attention(q, k, v, block_map, fused=kernel == "sdpa" or q.device.type != "cpu")
+        if kernel != "dense":
+            return block_sparse_attention(q, k, v, block_map, fused=kernel == "gathered sdpa")
+        mask = expand_block_map(block_map)
     if kernel == "dense":
         return dense_attention(q, k, v, mask)
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= LONG
-    if kernel == "chunked" or kernel == "auto" and on_cpu:
+    if kernel == "chunked":
         return chunked_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The definition: q (B, N, L, D), k, v (B, N, S, D), mask broadcastable to (B, N, L, S) → (B, N, L, D)."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, N, L, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.softmax(scores, dim=-1) @ v  # (B, N, L, D)
+def map_head_by_head(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
+    """`nabla.block_map` for one head at a time, since sorting takes some twenty bytes per pair of tiles.
+
+    q, k (B, N, L, D) in tile order → bool (B, N, L/64, L/64).
+    """
+    window = _keep_window(grid, config.window, q.device)  # (L/64, L/64)
+    heads = zip(q.split(1, dim=1), k.split(1, dim=1), strict=True)  # (B, 1, L, D) each
+    maps = [nabla_map.select_mass(nabla_map.pooled_attention(q_n, k_n), config.P) | window for q_n, k_n in heads]
+    return torch.cat(maps, dim=1)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # cached tensors may be used in training, so they must not be inference tensors
+def _keep_window(grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
+    """`nabla.build_window`, cached for all blocks and steps; do not modify in place."""
+    return nabla_map.build_window(grid, window, device)
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -121,11 +187,6 @@ def _softmax(scores: Tensor) -> Tensor:
     """Over the last dimension; on a CPU in the memory of `scores`, still in the cache, unless gradients need them."""
     in_place = scores.device.type == "cpu" and not torch.is_grad_enabled()
     return torch.softmax(scores, dim=-1, out=scores if in_place else None)
-
-
-def expand_block_map(block_map: Tensor) -> Tensor:
-    """bool (B, N, L/64, L/64) over tiles → bool (B, N, L, L) over tokens, for `dense_attention`."""
-    return repeat(block_map, "B N Q K -> B N (Q q) (K k)", q=TILE, k=TILE)
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, fused: bool = False) -> Tensor:
@@ -180,18 +241,3 @@ def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
-
-
-@torch.library.custom_op("kandinsky5::attention", mutates_args=())
-def _one_operation(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block_map: Tensor | None) -> Tensor:
-    """`attention` as torch.compile sees it, (B, L, N, D): one operation that it calls and does not look into.
-
-    What goes on inside depends on sizes and, with NABLA, on data; traced, it would be compiled anew for each.
-    """
-    return attention(q, k, v, mask, block_map).transpose(1, 2).contiguous()
-
-
-@_one_operation.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block_map: Tensor | None) -> Tensor:
-    B, N, L, D = q.shape
-    return q.new_empty(B, L, N, D)

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kandinsky5.attention import attention
+from kandinsky5.attention import Attend, attend
 from kandinsky5.config import CLIPConfig
 
 
@@ -23,10 +23,15 @@ class CLIPText(nn.Module):
         """ids (B, S), S ≤ 77 → (B, dim): the state at the first end token; padding is end tokens too."""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, S, dim)
         mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        for block in self.blocks:
-            x = block(x, mask)
+        x = self.run_blocks(self.blocks, x, mask)
         end = (ids == self.config.end_token).int().argmax(dim=1)  # (B,) the first of them
         return self.norm(x)[torch.arange(len(ids), device=ids.device), end]  # (B, dim)
+
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+        """Tokens x (B, S, dim) through the blocks → (B, S, dim). What streams weights wraps this method."""
+        for block in blocks:
+            x = block(x, *arguments)
+        return x
 
 
 class CLIPBlock(nn.Module):
@@ -43,6 +48,7 @@ class CLIPBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.linear_in = nn.Linear(config.dim, config.ff_dim)
         self.linear_out = nn.Linear(config.ff_dim, config.dim)
+        self.attend: Attend = attend
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.attention_norm(x)
@@ -50,6 +56,6 @@ class CLIPBlock(nn.Module):
             rearrange(projected, "B S (N D) -> B N S D", N=self.num_heads)
             for projected in (self.to_q(y), self.to_k(y), self.to_v(y))
         )
-        x = x + self.to_out(rearrange(attention(q, k, v, mask), "B N S D -> B S (N D)"))
+        x = x + self.to_out(rearrange(self.attend(q, k, v, mask), "B N S D -> B S (N D)"))
         y = self.linear_in(self.feed_forward_norm(x))
         return x + self.linear_out(y * torch.sigmoid(1.702 * y))  # "quick GELU"

@@ -11,7 +11,6 @@ Precision is written out: under bf16 weights the time embedder and all modulatio
 the gated residual sums, the q/k norms and the rotations stay in float32, as in the official code.
 """
 
-import functools
 import math
 
 import torch
@@ -20,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5 import nabla
-from kandinsky5.attention import attention
+from kandinsky5.attention import Attend, attend
 from kandinsky5.config import DiTConfig, NablaConfig
 from kandinsky5.rope import apply_rope, build_angles, build_angles_3d, build_rotations
 
@@ -53,50 +52,47 @@ class DiT(nn.Module):
         pooled: Tensor,  # (B, pooled_dim) CLIP vector
         t: Tensor,  # (B,) flow time, 1 = noise, 0 = data
         text_mask: Tensor | None = None,  # (B, S) bool, True for real tokens
-        rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),  # positions (T, H, W) are divided by it
+        *,
+        rope_scale: tuple[float, float, float],  # positions (T, H, W) are divided by it; no model runs without its own
     ) -> Tensor:
         """Velocity noise − data, (B, T, H, W, out_channels) in x's precision."""
         config = self.config
         vec = self.time_embedder(t) + self.pooled_embedder(pooled)  # (B, time_dim) float32
 
         text = self.text_embedder(text)  # (B, S, dim)
-        text_rotations = keep_text_rotations(text.shape[1], config.head_dim, text.device)  # (S, D/2)
-        for block in self.text_blocks:
-            text = block(text, vec, text_rotations, text_mask)  # (B, S, dim)
+        rotations = self.rotate_text(config, text.shape[1], text.device)  # (S, D/2)
+        text = self.run_blocks(self.text_blocks, text, vec, rotations, text_mask)  # (B, S, dim)
 
         x = self.patch_embedder(patchify(x, config.patch_size))  # (B, T, H, W, dim)
         grid = (x.shape[1], x.shape[2], x.shape[3])
         x = nabla.to_tiles(x) if config.nabla else x.flatten(1, 3)  # (B, L, dim)
-        rotations = keep_rotations(grid, config.rope_axes, tuple(rope_scale), bool(config.nabla), x.device)  # (L, D/2)
-        for block in self.visual_blocks:
-            x = block(x, text, vec, rotations, text_mask, config.nabla, grid)  # (B, L, dim)
+        rotations = self.rotate_video(config, grid, rope_scale, x.device)  # (L, D/2)
+        x = self.run_blocks(self.visual_blocks, x, text, vec, rotations, text_mask, config.nabla, grid)  # (B, L, dim)
         x = nabla.from_tiles(x, grid) if config.nabla else x.unflatten(1, grid)  # (B, T, H, W, dim)
 
         return unpatchify(self.final_layer(x, vec), config.patch_size)  # (B, T, H, W, out_channels)
 
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+        """Tokens x (B, L, dim) through blocks that are all given the same `arguments` → (B, L, dim).
 
-@functools.lru_cache(maxsize=2)
-@torch.inference_mode(False)  # what is kept may be met again in training
-def keep_rotations(
-    grid: tuple[int, int, int],
-    axes: tuple[int, int, int],
-    scale: tuple[float, float, float],
-    in_tiles: bool,
-    device: torch.device,
-) -> Tensor:
-    """RoPE of a grid (T, H, W) of tokens in the order of `DiT.forward`: complex64 (L, D/2).
+        The one place where blocks run: what skips steps, streams weights or checkpoints gradients wraps this method.
+        """
+        for block in blocks:
+            x = block(x, *arguments)
+        return x
 
-    Made once for all steps and shared by all who ask, so not to be changed; 12 MB for Lite at 512×768×121.
-    """
-    angles = build_angles_3d(grid, axes, scale, device)  # (T, H, W, D/2)
-    return build_rotations(nabla.to_tiles(angles[None])[0] if in_tiles else angles.flatten(0, 2))
+    @staticmethod
+    def rotate_text(config: DiTConfig, length: int, device: torch.device) -> Tensor:
+        """RoPE of the text positions 0, 1, … length − 1: complex64 (S, D/2)."""
+        return build_rotations(build_angles(torch.arange(length, device=device), config.head_dim))
 
-
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def keep_text_rotations(length: int, head_dim: int, device: torch.device) -> Tensor:
-    """RoPE of the places 0, 1, … of text: complex64 (S, D/2), made once for each length and shared like the video's."""
-    return build_rotations(build_angles(torch.arange(length, device=device), head_dim))
+    @staticmethod
+    def rotate_video(
+        config: DiTConfig, grid: tuple[int, int, int], rope_scale: tuple[float, float, float], device: torch.device
+    ) -> Tensor:
+        """RoPE of a grid (T, H, W) of tokens in the order in which the blocks see them: complex64 (L, D/2)."""
+        angles = build_angles_3d(grid, config.rope_axes, rope_scale, device)  # (T, H, W, D/2)
+        return build_rotations(nabla.to_tiles(angles[None])[0] if config.nabla else angles.flatten(0, 2))
 
 
 class TextBlock(nn.Module):
@@ -105,6 +101,7 @@ class TextBlock(nn.Module):
     def __init__(self, dim: int, vec_dim: int, ff_dim: int, head_dim: int):
         super().__init__()
         self.modulation = Modulation(vec_dim, dim, 6)
+        self.norm = Norm(dim)
         self.self_attention = Attention(dim, head_dim)
         self.feed_forward = FeedForward(dim, ff_dim)
 
@@ -116,9 +113,9 @@ class TextBlock(nn.Module):
         mask: Tensor | None,  # (B, S)
     ) -> Tensor:
         attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(vec)  # (B, 1, dim) each
-        y = modulate(text, attn_shift, attn_scale)
+        y = modulate(self.norm(text), attn_shift, attn_scale).type_as(text)  # (B, S, dim)
         text = add_gated(text, attn_gate, self.self_attention(y, y, rotations, mask))
-        y = modulate(text, ff_shift, ff_scale)
+        y = modulate(self.norm(text), ff_shift, ff_scale).type_as(text)
         return add_gated(text, ff_gate, self.feed_forward(y))
 
 
@@ -128,6 +125,7 @@ class VisualBlock(nn.Module):
     def __init__(self, dim: int, vec_dim: int, ff_dim: int, head_dim: int):
         super().__init__()
         self.modulation = Modulation(vec_dim, dim, 9)
+        self.norm = Norm(dim)
         self.self_attention = Attention(dim, head_dim)
         self.cross_attention = Attention(dim, head_dim)
         self.feed_forward = FeedForward(dim, ff_dim)
@@ -139,7 +137,7 @@ class VisualBlock(nn.Module):
         vec: Tensor,  # (B, vec_dim)
         rotations: Tensor,  # (L, D/2) complex64
         text_mask: Tensor | None,  # (B, S)
-        nabla_config: NablaConfig | None,
+        nabla: NablaConfig | None,
         grid: tuple[int, int, int],  # (T, H, W) of tokens
     ) -> Tensor:
         (
@@ -147,39 +145,17 @@ class VisualBlock(nn.Module):
             cross_shift, cross_scale, cross_gate,
             ff_shift, ff_scale, ff_gate,
         ) = self.modulation(vec)  # (B, 1, dim) each  # fmt: skip
-        y = modulate(x, self_shift, self_scale)
-        x = add_gated(x, self_gate, self.self_attention(y, y, rotations, None, nabla_config, grid))
-        y = modulate(x, cross_shift, cross_scale)
+        y = modulate(self.norm(x), self_shift, self_scale).type_as(x)
+        x = add_gated(x, self_gate, self.self_attention(y, y, rotations, None, nabla, grid))
+        y = modulate(self.norm(x), cross_shift, cross_scale).type_as(x)
         x = add_gated(x, cross_gate, self.cross_attention(y, text, None, text_mask))
-        y = modulate(x, ff_shift, ff_scale)
+        y = modulate(self.norm(x), ff_shift, ff_scale).type_as(x)
         return add_gated(x, ff_gate, self.feed_forward(y))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm of x (B, …, dim) without weights, then scale and shift; in float32, back in x's precision.
-
-    On a CPU, with one shift and scale a sample, without gradients and outside torch.compile, which does as much itself:
-    `modulate_in_one_pass`.
-    """
-    one_a_sample = scale.shape == shift.shape == (len(x), *(1,) * (x.dim() - 2), x.shape[-1])
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64
-    if one_a_sample and x.device.type == "cpu" and not plain:
-        return modulate_in_one_pass(x, shift, scale)
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (1 + scale) + shift).type_as(x)
-
-
-def modulate_in_one_pass(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`modulate` of each sample with 1 + scale and shift, (B, …, dim) float32, as the norm's own weights.
-
-    PyTorch's CPU kernel takes them in float32 beside an x in bf16, computes in float32 and rounds once. So x is read
-    and written once in bf16, where the definition goes five times through memory in float32: eight times as fast.
-    """
-    weights, biases = (1 + scale).flatten(1), shift.flatten(1)  # (B, dim)
-    out = [
-        F.layer_norm(sample, x.shape[-1:], weight, bias, eps=1e-5)
-        for sample, weight, bias in zip(x, weights, biases, strict=True)
-    ]
-    return out[0][None] if len(out) == 1 else torch.stack(out)
+    """x · (1 + scale) + shift, any shapes that broadcast."""
+    return x * (1 + scale) + shift
 
 
 def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
@@ -199,6 +175,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim)
         self.k_norm = RMSNorm(head_dim)
         self.to_out = nn.Linear(dim, dim)
+        self.attend: Attend = attend  # other kernels, recording and ranks take its place on the model at hand
 
     def forward(
         self,
@@ -206,7 +183,7 @@ class Attention(nn.Module):
         context: Tensor,  # (B, S, dim) where keys and values come from
         rotations: Tensor | None = None,  # (L, D/2) complex64
         mask: Tensor | None = None,  # (B, S) bool, True for keys that may be seen
-        nabla_config: NablaConfig | None = None,
+        nabla: NablaConfig | None = None,
         grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
         q, k, v = (
@@ -216,12 +193,8 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotations is not None:
             q, k = apply_rope(q, rotations), apply_rope(k, rotations)
-        block_map = None
-        if nabla_config:
-            assert grid is not None, "tiles need the grid of the tokens"
-            block_map = nabla.block_map(q, k, grid, nabla_config)  # (B, N, L/64, L/64)
         mask = mask[:, None, None] if mask is not None else None  # (B, 1, 1, S)
-        out = attention(q, k, v, mask=mask, block_map=block_map)  # (B, N, L, D)
+        out = self.attend(q, k, v, mask=mask, nabla=nabla, grid=grid)  # (B, N, L, D)
         return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
 
 
@@ -235,6 +208,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_out(F.gelu(self.linear_in(x)))
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm without weights, in float32: x (…, dim) of any precision → (…, dim) float32."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-5, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
 
 
 class RMSNorm(nn.Module):
@@ -297,32 +280,25 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, vec_dim: int, out_dim: int):
         super().__init__()
         self.modulation = Modulation(vec_dim, dim, 2)
+        self.norm = Norm(dim)
         self.linear = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = (m[:, None, None] for m in self.modulation(vec))  # (B, 1, 1, 1, dim)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale).type_as(x))
 
 
 class Float32Linear(nn.Linear):
-    """A Linear that stays in float32 when the model around it is cast to half precision: (…, in) → (…, out).
+    """A Linear that computes in float32 whatever precision the model around it has: (…, in) → (…, out) float32.
 
     The official code computes the time embedder and the modulations so; diffusers lists them in
-    `_keep_in_fp32_modules` (transformer_kandinsky.py). Weights that come from a file in half precision may stay so
-    (checkpoint.py): they are widened here, which changes no number; on a CPU so many at a time as stay in the cache,
-    which is twice as fast as if they had been widened before.
+    `_keep_in_fp32_modules` (transformer_kandinsky.py). Weights stored in half precision may stay so (checkpoint.py):
+    widening them here changes no value.
     """
-
-    WIDENED = 2**20  # weights at a time
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        x = x.to(dtype)
-        if self.weight.dtype == dtype:
-            return super().forward(x)
-        rows = max(1, self.WIDENED // self.in_features) if x.device.type == "cpu" else self.out_features
-        pieces = zip(self.weight.split(rows), self.bias.split(rows), strict=True)
-        return torch.cat([F.linear(x, weight.to(dtype), bias.to(dtype)) for weight, bias in pieces], dim=-1)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def _apply(self, fn, recurse=True):
         # Module.to(), .half() and .bfloat16() come here. The device may change, the precision must not.

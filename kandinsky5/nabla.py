@@ -10,7 +10,6 @@ of near neighbours in any case. Attention over the kept tiles is then exact (att
     grid   (T, H, W) ──────────────build_window──────────────────────────────────────────┘
 """
 
-import functools
 import math
 
 import torch
@@ -29,11 +28,8 @@ def block_map(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaCon
     q, k (B, N, L, D) after norm and RoPE, in tile order; grid (T, H, W) in tokens, T·H·W = L.
     Returns bool (B, N, L/64, L/64), rows are query tiles. Paper §3.
     """
-    build = build_window if torch.compiler.is_compiling() else keep_window
-    window = build(grid, config.window, q.device)  # (L/64, L/64)
-    # One head at a time: sorting takes some twenty bytes for each pair of tiles.
-    heads = zip(q.split(1, dim=1), k.split(1, dim=1), strict=True)  # (B, 1, L, D) each
-    return torch.cat([select_mass(pooled_attention(q_n, k_n), config.P) | window for q_n, k_n in heads], dim=1)
+    window = build_window(grid, config.window, q.device)  # (L/64, L/64)
+    return select_mass(pooled_attention(q, k), config.P) | window  # (B, N, L/64, L/64)
 
 
 def to_tiles(x: Tensor) -> Tensor:
@@ -85,13 +81,3 @@ def build_window(grid: tuple[int, int, int], window: tuple[int, int, int], devic
         & near_w[None, None, :, None, None, :]
     )  # (T, H, W, T, H, W)
     return near.reshape(T * H * W, T * H * W)
-
-
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept may be met again in training
-def keep_window(grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
-    """`build_window` of a grid (T, H, W), once for all blocks and steps: shared by all who ask, so not to be changed.
-
-    Returns bool (L/64, L/64).
-    """
-    return build_window(grid, window, device)

@@ -23,7 +23,7 @@ from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
 from kandinsky5.qwen import Qwen
 from kandinsky5.request import Image, Request
-from kandinsky5.runtime import memory
+from kandinsky5.runtime import fast, memory
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
@@ -46,10 +46,8 @@ Solver = Callable[..., Tensor]  # as sampler.euler_sample
 class Pipeline:
     """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
 
-    def __init__(
-        self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder, attention_kernel: str = "auto"
-    ):
-        self.config, self.attention_kernel = config, attention_kernel
+    def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder):
+        self.config = config
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self._turns = [True]  # taken while a call runs; unlike a lock it can be copied and pickled
 
@@ -90,9 +88,12 @@ class Pipeline:
         names = ("qwen_tokenizer", "clip_tokenizer")
         tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         text_encoder = TextEncoder(config.text, qwen, clip, *tokenizers)
+        fast.install(dit, vae)
+        attentions.install(dit, attention)
+        attentions.install(text_encoder, "auto")
         if compile:
-            compile_models(dit, vae)
-        return cls(config, dit, vae, text_encoder, attention)
+            compile_models(dit, vae, attention)
+        return cls(config, dit, vae, text_encoder)
 
     @property
     def device(self) -> torch.device:
@@ -249,8 +250,7 @@ class Pipeline:
         """One pass through the DiT: x (B, T, h, w, 33) → velocity (B, T, h, w, 16) in float32."""
         mask = features.mask if len(features.mask) > 1 else None  # a prompt alone has no padding to hide
         text, pooled = features.text.to(x), features.pooled.to(x)
-        with attentions.use(self.attention_kernel):
-            return self.dit(x, text, pooled, t, mask, rope_scale).float()
+        return self.dit(x, text, pooled, t, mask, rope_scale=rope_scale).float()
 
     @plain_defaults()
     @torch.no_grad()

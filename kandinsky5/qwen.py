@@ -4,23 +4,16 @@ For text alone the model's three-axis rotary embedding gives all three axes the 
 RoPE, in the half-split layout (rope.py). The model is causal: padding on the right changes nothing before it.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kandinsky5.attention import attention
+from kandinsky5.attention import Attend, attend
 from kandinsky5.config import QwenConfig
 from kandinsky5.rope import apply_rope_half_split, build_angles
 
-
-class Past(NamedTuple):
-    """Keys and values of P earlier tokens in one block, (1, key heads, P, D) each."""
-
-    k: Tensor
-    v: Tensor
+Cache = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention: keys and values of the P tokens so far, (B, heads, P, D)
 
 
 class Qwen(nn.Module):
@@ -33,34 +26,30 @@ class Qwen(nn.Module):
         self.blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """ids (B, S), mask (B, S) bool, True for real tokens → (B, S, dim).
 
         With padding on the right no mask is needed; with a mask the padding may be anywhere, and positions count
-        the real tokens. prefix (1, P): the tokens that stand before each row of ids, which are computed once for all
-        rows; not with a mask.
+        the real tokens. cache: {} before the first call; ids then continue the tokens that were given with it before,
+        in one row that all rows of ids continue or in as many rows. Not together with a mask.
         """
-        S, P = ids.shape[1], prefix.shape[1] if prefix is not None else 0
-        causal = torch.ones(P + S, P + S, dtype=torch.bool, device=ids.device).tril()  # rows are queries
-        positions, seen = torch.arange(P + S, device=ids.device)[None], causal[P:]  # (1, P + S), (S, P + S)
+        S, P = ids.shape[1], next(iter(cache.values()))[0].shape[2] if cache else 0
+        seen = torch.ones(S, P + S, dtype=torch.bool, device=ids.device).tril(P)  # rows are queries
+        positions = torch.arange(P, P + S, device=ids.device)[None]  # (1, S)
         if mask is not None:
-            assert prefix is None, "a mask and a prefix together are not used"
+            assert cache is None, "a mask and a cache together are not used"
             # A padding token sees itself, as a row without any key has no softmax.
-            seen = causal & mask[:, None, None] | torch.eye(S, dtype=torch.bool, device=ids.device)  # (B, 1, S, S)
+            seen = seen & mask[:, None, None] | torch.eye(S, dtype=torch.bool, device=ids.device)  # (B, 1, S, S)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
-        angles = self.build_angles(positions)
-        angles_before, angles = angles[:, :, :P], angles[:, :, P:]
-
-        x, past = self.embedding(ids), None  # (B, S, dim)
-        before = self.embedding(prefix) if prefix is not None else None  # (1, P, dim)
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, QwenBlock)
-            if before is not None:
-                past = block.attention.keys_and_values(block.attention_norm(before), angles_before)
-                if i + 1 < len(self.blocks):  # behind the last block nobody asks for them
-                    before = block(before, angles_before, causal[:P, :P])
-            x = block(x, angles, seen, past)
+        x = self.embedding(ids)  # (B, S, dim)
+        x = self.run_blocks(self.blocks, x, self.build_angles(positions), seen, cache)
         return self.norm(x)
+
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+        """Tokens x (B, S, dim) through the blocks → (B, S, dim). What streams weights wraps this method."""
+        for block in blocks:
+            x = block(x, *arguments)
+        return x
 
     def build_angles(self, positions: Tensor) -> Tensor:
         """Rotary angles in radians, float32, for all heads: positions (B, S) → (B, 1, S, D/2)."""
@@ -78,8 +67,8 @@ class QwenBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = SwiGLU(config.dim, config.ff_dim)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, mask, past)  # (B, S, dim)
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, mask, cache)  # (B, S, dim)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -94,19 +83,18 @@ class GroupedAttention(nn.Module):
         self.to_k = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.to_v = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.to_out = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+        self.attend: Attend = attend
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
-        q = apply_rope_half_split(self.split_heads(self.to_q(x)), angles)  # (B, N, S, D)
-        k, v = self.keys_and_values(x, angles)
-        if past:
-            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), new], dim=2) for p, new in zip(past, (k, v), strict=True))
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        q, k, v = (self.split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))  # (B, heads, S, D)
+        q, k = apply_rope_half_split(q, angles), apply_rope_half_split(k, angles)
+        if cache is not None:
+            if self in cache:
+                before = (past.expand(len(x), -1, -1, -1) for past in cache[self])
+                k, v = (torch.cat(both, dim=2) for both in zip(before, (k, v), strict=True))  # (B, heads, P + S, D)
+            cache[self] = k, v
         k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)  # (B, N, P + S, D)
-        return self.to_out(rearrange(attention(q, k, v, mask), "B N S D -> B S (N D)"))
-
-    def keys_and_values(self, x: Tensor, angles: Tensor) -> Past:
-        """x (B, S, dim), angles (B or 1, 1, S, D/2) → rotated keys, and values, (B, key heads, S, D) each."""
-        k, v = self.split_heads(self.to_k(x)), self.split_heads(self.to_v(x))
-        return Past(apply_rope_half_split(k, angles), v)
+        return self.to_out(rearrange(self.attend(q, k, v, mask), "B N S D -> B S (N D)"))
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, S, N·D) → (B, N, S, D)."""

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import TextConfig
-from kandinsky5.qwen import Qwen
+from kandinsky5.qwen import Cache, Qwen
 from kandinsky5.tokenizer import Tokenizer
 
 MAX_TOKENS = 256  # of Qwen's that are read of a prompt; the models were trained with so many
@@ -62,7 +62,7 @@ class TextEncoder(nn.Module):
                 "the tokenizer in qwen_tokenizer/, or text in config.json, is not what this checkpoint was made with"
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int = MAX_TOKENS) -> TextFeatures:
         """Features of B prompts; each is cut after `max_sequence_length` Qwen tokens (and 77 of CLIP).
 
@@ -75,9 +75,11 @@ class TextEncoder(nn.Module):
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
         common = min(len(os.path.commonprefix(ids)), dropped)
-        prefix = torch.tensor([ids[0][:common]], device=device) if common else None
+        cache: Cache = {}
+        if common:
+            self.qwen(torch.tensor([ids[0][:common]], device=device), cache=cache)
         rest = pad_sequence([torch.tensor(i[common:]) for i in ids], batch_first=True).to(device)
-        text = self.qwen(rest, prefix=prefix)[:, dropped - common :]  # (B, S, 3584)
+        text = self.qwen(rest, cache=cache)[:, dropped - common :]  # (B, S, 3584)
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
         return TextFeatures(text, mask.to(device), pooled)
 

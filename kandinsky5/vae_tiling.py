@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kandinsky5.config import Tiling, VAEConfig
-from kandinsky5.vae import PIECE, VAE, Posterior
+from kandinsky5.config import Tiling
+from kandinsky5.vae import VAE, Posterior
 
 
 def encode(vae: VAE, video: Tensor, tiling: Tiling) -> Posterior:
@@ -58,34 +58,6 @@ def decode_pieces(vae: VAE, z: Tensor, tiling: Tiling) -> Iterator[Tensor]:
         yield decode_window(z)
     else:
         yield from _tile_time(decode_window, z, size, stride, tiling.frames, tiling.frame_stride)
-
-
-def vae_memory(config: VAEConfig, size: tuple[int, int, int], dtype: torch.dtype, tiling: Tiling) -> int:
-    """About how many bytes it takes to decode one video's latents of size (T, h, w), on top of the VAE's weights.
-
-    Most are needed in the first block of the last stage, which sees the finished video's grid: its input and what its
-    first convolution makes of it. Add the copies of a few frames that `vae.conv_normalised` works on, and the frames
-    themselves: in three channels what a window's tiles are put together of, and the whole video in bytes, twice
-    while its windows are. From sizes alone: on a CPU the measured peaks are 0.65 to 0.96 of it, and up to 0.3 GB
-    more where glibc keeps what was freed.
-    """
-    time, space = config.time_factor, config.space_factor
-    T, h, w = size
-    frames = time * (T - 1) + 1
-    window = min(frames, tiling.frames + 1) if tiling.time else frames
-    height, width = (min(side, tiling.pixels) if tiling.space else side for side in (space * h, space * w))
-    before, last = (config.channels[min(i, len(config.channels) - 1)] for i in (1, 0))
-    inside = window * height * width * (before + last)
-
-    def copies(channels: int) -> int:
-        frame = height * width * channels
-        at_a_time = max(2, PIECE // frame // 2 * 2)
-        # Normalised frames, and twice with two of the past; the rest is what the kernels work on.
-        return frame * (3 * min(window, at_a_time) + 13)
-
-    put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
-    video = 2 * frames * (space * h) * (space * w) * config.image_channels
-    return dtype.itemsize * (inside + max(copies(before), copies(last)) + put_together) + video
 
 
 def _tile_time(

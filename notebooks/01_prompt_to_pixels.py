@@ -88,7 +88,7 @@ def velocity(x, t):
     x = torch.cat([x, condition], dim=-1)  # (1, T, h, w, 33)
     answers = []
     for one in (features.select(0, 1), features.select(1, 2)):  # the prompt; the empty prompt
-        answers.append(pipe.dit(x, one.text, one.pooled, t.expand(1), None, sampling.rope_scale))
+        answers.append(pipe.dit(x, one.text, one.pooled, t.expand(1), rope_scale=sampling.rope_scale))
     return sampler.guided_velocity(*answers, sampling.guidance_scale)
 
 

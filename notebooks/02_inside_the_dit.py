@@ -19,6 +19,7 @@ from show import COLOURS, grid, label, picture, play
 from kandinsky5 import Pipeline, dit, sampler
 from kandinsky5.extras.probe import record, record_attention, weights
 from kandinsky5.rope import apply_rope, build_angles, build_angles_3d, build_rotations
+from kandinsky5.runtime import fast
 
 pipe = Pipeline.load("nano")
 config, sampling = pipe.config.dit, pipe.config.sampling
@@ -228,28 +229,26 @@ plt.show()
 # %% [markdown]
 # ## Change one line, see the video change
 #
-# `kandinsky5/dit.py` calls small functions by their names: `modulate`, `add_gated`, `apply_rope`, `attention`.
-# `patch.multiple` replaces them inside its block. The weights are those trained with the original functions, and the
-# noise is the same. RMS instead of layer norm is hardly visible; without RoPE, gates or modulation nothing is left, not
-# even the background. **Edit a line of `changes`, or add one, and run the cell again.**
+# `kandinsky5/dit.py` is written in small pieces: `modulate`, `add_gated`, `apply_rope`, `Norm`. `patch.multiple` replaces
+# one inside its block; `fast.remove` first takes away the forms that `Pipeline.load` installs, so that the definitions
+# run. The weights are those trained with the original functions, and the noise is the same. RMS instead of layer norm is
+# hardly visible; without RoPE, gates or modulation nothing is left, not even the background. **Edit a line of
+# `changes`, or add one, and run the cell again.**
 
 # %%
+fast.remove(pipe.dit)
 changes = {
-    "as it is": {"modulate": dit.modulate},
-    "no gate": {"add_gated": lambda x, gate, out: (x.float() + out.float()).type_as(x)},
-    "RMS instead of layer norm": {
-        "modulate": lambda x, shift, scale: (F.rms_norm(x.float(), x.shape[-1:]) * (1 + scale) + shift).type_as(x)
-    },
-    "no modulation": {"modulate": lambda x, shift, scale: F.layer_norm(x.float(), x.shape[-1:]).type_as(x)},
-    "shift and scale swapped": {
-        "modulate": lambda x, shift, scale: (F.layer_norm(x.float(), x.shape[-1:]) * (1 + shift) + scale).type_as(x)
-    },
-    "no RoPE": {"apply_rope": lambda x, rotations: x},
-    "RoPE backwards": {"apply_rope": lambda x, rotations: apply_rope(x, rotations.flip(0))},
+    "as it is": (dit, {"modulate": dit.modulate}),
+    "no gate": (dit, {"add_gated": lambda x, gate, out: (x.float() + out.float()).type_as(x)}),
+    "RMS instead of layer norm": (dit.Norm, {"forward": lambda self, x: F.rms_norm(x.float(), x.shape[-1:])}),
+    "no modulation": (dit, {"modulate": lambda x, shift, scale: x}),
+    "shift and scale swapped": (dit, {"modulate": lambda x, shift, scale: x * (1 + shift) + scale}),
+    "no RoPE": (dit, {"apply_rope": lambda x, rotations: x}),
+    "RoPE backwards": (dit, {"apply_rope": lambda x, rotations: apply_rope(x, rotations.flip(0))}),
 }
 videos = {}
-for change, functions in changes.items():
-    with patch.multiple(dit, **functions):
+for change, (owner, functions) in changes.items():
+    with patch.multiple(owner, **functions):
         videos[change] = pipe(prompt, seed=seed, num_inference_steps=25, progress=False)[0]
 grid(videos, columns=7, title="The same prompt, noise and weights")
 play(videos)
@@ -259,4 +258,4 @@ play(videos)
 # are, but confuses left with right, above with below and before with after. The triangle falls apart.
 #
 # **Try:** drop the gates of one sub-layer only (`add_gated` is called three times per block); scale `gate` by 0.5 or 2;
-# replace `attention` by a function that returns the mean of `v`. Next: [NABLA](03_nabla.ipynb).
+# give each `module.attend` a function that returns the mean of `v`. Next: [NABLA](03_nabla.ipynb).

@@ -108,7 +108,7 @@ def run(config: NablaConfig, num_frames: int, side: int, t: float = 0.5):
     name = "visual_blocks.*.self_attention"
     everything = lambda q, k, v, mask, tiles: (q, k, v, tiles)  # noqa: E731
     with record_attention(dit, name, keep=everything) as seen:
-        velocity = dit(x, words.text, words.pooled, torch.tensor([t]))
+        velocity = dit(x, words.text, words.pooled, torch.tensor([t]), rope_scale=(1.0, 1.0, 1.0))
     grid = (latents.shape[1], latents.shape[2] // 2, latents.shape[3] // 2)
     return velocity, [calls[0] for calls in seen.values()], grid
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cases
-from kandinsky5 import Pipeline
+from kandinsky5 import Pipeline, attention
+from kandinsky5.runtime import fast
 from random_weights import relative_error
 from tokenizer_data import tokenizer_folder
 from weights_convert import from_diffusers
@@ -24,9 +25,17 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 TOKENIZERS = {"tokenizer": "qwen2.5", "tokenizer_2": "clip-vit-large-patch14"}
 
 
-def load_golden_pipeline(dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The golden checkpoint through our converter and our loader; new models at each call."""
-    return Pipeline.load(Path(convert_golden().name) / "native", dtype=dtype)
+def load_golden_pipeline(dtype: torch.dtype = torch.float32, plain: bool = False) -> Pipeline:
+    """The golden checkpoint through our converter and our loader; new models at each call.
+
+    plain: without fast forms and kernels, so that the definitions run.
+    """
+    pipe = Pipeline.load(Path(convert_golden().name) / "native", device="cpu", dtype=dtype)
+    if plain:
+        fast.remove(pipe.dit, pipe.vae)
+        attention.remove(pipe.dit)
+        attention.remove(pipe.text_encoder)
+    return pipe
 
 
 @functools.cache  # once per process, into a folder of its own

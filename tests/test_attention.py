@@ -1,6 +1,7 @@
 """Every path through attention.py against the dense definition."""
 
-from types import SimpleNamespace
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,17 +9,25 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky5 import attention as module
+from kandinsky5 import nabla
 from kandinsky5.attention import (
     KERNELS,
-    attention,
+    attend,
+    attend_through,
     block_sparse_attention,
     build_block_mask,
+    choose_kernel,
     chunked_attention,
     dense_attention,
     expand_block_map,
-    use,
+    install,
+    remove,
 )
-from random_weights import relative_error
+from kandinsky5.config import NablaConfig
+from kandinsky5.dit import DiT
+from random_weights import SMALL_DIT, SMALL_NABLA, randomise, relative_error
+
+GRID, NABLA = (2, 16, 24), NablaConfig(P=0.5, window=(1, 1, 1))  # 12 tiles
 
 
 def random_qkv(*shape, dtype=torch.float32):
@@ -42,7 +51,7 @@ def test_masked_keys_have_no_weight():
     q, k, v = random_qkv(2, 3, 5, 8)
     mask = torch.tensor([True, True, True, False, False])
     torch.testing.assert_close(
-        attention(q, k, v, mask[None, None, None]), dense_attention(q, k[..., :3, :], v[..., :3, :])
+        attend(q, k, v, mask[None, None, None]), dense_attention(q, k[..., :3, :], v[..., :3, :])
     )
 
 
@@ -97,68 +106,109 @@ def test_block_sparse_equals_dense(share, fused, scores, pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel, most", [("auto", 6e-3), ("chunked", 6e-3), ("sdpa", 3e-3)])
-def test_errors_in_bf16(kernel, most):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_errors_in_bf16(kernel, most, sparse):
     """0.0045 and 0.0022 measured: scores in bf16 cost a factor of two."""
-    q, k, v = random_qkv(1, 2, 16 * 64, 64, dtype=torch.bfloat16)
-    chosen = random_map(1, 2, 16, 0.3)
-    for given, mask in ((chosen, expand_block_map(chosen)), (None, None)):
-        for grad in (False, True):
-            with use(kernel), torch.set_grad_enabled(grad):
-                out = attention(q, k, v, block_map=given)
-            assert relative_error(out, dense_attention(q.double(), k.double(), v.double(), mask)) < most
+    q, k, v = random_qkv(1, 2, 12 * 64, 64, dtype=torch.bfloat16)
+    options = {"nabla": NABLA, "grid": GRID} if sparse else {}
+    mask = expand_block_map(nabla.block_map(q, k, GRID, NABLA)) if sparse else None
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            out = attend_through(kernel, q, k, v, **options)
+        assert relative_error(out, dense_attention(q.double(), k.double(), v.double(), mask)) < most
 
 
 @pytest.mark.parametrize("kernel", set(KERNELS) - {"flex"})
-def test_every_kernel_that_one_can_choose_computes_the_same(kernel):
-    q, k, v = random_qkv(1, 2, 10 * 64, 16)
-    chosen, mask = random_map(1, 2, 10, 0.3), torch.rand(1, 1, 1, 640) < 0.5
-    for options in ({}, {"mask": mask}, {"block_map": chosen}):
-        bools = expand_block_map(chosen) if "block_map" in options else options.get("mask")
-        with use(kernel):
-            assert relative_error(attention(q, k, v, **options), dense_attention(q, k, v, bools)) < 1e-6
+def test_every_kernel_computes_the_definition(kernel):
+    q, k, v = 3 * random_qkv(2, 3, 12 * 64, 16)[0], *random_qkv(2, 3, 12 * 64, 16)[1:]
+    for options in ({}, {"mask": torch.rand(2, 1, 1, 768) < 0.5}, {"nabla": NABLA, "grid": GRID}):
+        assert relative_error(attend_through(kernel, q, k, v, **options), attend(q, k, v, **options)) < 1e-6
 
 
-def test_a_kernel_is_used_inside_its_block_only_and_unknown_names_are_refused():
-    with use("dense"):
-        assert module._kernel == "dense"
-    assert module._kernel == "auto"
-    with pytest.raises(ValueError, match="'fast': choose one of auto, sdpa"), use("fast"):
-        pass
+def test_kernels_are_installed_and_removed():
+    dit = DiT(SMALL_DIT)
+    install(dit, "chunked")
+    assert all(block.cross_attention.attend.args == ("chunked",) for block in dit.visual_blocks)
+    remove(dit)
+    assert all(block.cross_attention.attend is attend for block in dit.visual_blocks)
+    with pytest.raises(ValueError, match="fast"):
+        install(dit, "fast")
+
+
+def test_models_in_two_threads_keep_their_kernels(monkeypatch):
+    """Each computes what it computes alone, though they differ and run at once."""
+    dits = [randomise(DiT(replace(SMALL_DIT, nabla=SMALL_NABLA))) for _ in range(2)]
+    used = {name: set() for name in ("dense_attention", "block_sparse_attention")}
+    for name in used:
+        kernel = getattr(module, name)
+
+        def watched(*given, name=name, kernel=kernel, **options):
+            used[name].add(threading.current_thread().name)
+            return kernel(*given, **options)
+
+        monkeypatch.setattr(module, name, watched)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (1, 2, 32, 32, 33), "text": (1, 7, 16), "pooled": (1, 24)}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inputs |= {"t": torch.tensor([0.5]), "rope_scale": (1.0, 1.0, 1.0)}
+    for dit, kernel in zip(dits, ("dense", "sdpa"), strict=True):
+        install(dit, kernel)
+    alone, together = [dit(**inputs) for dit in dits], {}
+    for threads in used.values():
+        threads.clear()
+
+    def run(i):
+        together[i] = [dits[i](**inputs) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(i,), name=str(i)) for i in range(2)]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert all(out.equal(alone[i]) for i in range(2) for out in together[i])
+    assert used["block_sparse_attention"] == {"1"} and used["dense_attention"] == {"0"}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "device", "dtype", "queries", "with_map", "taken"),
+    ("name", "device", "dtype", "length", "has_map", "kernel"),
     [
-        ("auto", "cpu", torch.bfloat16, 512, False, "chunked_attention"),
-        ("auto", "cpu", torch.bfloat16, 511, False, "scaled_dot_product_attention"),
-        ("auto", "cpu", torch.float32, 512, False, "scaled_dot_product_attention"),
-        ("auto", "cuda", torch.bfloat16, 512, False, "scaled_dot_product_attention"),
-        ("auto", "meta", torch.bfloat16, 512, True, "scaled_dot_product_attention"),
-        ("auto", "cpu", torch.bfloat16, 512, True, "block_sparse_attention"),
-        ("auto", "cuda", torch.bfloat16, 512, True, "_compiled_flex_attention"),
-        ("sdpa", "cpu", torch.bfloat16, 512, False, "scaled_dot_product_attention"),
-        ("sdpa", "cuda", torch.bfloat16, 512, True, "block_sparse_attention, fused"),
-        ("chunked", "cpu", torch.float32, 64, False, "chunked_attention"),
-        ("dense", "cuda", torch.float32, 64, True, "dense_attention"),
+        ("auto", "cpu", torch.bfloat16, 512, False, "chunked"),
+        ("auto", "cpu", torch.bfloat16, 511, False, "sdpa"),
+        ("auto", "cpu", torch.float32, 512, False, "sdpa"),
+        ("auto", "cuda", torch.bfloat16, 512, False, "sdpa"),
+        ("auto", "meta", torch.bfloat16, 512, True, "dense"),
+        ("auto", "cpu", torch.bfloat16, 512, True, "gathered"),
+        ("auto", "cuda", torch.bfloat16, 512, True, "flex"),
+        ("auto", "mps", torch.bfloat16, 512, True, "gathered sdpa"),
+        ("sdpa", "cpu", torch.bfloat16, 512, False, "sdpa"),
+        ("sdpa", "cpu", torch.bfloat16, 512, True, "gathered sdpa"),
+        ("sdpa", "cuda", torch.bfloat16, 512, True, "gathered sdpa"),
+        ("chunked", "cpu", torch.float32, 64, False, "chunked"),
+        ("chunked", "cpu", torch.float32, 64, True, "gathered"),
+        ("flex", "cuda", torch.bfloat16, 512, False, "sdpa"),
+        ("dense", "cuda", torch.float32, 64, True, "dense"),
     ],
 )
-def test_auto_takes_what_its_docstring_says(monkeypatch, kernel, device, dtype, queries, with_map, taken):
-    """Without a GPU: what stands for a tensor says where it is, and each kernel says its name."""
-    for owner, name in (
-        (module, "chunked_attention"),
-        (module, "dense_attention"),
-        (module.F, "scaled_dot_product_attention"),
-    ):
-        monkeypatch.setattr(owner, name, lambda *_, name=name, **__: name)
-    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: lambda *_, **__: "_compiled_flex_attention")
-    monkeypatch.setattr(
-        module, "block_sparse_attention", lambda *_, fused: "block_sparse_attention" + ", fused" * fused
-    )
-    place = {"is_cuda": device == "cuda", "is_meta": device == "meta", "device": SimpleNamespace(type=device)}
-    q = SimpleNamespace(dtype=dtype, shape=(1, 2, queries, 16), **place)
-    block_map = torch.ones(1, 2, queries // 64, queries // 64, dtype=torch.bool) if with_map else None
-    with use(kernel):
-        assert attention(q, q, q, block_map=block_map) == taken
+def test_kernel_that_a_name_stands_for(name, device, dtype, length, has_map, kernel):
+    assert choose_kernel(name, device, dtype, length, has_map) == kernel
+
+
+def test_nabla_on_the_meta_device_has_the_shape():
+    q = torch.empty(1, 2, 12 * 64, 8, device="meta")
+    assert attend_through("auto", q, q, q, nabla=NABLA, grid=GRID).shape == q.shape
+
+
+def test_maps_of_heads_one_by_one_are_the_definition():
+    q, k, _ = 3 * random_qkv(2, 3, 12 * 64, 16)[0], *random_qkv(2, 3, 12 * 64, 16)[1:]
+    ours = module.map_head_by_head(q, k, GRID, NABLA)
+    assert ours.equal(nabla.block_map(q, k, GRID, NABLA)) and not ours[:, 0].equal(ours[:, 1])
+
+
+def test_cached_windows_may_be_trained_with():
+    arguments = ((2, 16, 24), (1, 1, 3), torch.device("cpu"))
+    with torch.inference_mode():
+        window = module._keep_window(*arguments)
+    assert module._keep_window(*arguments) is window and not window.is_inference()
+    assert window.equal(nabla.build_window(*arguments))
 
 
 def test_flex_equals_dense():
@@ -172,9 +222,9 @@ def test_compiled_flex_is_given_the_tile_size_of_the_map(monkeypatch):
     """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU."""
     given = {}
     monkeypatch.setattr(module, "_compiled_flex_attention", lambda: lambda q, k, v, **options: given.update(options))
-    q, chosen = torch.randn(1, 1, 128, 16), torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    with use("flex"):
-        attention(q, q, q, block_map=chosen)
+    q = torch.randn(1, 1, 128, 16)
+    monkeypatch.setattr(module, "choose_kernel", lambda *_: "flex")
+    attend_through("flex", q, q, q, nabla=NABLA, grid=(2, 8, 8))
     assert given["kernel_options"] == {"BLOCK_M": 64, "BLOCK_N": 64}
     assert given["block_mask"].BLOCK_SIZE == (64, 64)
 

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 import kandinsky5.runtime.compile
 from kandinsky5 import Pipeline, attention
 from kandinsky5.dit import DiT
-from kandinsky5.runtime import offload
-from kandinsky5.runtime.compile import compile_models
+from kandinsky5.runtime import fast, offload
+from kandinsky5.runtime.compile import attend_opaquely, compile_models
 from kandinsky5.vae import VAE
 from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error, save_small_checkpoint
 
@@ -40,12 +40,15 @@ def run(dit, grid, words=7, batch=1, dtype=torch.float32):
     mask = torch.ones(batch, words, dtype=torch.bool) if batch > 1 else None
     if batch > 1:
         mask[0, -2:] = False
-    with torch.inference_mode():
-        return dit(x, text, pooled, torch.full((batch,), 0.3), mask)
+    with torch.no_grad():
+        return dit(x, text, pooled, torch.full((batch,), 0.3), mask, rope_scale=(1.0, 1.0, 1.0))
 
 
 def build(nabla=None, dtype=torch.float32):
-    return randomise(DiT(replace(SMALL_DIT, nabla=nabla))).to(dtype), randomise(VAE(SMALL_VAE))
+    dit, vae = randomise(DiT(replace(SMALL_DIT, nabla=nabla))).to(dtype), randomise(VAE(SMALL_VAE))
+    fast.install(dit, vae)
+    attention.install(dit, "auto")
+    return dit, vae
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
@@ -54,7 +57,7 @@ def test_two_kinds_of_blocks_are_two_graphs_for_all_sizes(dtype, tolerance):
     sizes = [((3, 10, 6), 7), ((2, 12, 8), 9), ((4, 10, 6), 5), ((2, 32, 32), 11), ((2, 36, 32), 12)]
     dit, vae = build(dtype=dtype)
     expected = {batch: [run(dit, *size, batch, dtype) for size in sizes] for batch in (1, 2, 3)}
-    compile_models(dit, vae, "aot_eager")
+    compile_models(dit, vae, backend="aot_eager")
     for batch, count in ((1, 2), (2, 4), (3, 4)):
         for size, velocity in zip(sizes, expected[batch], strict=True):
             assert relative_error(run(dit, *size, batch, dtype), velocity) < tolerance
@@ -66,41 +69,36 @@ def test_nabla_is_two_graphs_too():
     sizes = [((3, 32, 32), 7), ((2, 48, 32), 9), ((5, 32, 64), 5)]
     dit, vae = build(SMALL_NABLA)
     expected = [run(dit, *size) for size in sizes]
-    compile_models(dit, vae, "aot_eager")
+    compile_models(dit, vae, backend="aot_eager")
     assert all(relative_error(run(dit, *size), v) < 1e-6 for size, v in zip(sizes, expected, strict=True))
     assert graphs() == 2 and not counters["graph_break"]
 
 
-def test_the_kernel_is_chosen_when_it_runs(monkeypatch):
+def test_blocks_compute_through_the_kernel_that_is_named(monkeypatch):
     dit, vae = build()
-    compile_models(dit, vae, "aot_eager")
-    run(dit, (2, 12, 8))
-    count, calls, dense = graphs(), [], attention.dense_attention
+    compile_models(dit, vae, "dense", backend="aot_eager")
+    calls, dense = [], attention.dense_attention
     monkeypatch.setattr(attention, "dense_attention", lambda *tensors: calls.append(1) or dense(*tensors))
-    with attention.use("dense"):
-        run(dit, (2, 12, 8))
-    assert len(calls) == 2 + 2 * 2 and graphs() == count
+    run(dit, (2, 12, 8))
+    assert len(calls) == 2 + 2 * 2
 
 
 def test_attention_is_one_operation_with_all_that_it_is_given():
     q, k, v = torch.randn(3, 2, 3, 4 * 64, 16)
-    mask, kept = torch.rand(2, 1, 1, 4 * 64) < 0.5, torch.rand(2, 3, 4, 4) < 0.5
-    kept[..., 0] = True
-    compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True)
-    for options, bools in (({"mask": mask}, mask), ({"block_map": kept}, attention.expand_block_map(kept))):
-        expected = attention.dense_attention(q, k, v, bools)
-        assert relative_error(compiled(q, k, v, **options), expected) < 1e-6
+    compiled = torch.compile(attend_opaquely, backend="aot_eager", fullgraph=True)
+    for options in ({"mask": torch.rand(2, 1, 1, 4 * 64) < 0.5}, {"nabla": SMALL_NABLA, "grid": (1, 16, 16)}):
+        assert relative_error(compiled("auto", q, k, v, **options), attention.attend(q, k, v, **options)) < 1e-6
 
 
 @pytest.mark.parametrize("piece", [0, 20 * 32 * 32])  # all in pieces of two frames; some, of several
 def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
-    monkeypatch.setattr("kandinsky5.vae.PIECE", piece)
+    monkeypatch.setattr("kandinsky5.runtime.fast_vae.PIECE", piece)
     dit, vae = build()
     shapes = [(1, 4, 6), (5, 4, 6), (5, 6, 4), (2, 3, 5), (1, 6, 4), (4, 8, 8), (3, 5, 5)]  # T, h, w
     zs = [torch.randn(1, 16, *shape) for shape in shapes]
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = [vae.decode(z) for z in zs]
-        compile_models(dit, vae, "aot_eager")
+        compile_models(dit, vae, backend="aot_eager")
         for i, (z, video) in enumerate(zip(zs, expected, strict=True)):
             assert relative_error(vae.decode(z), video) < 1e-5
             if i == 1:
@@ -109,8 +107,8 @@ def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
 
 
 def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(kandinsky5.runtime.compile.compile_models, "__defaults__", ("aot_eager",))
-    monkeypatch.setattr("kandinsky5.vae.PIECE", 0)  # so that the decoder, too, runs what is compiled
+    monkeypatch.setattr(kandinsky5.runtime.compile.compile_models, "__defaults__", ("auto", "aot_eager"))
+    monkeypatch.setattr("kandinsky5.runtime.fast_vae.PIECE", 0)  # so that the decoder, too, runs what is compiled
     save_small_checkpoint(tmp_path / "small")
     plain = Pipeline.load(tmp_path / "small", dtype=torch.float32)
     with monkeypatch.context() as while_it_loads:

@@ -18,29 +18,30 @@ TESTS = Path(__file__).parent
 COMPONENTS = [name for name in cases.OURS if name not in cases.FRAME_CASES]
 
 
-@pytest.fixture(scope="module")
-def exact() -> Pipeline:
-    return load_golden_pipeline(torch.float32)
+@pytest.fixture(scope="module", params=["plain", "fast"])
+def exact(request) -> Pipeline:
+    """With the definitions, and with the forms and kernels that Pipeline.load installs."""
+    return load_golden_pipeline(torch.float32, plain=request.param == "plain")
 
 
-@pytest.fixture(scope="module")
-def half() -> Pipeline:
-    return load_golden_pipeline(torch.bfloat16)
+@pytest.fixture(scope="module", params=["plain", "fast"])
+def half(request) -> Pipeline:
+    return load_golden_pipeline(torch.bfloat16, plain=request.param == "plain")
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_float32_is_the_references_result(name, exact):
+def test_float32_matches_the_references(name, exact):
     assert measure_error(name, exact) <= cases.TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_bfloat16_is_the_references_float32_result_up_to_rounding(name, half):
+def test_bfloat16_matches_float32_up_to_rounding(name, half):
     assert half.dtype == torch.bfloat16
     assert measure_error(name, half) <= cases.TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", cases.FRAME_CASES)
-def test_frames_are_the_references_within_a_level(name, exact):
+def test_frames_match_the_references_within_a_level(name, exact):
     assert measure_error(name, exact) <= 1 / 255
 
 

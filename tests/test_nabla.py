@@ -70,11 +70,3 @@ def test_block_map_is_per_head_and_per_sample_and_contains_the_window():
     for b, n in itertools.product(range(2), range(3)):
         alone = nabla.block_map(q[b : b + 1, n : n + 1], k[b : b + 1, n : n + 1], grid, config)
         assert alone[0, 0].equal(chosen[b, n])
-
-
-def test_the_window_is_built_once_for_all_blocks_and_steps_and_may_be_trained_with():
-    arguments = ((2, 16, 24), (1, 1, 3), torch.device("cpu"))
-    with torch.inference_mode():
-        window = nabla.keep_window(*arguments)
-    assert nabla.keep_window(*arguments) is window and not window.is_inference()
-    assert window.equal(nabla.build_window(*arguments))

@@ -57,7 +57,7 @@ def test_only_what_works_is_awake(saved, mode):
     def note(*_):
         models = {"qwen": pipe.text_encoder.qwen, "dit": pipe.dit, "vae": pipe.vae}
         lists = pipe.text_encoder.qwen.blocks, pipe.dit.visual_blocks
-        blocks = [blocks[i] for blocks in lists for i in range(len(blocks))]  # going through would fetch them
+        blocks = [block for blocks in lists for block in blocks]
         names = [name for name, model in models.items() if not next(model.parameters()).is_meta]
         here.append((*names, sum(not next(block.parameters()).is_meta for block in blocks)))
 
@@ -82,18 +82,27 @@ def test_a_block_comes_while_the_one_before_it_works(saved, monkeypatch):
         return state
 
     monkeypatch.setattr(offload, "_fetch_ahead", fetch_and_tell)
-    with offload.awake(pipe.dit):
-        for block in pipe.dit.visual_blocks:
-            assert came.wait(timeout=10) and next(second.parameters()).is_meta == (block is not second)
+
+    def wait_for_the_next(block, *_):
+        assert came.wait(timeout=10) and next(second.parameters()).is_meta == (block is not second)
+
+    for block in pipe.dit.visual_blocks:
+        block.register_forward_pre_hook(wait_for_the_next)
+    run(pipe, num_inference_steps=1)
 
 
-def test_what_is_cast_takes_turns_in_two_places(tmp_path):
+def test_cast_weights_take_turns_in_two_places(tmp_path):
     config = replace(SMALL_DIT, num_visual_blocks=7)
     save_file(DiT(config).state_dict(), tmp_path / "dit.safetensors")
     with torch.device("meta"):
         dit = DiT(config)
     offload.rest(dit, map_weights(dit, tmp_path, "dit", torch.bfloat16), CPU, "blocks")
-    places = [block.feed_forward.linear_in.weight.data_ptr() for block in dit.visual_blocks]
+    places = []
+    for block in dit.visual_blocks:
+        block.register_forward_pre_hook(lambda block, _: places.append(block.feed_forward.linear_in.weight.data_ptr()))
+    with torch.no_grad(), offload.awake(dit):
+        x, text = torch.randn(1, 1, 4, 4, 33).bfloat16(), torch.randn(1, 3, 16).bfloat16()
+        dit(x, text, torch.randn(1, 24).bfloat16(), torch.tensor([0.5]), rope_scale=(1.0, 1.0, 1.0))
     assert len(set(places)) == 2 and places[:5] == places[2:]
 
 
@@ -159,7 +168,7 @@ folder, mode, dtype, limit, out = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 import torch
-from kandinsky5 import checkpoint
+from kandinsky5 import attention, checkpoint
 from kandinsky5.runtime import offload
 from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT
@@ -172,6 +181,7 @@ if mode == "none":
 else:
     weights = checkpoint.map_weights(dit, Path(folder), "dit", getattr(torch, dtype))
     offload.rest(dit, weights, torch.device("cpu"), mode)
+attention.install(dit, "auto")
 peak, seconds = {"RssAnon": 0, "VmData": 0}, []
 def note(*_):
     status = dict(line.split(":") for line in open("/proc/self/status"))
@@ -185,10 +195,10 @@ x, text, pooled = (
     torch.randn(shape, generator=generator).to(getattr(torch, dtype))
     for shape in ((1, 3, 16, 16, 33), (1, 20, dit.config.text_dim), (1, dit.config.pooled_dim))
 )
-with torch.inference_mode(), offload.awake(dit):
+with torch.no_grad(), offload.awake(dit):
     for _ in range(2):
         start = time.perf_counter()
-        velocity = dit(x, text, pooled, torch.tensor([0.7]))
+        velocity = dit(x, text, pooled, torch.tensor([0.7]), rope_scale=(1.0, 1.0, 1.0))
         seconds.append(time.perf_counter() - start)
 torch.save(velocity, out)
 print(f"peak {peak} MB, forwards {seconds[0]:.2f} s and {seconds[1]:.2f} s")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky5 import Pipeline, attention, pipeline
+from kandinsky5 import Pipeline, pipeline
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.request import Request
 from kandinsky5.runtime import memory
@@ -69,7 +69,7 @@ def test_given_latents_take_the_place_of_the_seed(pipe):
 
 def test_guidance_of_one_is_one_pass_without_the_negative_prompt(pipe, monkeypatch):
     passes = []
-    monkeypatch.setattr(pipe.dit, "forward", lambda x, *rest, f=pipe.dit.forward: passes.append(1) or f(x, *rest))
+    monkeypatch.setattr(pipe.dit, "forward", lambda *a, f=pipe.dit.forward, **k: passes.append(1) or f(*a, **k))
     one = run(pipe, guidance_scale=1.0, negative_prompt="rain")
     assert len(passes) == 2
     assert one.equal(run(pipe, guidance_scale=1.0 + 5e-7)) and len(passes) == 4
@@ -82,19 +82,15 @@ def test_guidance_in_one_pass_and_in_two_is_the_same(pipe, monkeypatch):
     one = run(pipe, **options)
     monkeypatch.setattr(pipeline, "ONE_PASS", 0)
     passes = []
-    monkeypatch.setattr(pipe.dit, "forward", lambda x, *rest, f=pipe.dit.forward: passes.append(1) or f(x, *rest))
+    monkeypatch.setattr(pipe.dit, "forward", lambda *a, f=pipe.dit.forward, **k: passes.append(1) or f(*a, **k))
     assert relative_error(run(pipe, **options), one) < 1e-5
     assert len(passes) == 4
 
 
-def test_the_dit_computes_attention_as_the_pipeline_was_told(pipe, monkeypatch):
-    seen = set()
-    monkeypatch.setattr(
-        pipe.dit, "forward", lambda x, *rest, f=pipe.dit.forward: seen.add(attention._kernel) or f(x, *rest)
-    )
-    monkeypatch.setattr(pipe, "attention_kernel", "dense")
-    run(pipe)
-    assert seen == {"dense"} and attention._kernel == "auto"
+def test_loading_installs_the_kernel_that_is_named():
+    for kernel in ("auto", "dense"):
+        block = Pipeline.load("nano", device="meta", attention=kernel).dit.visual_blocks[0]
+        assert block.self_attention.attend.args == block.cross_attention.attend.args == (kernel,)
 
 
 def test_negative_prompt_steers(pipe):

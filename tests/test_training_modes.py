@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from kandinsky5 import dit as dit_module
 from kandinsky5 import nabla
-from kandinsky5.attention import attention
-from kandinsky5.dit import DiT
+from kandinsky5.attention import attend, block_sparse_attention
+from kandinsky5.dit import Attention, DiT
 from kandinsky5.nano import presets
 from kandinsky5.training import modes
 from kandinsky5.training.loop import generator
-from kandinsky5.training.modes import autocast_dit, gradient_checkpointing
+from kandinsky5.training.modes import attend_written_out, autocast_dit, gradient_checkpointing
 from kandinsky5.training.recipe import Recipe
 from tiny_training import TINY, random_dit, same_weights, tiny_features, tiny_run, train
 
@@ -24,9 +23,9 @@ def test_gradient_checkpointing_changes_no_gradient():
     dit, features = random_dit(), tiny_features(2)
     again = copy.deepcopy(dit)
     x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
-    dit(x, features.text, features.pooled, t).square().mean().backward()
+    dit(x, features.text, features.pooled, t, rope_scale=(1.0, 1.0, 1.0)).square().mean().backward()
     with gradient_checkpointing(again):
-        again(x, features.text, features.pooled, t).square().mean().backward()
+        again(x, features.text, features.pooled, t, rope_scale=(1.0, 1.0, 1.0)).square().mean().backward()
     for a, b in zip(dit.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -45,7 +44,7 @@ def test_gradient_checkpointing_keeps_less_for_the_gradient():
     def bytes_kept(context) -> int:
         kept.clear()
         with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = dit(x, text, pooled, t)
+            out = dit(x, text, pooled, t, rope_scale=(1.0, 1.0, 1.0))
         weights = {p.untyped_storage().data_ptr() for p in dit.parameters()}
         assert out.requires_grad
         return sum(size for place, size in kept.items() if place not in weights)
@@ -71,19 +70,30 @@ def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path):
 def test_attention_written_out_is_the_same_attention():
     dit, features = DiT(TINY), tiny_features(2)
     x, t = torch.randn(2, 1, 2, 2, 9), torch.rand(2)
-    expected = dit(x, features.text, features.pooled, t, features.mask)
+    expected = dit(x, features.text, features.pooled, t, features.mask, rope_scale=(1.0, 1.0, 1.0))
     with autocast_dit(dit):
-        torch.testing.assert_close(dit(x, features.text, features.pooled, t, features.mask), expected)
-    assert dit_module.attention is attention
+        torch.testing.assert_close(
+            dit(x, features.text, features.pooled, t, features.mask, rope_scale=(1.0, 1.0, 1.0)), expected
+        )
+    assert all(m.attend is attend for m in dit.modules() if isinstance(m, Attention))
 
 
 def test_nabla_chooses_the_same_tiles_under_autocast():
     """Its sums stay in float32 under autocast: in bf16 the cut falls elsewhere."""
     grid, config = (4, 16, 16), presets.LONG.dit.nabla
     q, k = (torch.randn(2, 1, 6, 4 * 256, 32, generator=generator([1])) * 6).bfloat16()
-    expected, chosen = nabla.block_map(q, k, grid, config), nabla.block_map
+    expected = nabla.block_map(q, k, grid, config)
     with torch.autocast("cpu", torch.bfloat16):
         assert not nabla.block_map(q, k, grid, config).equal(expected)
-        with autocast_dit(DiT(TINY)):
-            assert nabla.block_map(q, k, grid, config).equal(expected)
-    assert nabla.block_map is chosen
+        out = attend_written_out(q, k, k, nabla=config, grid=grid)
+    assert out.equal(block_sparse_attention(q, k, k, expected))
+
+
+def test_float32_islands_stay_under_autocast():
+    dit, vec = random_dit(), torch.randn(2, TINY.time_dim)
+    modulation = dit.visual_blocks[0].modulation
+    expected = modulation(vec)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modulation(vec)[0].dtype == torch.bfloat16
+        with autocast_dit(dit):
+            assert modulation(vec)[0].equal(expected)

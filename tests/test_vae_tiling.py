@@ -10,6 +10,7 @@ import torch
 
 from kandinsky5 import vae_tiling
 from kandinsky5.config import Tiling, VAEConfig
+from kandinsky5.runtime import memory
 from kandinsky5.vae import VAE
 from random_weights import SMALL_VAE, randomise
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from kandinsky5 import vae_tiling, video_io
 from kandinsky5.config import Tiling, VAEConfig
+from kandinsky5.runtime import fast
 from kandinsky5.vae import VAE
 
 def memory(key):
@@ -26,9 +28,10 @@ def memory(key):
 
 channels, groups, size, dtype, space = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-with torch.inference_mode():
+with torch.no_grad():
     dtype = getattr(torch, dtype)
     vae, z = VAE(VAEConfig(channels=channels, norm_groups=groups)).to(dtype), torch.randn(1, 16, *size, dtype=dtype)
+    fast.install(vae)
     vae.decode(z[:, :, :1, :2, :2])  # what PyTorch loads when it first computes
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -56,7 +59,7 @@ def test_memory_is_as_estimated(size, dtype, space):
     glibc is told to give back what is freed: else it may keep up to 0.3 GB, more than these small clips need.
     """
     config = VAEConfig(channels=(16, 32, 64, 64), norm_groups=8)
-    estimate = vae_tiling.vae_memory(config, size, getattr(torch, dtype), Tiling(space=space))
+    estimate = memory.vae_memory(config, size, getattr(torch, dtype), Tiling(space=space))
     case = json.dumps([config.channels, config.norm_groups, size, dtype, space])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", MEASURE, case], capture_output=True, text=True, env=environment)
@@ -68,9 +71,9 @@ def test_memory_is_as_estimated(size, dtype, space):
 def test_memory_with_tiles_does_not_grow_with_the_clip():
     """But for the frames themselves: 12 more latent frames are 48 frames, twice in bytes."""
     sizes = [(16, 64, 96), (28, 64, 96)]
-    few, many = (vae_tiling.vae_memory(VAEConfig(), size, torch.bfloat16, Tiling(space=True)) for size in sizes)
+    few, many = (memory.vae_memory(VAEConfig(), size, torch.bfloat16, Tiling(space=True)) for size in sizes)
     assert many - few == 2 * 48 * 512 * 768 * 3
-    in_one = vae_tiling.vae_memory(VAEConfig(), sizes[1], torch.bfloat16, Tiling(time=False))
+    in_one = memory.vae_memory(VAEConfig(), sizes[1], torch.bfloat16, Tiling(time=False))
     assert in_one > 15 * many
 
 

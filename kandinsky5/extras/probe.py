@@ -1,8 +1,8 @@
 """Look inside a running model without touching it: activations, attention weights, NABLA's maps.
 
-The models know nothing of this module. `record` hangs hooks on modules and takes them off again; `record_attention`
-stands for a while in the door through which the DiT calls attention, and sees the very q and k that go through it.
-What comes out of the model is the same to the bit.
+The models know nothing of this module. `record` registers hooks on modules and removes them again; `record_attention`
+takes the place of the attribute `attend` of the modules at hand, and sees the very q and k that they attend with.
+What the model computes stays the same to the bit.
 
     with record(pipe.dit, "visual_blocks.*", keep=lambda x: x.float().norm(dim=-1)) as seen:
         pipe("a red circle moves right")
@@ -18,21 +18,23 @@ What comes out of the model is the same to the bit.
 Names are those of `model.named_modules()`; a * stands for one part of a name, ** for any number of them. A call is
 one pass through the module. With guidance a step of the sampler is one call with 2B samples, those with the prompt
 first, or for long clips two calls with B (`pipeline.ONE_PASS`). Tokens are in the order of the DiT, (T, H, W) row by
-row, with NABLA in tile order (`nabla.from_tiles` undoes it). The VAE works on a few frames at a time
-(`vae.conv_normalised`) where they are large: a convolution is then called for each piece, and a norm not as a module.
-Not for several threads at once.
+row, with NABLA in tile order (`nabla.from_tiles` undoes it). In a VAE with fast forms a convolution is called for each
+few frames, and a norm not as a module: `fast.remove(pipe.vae)` first gives each module one call.
 """
 
 import contextlib
 import difflib
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kandinsky5 import dit
+from kandinsky5 import nabla as nabla_map
+from kandinsky5.attention import Attend
+from kandinsky5.config import NablaConfig
+from kandinsky5.dit import Attention
 from kandinsky5.nabla import TILE
 
 Recording = dict[str, list]  # name of the module → what was kept, call by call
@@ -88,32 +90,39 @@ def record_attention(
         `block_map`, `queries_and_keys`, or a function of your own.
     calls, max_bytes: as in `record`. ValueError if a name fits no module, or one that is no attention.
     """
-    modules = find_modules(model, *names)
-    for name, module in modules.items():
-        if not isinstance(module, dit.Attention):
+    modules: dict[str, Attention] = {}
+    for name, module in find_modules(model, *names).items():
+        if not isinstance(module, Attention):
             raise ValueError(f"{name} is a {type(module).__name__}: give an attention, such as {name}.self_attention")
+        modules[name] = module
     seen, keep_result = _new_recording(modules, calls, max_bytes)
-    now: list[str] = []  # the module that is running
-    handles = []
+
+    def watch(name: str, attend: Attend) -> Attend:
+        def watched(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            mask: Tensor | None = None,
+            nabla: NablaConfig | None = None,
+            grid: tuple[int, int, int] | None = None,
+        ) -> Tensor:
+            def compute() -> Tensor | tuple[Tensor, ...]:
+                tiles = None if nabla is None or grid is None else nabla_map.block_map(q, k, grid, nabla)
+                return keep(q, k, v, mask, tiles)
+
+            keep_result(name, compute)
+            return attend(q, k, v, mask=mask, nabla=nabla, grid=grid)
+
+        return watched
+
+    before = {name: module.attend for name, module in modules.items()}
     for name, module in modules.items():
-        handles += [
-            module.register_forward_pre_hook(lambda module, arguments, name=name: now.append(name)),
-            module.register_forward_hook(lambda module, arguments, output: now.clear(), always_call=True),
-        ]
-    door = dit.attention
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block_map: Tensor | None = None) -> Tensor:
-        if now:
-            keep_result(now[-1], lambda: keep(q, k, v, mask, block_map))
-        return door(q, k, v, mask=mask, block_map=block_map)
-
-    dit.attention = watched
+        module.attend = watch(name, before[name])
     try:
         yield seen
     finally:
-        dit.attention = door
-        for handle in handles:
-            handle.remove()
+        for name, module in modules.items():
+            module.attend = before[name]
 
 
 def weights(heads: Sequence[int] | None = None, queries: Sequence[int] | None = None) -> Callable[..., Tensor]:
@@ -183,7 +192,7 @@ def find_modules(model: nn.Module, *names: str) -> dict[str, nn.Module]:
 
 
 def _new_recording(
-    modules: dict[str, nn.Module], calls: Container[int] | None, max_bytes: float
+    modules: Collection[str], calls: Container[int] | None, max_bytes: float
 ) -> tuple[Recording, Callable[[str, Callable], None]]:
     """An empty recording, and a function that adds to it what a call gave, if that call is wanted."""
     seen: Recording = {name: [] for name in modules}

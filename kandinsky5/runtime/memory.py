@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kandinsky5.config import PipelineConfig, Tiling, VAEConfig
+from kandinsky5.runtime.fast_vae import PIECE
 
-PIECE = 2**23  # elements that a large convolution of the VAE takes at a time
 KEPT_BY_HEAP = 300_000_000  # bytes that glibc may retain of what decoding has freed: measured, see `vae_memory`
 LATENTS = 8  # times the initial noise, at least, that sampling holds: noise, condition, both velocities, float32
 

@@ -1,13 +1,14 @@
 """Models that are larger than the memory of their device: the weights rest in mapped files and come when needed.
 
-    "model"    CLIP and Qwen, the DiT, the VAE: whichever works is on the device, the others rest
-    "blocks"   likewise, and of Qwen, CLIP and the DiT only the block that works and the next, which comes meanwhile
+    "model"    only the running model is on the device: first CLIP and Qwen, then the DiT, then the VAE
+    "blocks"   likewise, and of Qwen, CLIP and the DiT only the running block and the next one, which is prefetched
 
 On a GPU both cost the time of copying. On a CPU nothing is copied where file and model have the same precision: the
-pages of the file are the weights, and the system may drop them and read them again. What is copied is what has to be
-cast, such as a float32 file for a model in bf16, with "blocks" that of two blocks at a time.
+pages of the file are the weights, and the system may drop them and read them again. Only tensors that need a cast, such
+as those of a float32 file for a model in bf16, take memory; with "blocks" those of two blocks at a time.
 
-A resting model has its parameters on the meta device. What is written to weights that are awake is lost when they go.
+A resting model has its parameters on the meta device. What is written to its weights while they are here is lost when
+they go.
 """
 
 import contextlib
@@ -22,24 +23,34 @@ MODES = ("model", "blocks")
 
 
 def check_mode(mode: str | None) -> None:
-    """ValueError unless it is None or one of MODES."""
+    """Raise ValueError unless it is None or one of MODES."""
     if mode is not None and mode not in MODES:
         raise ValueError(f"offload {mode!r}: choose {' or '.join(MODES)}, or leave it out to keep all on the device")
 
 
 def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, mode: str) -> nn.Module:
-    """Let `model`, built on the meta device, work with `weights`, which stay where they are until `awake`.
+    """Let `model`, built on the meta device, run with `weights`, which stay where they are until `awake`.
 
-    weights: read-only views (`checkpoint.map_weights`) by parameter name, in any precision: the model says which it
-    works in. With mode "blocks" its lists of blocks bring their weights themselves, one after the other.
+    weights: read-only views (`checkpoint.map_weights`) by parameter name, in any precision: the model says in which it
+    computes. With mode "blocks" the model's `run_blocks` brings each block's weights when the block's turn comes.
     """
-    own = dict(weights)
-    for name, blocks in list(model.named_children()):
-        if mode == "blocks" and isinstance(blocks, nn.ModuleList):
-            inside = {key.removeprefix(f"{name}."): own.pop(key) for key in weights if key.startswith(f"{name}.")}
-            setattr(model, name, StreamedBlocks(blocks, inside, device))
+    own, streamed = dict(weights), False
+    for name, blocks in model.named_children():
+        if mode == "blocks" and isinstance(blocks, nn.ModuleList) and hasattr(model, "run_blocks"):
+            streamed = True
+            for i, block in enumerate(blocks):
+                prefix = f"{name}.{i}."
+                inside = {key.removeprefix(prefix): own.pop(key) for key in weights if key.startswith(prefix)}
+                vars(block).update(resting=inside, works_on=device)
+    if streamed:
+        model.run_blocks = run_streamed  # type: ignore[assignment]
     vars(model).update(resting=own, works_on=device)
     return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where `model` runs, resting or not."""
+    return vars(model).get("works_on") or next(model.parameters()).device
 
 
 @contextlib.contextmanager
@@ -55,45 +66,33 @@ def awake(*models: nn.Module) -> Iterator[None]:
             model.to("meta")
 
 
-class StreamedBlocks(nn.ModuleList):
-    """A list of blocks that, when a model goes through it, come one by one and go again.
+def run_streamed(blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+    """What a model whose blocks rest has as `run_blocks`: x (B, L, dim) → the same.
 
-    `for block in blocks` is all that a model does with it: each block has its weights while the loop's body runs, and
-    a thread fetches those of the next.
+    Each block has its weights while it runs, and a thread fetches those of the next one meanwhile.
     """
-
-    def __init__(self, blocks: nn.ModuleList, weights: Mapping[str, Tensor], device: torch.device):
-        super().__init__(nn.ModuleList.__iter__(blocks))
-        for i, block in enumerate(super().__iter__()):
-            names = [name for name in weights if name.startswith(f"{i}.")]
-            inside = {name.removeprefix(f"{i}."): weights[name] for name in names}
-            vars(block).update(resting=inside, works_on=device)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        blocks = list(super().__iter__())
-        slots: list[dict[str, Tensor]] = [{}, {}]  # one for the block that works, one for the next
-        if not blocks:
-            return
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            coming = thread.submit(_fetch_ahead, blocks[0], slots[0])
-            for i, block in enumerate(blocks):
-                block.load_state_dict(coming.result(), assign=True)
-                if i + 1 < len(blocks):
-                    coming = thread.submit(_fetch_ahead, blocks[i + 1], slots[(i + 1) % 2])
-                try:
-                    yield block
-                finally:
-                    device = vars(block)["works_on"]
-                    if device.type == "cuda":  # it runs behind, and the block's slot is wanted for the next
-                        torch.cuda.current_stream(device).synchronize()
-                    block.to("meta")
+    slots: list[dict[str, Tensor]] = [{}, {}]  # one for the running block, one for the next
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = [thread.submit(_fetch_ahead, block, slots[i % 2]) for i, block in enumerate(blocks[:1])]
+        for i, block in enumerate(blocks):
+            block.load_state_dict(coming.pop().result(), assign=True)
+            if i + 1 < len(blocks):
+                coming = [thread.submit(_fetch_ahead, blocks[i + 1], slots[(i + 1) % 2])]
+            try:
+                x = block(x, *arguments)
+            finally:
+                device = vars(block)["works_on"]
+                if device.type == "cuda":  # it runs behind, and the block's slot is needed for the one after the next
+                    torch.cuda.current_stream(device).synchronize()
+                block.to("meta")
+    return x
 
 
 def _fetch(module: nn.Module, slot: dict[str, Tensor], pin: bool = False) -> dict[str, Tensor]:
     """The weights of a resting module, on its device and in its precision: as they are, or copied into the slot.
 
-    Memory is reserved once in a slot and used again for each block: freed and reserved every time, it is torn into
-    pieces that nothing fits into.
+    A slot's memory is allocated once and reused for each block: freed and allocated every time, memory gets
+    fragmented until nothing fits.
     """
     device, wanted, state = vars(module)["works_on"], module.state_dict(), {}
     for name, x in vars(module)["resting"].items():
@@ -106,7 +105,7 @@ def _fetch(module: nn.Module, slot: dict[str, Tensor], pin: bool = False) -> dic
 
 
 def _fetch_ahead(block: nn.Module, slot: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`_fetch`, in a thread beside the computation: to a GPU through pinned memory and a stream of its own."""
+    """`_fetch`, in a thread next to the computation: to a GPU through pinned memory and a stream of its own."""
     device = vars(block)["works_on"]
     if device.type == "cuda":
         stream = _side_stream(device)

@@ -1,17 +1,18 @@
 """How training changes a model for the time of a run: precision, attention and memory. Each is undone at its end."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kandinsky5 import dit, nabla
 from kandinsky5.attention import block_sparse_attention, dense_attention
-from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.config import NablaConfig
+from kandinsky5.dit import Attention, DiT, Float32Linear
+from kandinsky5.nabla import block_map
 from kandinsky5.runtime.device import choose_dtype
+from kandinsky5.runtime.fast import FastFloat32Linear
 
 
 def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
@@ -28,22 +29,39 @@ def autocast_dit(model: DiT) -> Iterator[None]:
     out, with NABLA over the kept tiles: the gradient of PyTorch's fused kernel in bf16 on a CPU takes five times as
     long (80 tokens, 6 heads of 32).
     """
-    device = next(model.parameters()).device.type
-    layers = [module for module in model.modules() if isinstance(module, Float32Linear)]
-    for layer in layers:
-        vars(layer)["forward"] = torch.autocast(device, enabled=False)(layer.forward)
-    build_map, nabla.block_map = nabla.block_map, torch.autocast(device, enabled=False)(nabla.block_map)
-    fused, dit.attention = dit.attention, _written_out if device == "cpu" else dit.attention
+    before = {module: module.attend for module in model.modules() if isinstance(module, Attention)}
+    for module in before:
+        module.attend = attend_written_out if next(model.parameters()).device.type == "cpu" else module.attend
     try:
-        yield
+        with swapped(model, {Float32Linear: Island, FastFloat32Linear: Island}):
+            yield
     finally:
-        dit.attention, nabla.block_map = fused, build_map
-        for layer in layers:
-            del layer.forward
+        for module, attend in before.items():
+            module.attend = attend
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block_map: Tensor | None = None):
-    return dense_attention(q, k, v, mask) if block_map is None else block_sparse_attention(q, k, v, block_map)
+class Island(Float32Linear):
+    """A Float32Linear that autocast does not reach: (…, in) → (…, out) float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+def attend_written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    nabla: NablaConfig | None = None,
+    grid: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """`attention.attend`, all shapes as there; NABLA's map is computed outside autocast, which would move its cut."""
+    if nabla is None or grid is None:
+        return dense_attention(q, k, v, mask)
+    with torch.autocast(q.device.type, enabled=False):
+        tiles = block_map(q, k, grid, nabla)
+    return block_sparse_attention(q, k, v, tiles)
 
 
 @contextlib.contextmanager
@@ -54,28 +72,34 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     """
     assert isinstance(model, DiT)
 
+    run_blocks = model.run_blocks
+
     def contexts():  # of the forward, and of the one that is computed again
-        inside = any("forward" in vars(m) for m in model.modules() if isinstance(m, Float32Linear))
+        inside = any(isinstance(module, Island) for module in model.modules())
         return contextlib.nullcontext(), autocast_dit(model) if inside else contextlib.nullcontext()
 
-    for block in model.visual_blocks:
-        vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    def run_and_forget(blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+        if blocks is not model.visual_blocks:
+            return run_blocks(blocks, x, *arguments)
+        for block in blocks:
+            x = checkpoint(block, x, *arguments, use_reentrant=False, context_fn=contexts)
+        return x
+
+    model.run_blocks = run_and_forget  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in model.visual_blocks:
-            del block.forward
+        del model.run_blocks
 
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, classes: dict[type, type]) -> Iterator[None]:
-    """Inside, each module of a class on the left has the class on the right, a subclass with the same parameters."""
-    modules = [module for module in model.modules() if type(module) in classes]
-    for module in modules:
-        module.__class__ = classes[type(module)]
-    back = {new: old for old, new in classes.items()}
+    """Inside, each module of a class on the left has the class on the right, which holds the same parameters."""
+    before = {module: type(module) for module in model.modules() if type(module) in classes}
+    for module, kind in before.items():
+        module.__class__ = classes[kind]
     try:
         yield
     finally:
-        for module in modules:
-            module.__class__ = back[type(module)]
+        for module, kind in before.items():
+            module.__class__ = kind

@@ -102,35 +102,25 @@ def skip_steps(dit: DiT, skips: list[bool], passes: int) -> Iterator[None]:
     if not any(skips):
         yield
         return
-    blocks = dit.visual_blocks
-    dit.visual_blocks = nn.ModuleList([CachedBlocks(blocks, skips, passes)])
+    run_blocks = dit.run_blocks
+    calls = ((skip, number) for skip in skips for number in range(passes))
+    residuals: dict[int, Tensor] = {}  # of each pass: what all visual blocks added, (B, L, dim)
+
+    def run_or_skip(blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+        if blocks is not dit.visual_blocks:
+            return run_blocks(blocks, x, *arguments)
+        skip, number = next(calls)
+        if skip:
+            return x + residuals[number]
+        out = run_blocks(blocks, x, *arguments)
+        residuals[number] = out - x
+        return out
+
+    dit.run_blocks = run_or_skip  # type: ignore[method-assign]
     try:
         yield
     finally:
-        dit.visual_blocks = blocks
-
-
-class CachedBlocks(nn.Module):
-    """Stands in for all visual blocks: runs them, or adds what they added in the same pass of an earlier step.
-
-    x (B, L, dim), and whatever else a block is given → (B, L, dim).
-    """
-
-    def __init__(self, blocks: nn.ModuleList, skips: list[bool], passes: int):
-        super().__init__()
-        self.blocks = blocks
-        self.calls = ((skip, number) for skip in skips for number in range(passes))
-        self.residuals: dict[int, Tensor] = {}  # of each pass
-
-    def forward(self, x: Tensor, *arguments) -> Tensor:
-        skip, number = next(self.calls)
-        if skip:
-            return x + self.residuals[number]
-        out = x
-        for block in self.blocks:
-            out = block(out, *arguments)
-        self.residuals[number] = out - x
-        return out
+        dit.run_blocks = run_blocks  # type: ignore[method-assign]
 
 
 def _find(skipping: Literal[True] | str | Path | dict | StepSkipping, model: str) -> StepSkipping:
