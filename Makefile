@@ -1,5 +1,5 @@
-# One command each for what one does with this repository; `make` lists them.
-# PYTHON is the interpreter of an environment with the extra that the line names: pip install -c constraints.txt '.[test]'
+# One command for each task in this repository; `make` lists them.
+# PYTHON is the interpreter of an environment with the extra named in the line: pip install -c constraints.txt '.[test]'
 
 PYTHON ?= python
 
@@ -9,35 +9,35 @@ PYTHON ?= python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test: ## the tests, without those marked large or stages; those beside diffusers and transformers are pytest tests/parity (extra `parity`)
+test: ## run the tests, except those marked large or stages; parity with diffusers and transformers: pytest tests/parity (extra `parity`)
 	$(PYTHON) -m pytest
 
-lint: ## what ruff finds wrong, formatting included; changes nothing
+lint: ## check style and formatting with ruff; changes nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-format: ## correct what ruff can correct, and format
+format: ## fix what ruff can fix, and format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-types: ## mypy over kandinsky5 and weights_convert
+types: ## check the types of kandinsky5 and weights_convert with mypy
 	$(PYTHON) -m mypy
 
-goldens: ## the references' results in tests/data, computed again: the same bytes (extra `parity`)
+goldens: ## recompute the references' results in tests/data: the same bytes (extra `parity`)
 	$(PYTHON) tests/parity/make_goldens.py
 	PYTHONPATH=tests $(PYTHON) tests/parity/make_tokenizer_goldens.py
 
-benchmarks: ## beside diffusers, into benchmarks/results; takes long, alone on the machine (extra `parity`)
+benchmarks: ## compare with diffusers, into benchmarks/results; slow, needs the machine for itself (extra `parity`)
 	$(PYTHON) benchmarks/compare.py
 	$(PYTHON) benchmarks/growth.py
 	$(PYTHON) benchmarks/convert.py
 	$(PYTHON) benchmarks/magcache.py
 
-notebooks: ## execute notebooks/*.py and write them with their outputs as .ipynb (extra `notebooks`)
+notebooks: ## run notebooks/*.py and write them with their outputs as .ipynb (extra `notebooks`)
 	$(PYTHON) notebooks/build.py
 
 # ---------------------------------------------------------------------------------------------- nano
-# Every stage but the judge goes on where it was cut off; RUNS is where they live.
+# Every stage except the judge resumes after an interruption; RUNS is the folder of the runs.
 
 RUNS ?= runs
 FROM = --vae $(RUNS)/vae --text $(RUNS)/text
@@ -50,7 +50,7 @@ PROMPTS ?= 300
 JUDGE = $(PYTHON) -m kandinsky5.nano.judge --prompts $(PROMPTS)
 EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(RUNS) --to $(RUNS)/checkpoints
 
-nano: vae text start dit nocfg distilled long sparse ## the nano family from nothing: all stages below, RUNS/checkpoints, the judge (extra `train`)
+nano: vae text start dit nocfg distilled long sparse ## train the nano family from scratch: all stages below, RUNS/checkpoints, the judge (extra `train`)
 	$(EXPORT)
 	mkdir -p $(RUNS)/judge
 	set -e; for name in nano nano-nocfg nano-distilled16steps; do $(JUDGE) $(RUNS)/checkpoints/$$name -o $(RUNS)/judge/judge_$$name.json; done
@@ -58,26 +58,26 @@ nano: vae text start dit nocfg distilled long sparse ## the nano family from not
 	$(JUDGE) $(RUNS)/checkpoints/nano-10s --sets 'seen, English' --full-attention -o $(RUNS)/judge/judge_nano-10s-full-attention.json
 	$(EXPORT) --judged $(RUNS)/judge
 
-vae: ## nano's VAE
+vae: ## train nano's VAE
 	$(PYTHON) -m kandinsky5.nano.train_vae --folder $(RUNS)/vae
 
-text: ## nano's tokenizers and text encoders
+text: ## train nano's tokenizers and text encoders
 	$(PYTHON) -m kandinsky5.nano.train_text --folder $(RUNS)/text
 
-start: vae text ## nano's DiT as far as it has halos, after these two
+start: vae text ## pretrain nano's DiT (needs vae and text)
 	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/start $(FROM)
 
-dit: start ## nano, from that: nearer the data, where halos go
+dit: start ## finish nano (needs start): times nearer the data, which removes halos
 	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(RUNS)/dit --start-from $(RUNS)/start --clips $(CLIPS) --seed 1 $(FROM)
 
-nocfg: dit ## nano without guidance, from nano
+nocfg: dit ## distil nano's guidance into one pass
 	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(RUNS)/nocfg --teacher $(RUNS)/dit --clips $(CLIPS) $(FROM)
 
-distilled: nocfg ## nano in 16 steps, from that
+distilled: nocfg ## distil that into 16 steps
 	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(RUNS)/distilled --teacher $(RUNS)/nocfg --clips $(CLIPS) $(FROM)
 
-long: dit ## nano of twice the length and size with NABLA, from nano
+long: dit ## fine-tune nano on clips of twice the length and size, with NABLA
 	$(PYTHON) -m kandinsky5.nano.distill long --folder $(RUNS)/long --teacher $(RUNS)/dit --clips $(RUNS)/long/clips $(FROM)
 
-sparse: long ## that once more, to answer through NABLA as with full attention: nano-10s
+sparse: long ## distil its full attention into NABLA: nano-10s
 	$(PYTHON) -m kandinsky5.nano.distill sparse --folder $(RUNS)/sparse --teacher $(RUNS)/long --clips $(RUNS)/long/clips $(FROM)

@@ -26,8 +26,8 @@ from kandinsky5.dit import DiT
 from kandinsky5.nano import captions, distill, train_dit, train_text, train_vae, world
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
 from kandinsky5.qwen import Qwen
+from kandinsky5.runtime.memory import vae_memory
 from kandinsky5.vae import VAE
-from kandinsky5.vae_tiling import vae_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE, RESULTS = ROOT / "docs" / "judge", ROOT / "benchmarks" / "results"

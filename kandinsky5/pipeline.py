@@ -215,18 +215,18 @@ class Pipeline:
             x = torch.cat([x, condition], dim=-1).to(dtype)  # (B, T, H, W, 33)
             x = torch.cat([x, x]) if together else x
             t = t.to(device).expand(len(x))
-            predicted = torch.cat([self.predict(x, words, t, request.rope_scale) for words in passes])  # (B or 2B, …)
+            predicted = torch.cat([self.predict(x, words, t, request.rope_scale, dit) for words in passes])
             if not request.guided:
                 return predicted
             conditional, unconditional = predicted.chunk(2)
             return guided_velocity(conditional, unconditional, request.guidance_scale)
 
-        skipped = f"{sum(request.skips)} skipped" if any(request.skips) else None
+        dit = skip_steps(self.dit, request.skips, together)
+        skipped = f"{sum(map(all, request.skips))} skipped" if request.skips else None
         with (
             bar(request.steps, "sampling", "step", skipped, show=progress) as shown,
             awake(self.dit),
             keep_freed_memory(device),
-            skip_steps(self.dit, request.skips, len(passes)),
         ):
             after_step = watch_steps(request.steps, callback, shown.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
@@ -246,11 +246,13 @@ class Pipeline:
             condition[:, :1, ..., -1] = 1
         return condition
 
-    def predict(self, x: Tensor, features: TextFeatures, t: Tensor, rope_scale: tuple) -> Tensor:
-        """One pass through the DiT: x (B, T, h, w, 33) → velocity (B, T, h, w, 16) in float32."""
+    def predict(
+        self, x: Tensor, features: TextFeatures, t: Tensor, rope_scale: tuple, dit: DiT | None = None
+    ) -> Tensor:
+        """One pass through the DiT, or another: x (B, T, h, w, 33) → velocity (B, T, h, w, 16) in float32."""
         mask = features.mask if len(features.mask) > 1 else None  # a prompt alone has no padding to hide
         text, pooled = features.text.to(x), features.pooled.to(x)
-        return self.dit(x, text, pooled, t, mask, rope_scale=rope_scale).float()
+        return (dit or self.dit)(x, text, pooled, t, mask, rope_scale=rope_scale).float()
 
     @plain_defaults()
     @torch.no_grad()
@@ -299,13 +301,13 @@ class Pipeline:
             self._turns.append(True)
 
 
-def skip_steps(dit: DiT, skips: tuple[bool, ...], passes: int) -> contextlib.AbstractContextManager:
-    """Inside, the DiT's blocks are left out of the steps in `skips`, `passes` forwards each."""
-    if not any(skips):
-        return contextlib.nullcontext()
+def skip_steps(dit: DiT, skips: tuple[tuple[bool, ...], ...], together: bool) -> DiT:
+    """The DiT of one sampling run: as it is, or without its blocks in the steps and passes of `skips`."""
+    if not skips:
+        return dit
     from kandinsky5.extras import magcache  # an extra: without it everything else works
 
-    return magcache.skip_steps(dit, list(skips), passes)
+    return magcache.skip_steps(dit, skips, together)
 
 
 def watch_steps(steps: int, callback: Callback | None, update: Callable[[], object]) -> Callback:

@@ -43,7 +43,7 @@ class Request:
     guidance_scale: float
     shift: float
     schedule: str
-    skips: tuple[bool, ...]  # for each step, whether it reuses the last residual
+    skips: tuple[tuple[bool, ...], ...]  # for each step, which of its passes reuse their last residual; () for none
     rope_scale: tuple[float, float, float]
     seeds: tuple[int, ...]  # B
     latents: Tensor | None  # (B, T, h, w, 16): noise to use instead of the seeds'
@@ -258,10 +258,10 @@ def choose_seeds(seed: int | list[int], count: int, each: int) -> tuple[int, ...
     return tuple(first + i for first in firsts for i in range(each if listed else count * each))
 
 
-def plan_skips(step_skipping: Any, model: str, steps: int, guidance_scale: float) -> tuple[bool, ...]:
-    """Which steps to skip: none, or MagCache's plan. Raises ValueError where it knows no ratios."""
+def plan_skips(step_skipping: Any, model: str, steps: int, guidance_scale: float) -> tuple[tuple[bool, ...], ...]:
+    """Which passes of which steps to skip: () or MagCache's plan. Raises ValueError where it knows no ratios."""
     if step_skipping is None or step_skipping is False:
-        return (False,) * steps
+        return ()
     from kandinsky5.extras import magcache  # an extra: without it everything else works
 
     return tuple(magcache.plan_skips(step_skipping, model, steps, abs(guidance_scale - 1) > 1e-6))

@@ -29,9 +29,8 @@ from kandinsky5.nano import world
 from kandinsky5.rope import apply_rope
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.training.flow import FlowTimes, flow_batch, flow_loss
+from kandinsky5.training.flow import FlowTimes, flow_batch, flow_loss, predict
 from kandinsky5.training.loop import generator, train
-from kandinsky5.training.modes import autocast_dit
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import read_rows
 
@@ -310,8 +309,8 @@ def loss(seed, batch_size=16):
     batch.x[..., CHANNEL] = bumps(paths[chosen]) * told[:, None, None, None]
     prompted = torch.rand(batch_size, generator=random) > 0.1
     row = torch.where(prompted, rows_of_words[chosen], 0)
-    with autocast_dit(model):
-        predicted = model(batch.x, features.text[row], features.pooled[row], batch.t, features.mask[row])
+    words = TextFeatures(*(x[row] for x in features))
+    predicted = predict(model, batch.x, batch.t, words, pipe.config.sampling.rope_scale)
     return flow_loss(predicted, batch.velocity, batch.loss_mask), {}
 
 

@@ -81,18 +81,18 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
 
 
 def test_training_and_export_start_from_a_checkpoint(monkeypatch, tmp_path):
-    """`nano` of the package stands in for the runs that made it: one step of rate 0, and out comes nano."""
+    """The bundled `nano` instead of runs: one step of rate 0, and the export equals nano."""
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
     monkeypatch.setattr(train_dit, "LAST_RECIPE", replace(train_dit.LAST_RECIPE, learning_rate=0.0, weight_decay=0.0))
-    monkeypatch.setattr(train_dit, "TIMES", FlowTimes("of the run before"))  # an error where they are drawn
+    monkeypatch.setattr(train_dit, "TIMES", FlowTimes("of the run before"))  # raises where they are sampled
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, *checkpoint)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
     card = (tmp_path / "nano" / "README.md").read_text(encoding="utf-8")
-    assert "(VAE as in nano; text encoders as in nano; the DiT began with nano)" in card
-    exported = tmp_path / "nano"  # read from and written to at once
+    assert "(VAE as in nano; text encoders as in nano; the DiT started from nano)" in card
+    exported = tmp_path / "nano"  # read and written at once
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", exported, "--text", exported)
     assert fingerprint(tmp_path / "nano") == fingerprint(SHIPPED / "nano")
 
@@ -129,7 +129,7 @@ def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, ca
 
 
 def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path):
-    """Between its two renamings: the old nano, which VAE and encoders come from, lies aside."""
+    """Between its two renames: the old nano, which VAE and encoders come from, is next to it."""
     (tmp_path / "dit").mkdir()
     model = DiT(presets.DIT)
     train(model, lambda seed: (sum(p.sum() for p in model.parameters()), {}), Recipe(1), tmp_path / "dit")
@@ -138,7 +138,7 @@ def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path):
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
     assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
     assert nano.joinpath("vae.safetensors").read_bytes() == (SHIPPED / "nano" / "vae.safetensors").read_bytes()
-    shutil.copytree(nano, tmp_path / "nano.old")  # stopped before the old one was away
+    shutil.copytree(nano, tmp_path / "nano.old")  # interrupted before the old one was removed
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
     assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
 

@@ -405,13 +405,17 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      pipeline.Pipeline.sample, "features.select(request.batch, 2 * request.batch)",
      "features.select(0, request.batch)"),
     ("residual of the first pass added in both",
-     lambda patch, folder: test_magcache.test_a_skipped_step_adds_the_residual_that_its_own_pass_had_last(
-         build_small_pipeline(), patch, False, 5),
-     magcache.skip_steps, "x + residuals[number]", "x + residuals[0]"),
+     lambda patch, folder: test_magcache.test_a_skip_reuses_the_last_residual_of_its_own_pass(
+         build_small_pipeline(), patch, False, 5, ".xx.xx"),
+     magcache.skip_steps, "return x + residuals[number]", "return x + residuals[0]"),
     ("residual of the step before last kept",
-     lambda patch, folder: test_magcache.test_a_skipped_step_adds_the_residual_that_its_own_pass_had_last(
-         build_small_pipeline(), patch, True, 5),
-     magcache.skip_steps, "residuals[number] = out - x", "residuals.setdefault(number, out - x)"),
+     lambda patch, folder: test_magcache.test_a_skip_reuses_the_last_residual_of_its_own_pass(
+         build_small_pipeline(), patch, True, 5, ".xx.xx"),
+     magcache.skip_steps, "residuals[number] = residual", "residuals.setdefault(number, residual)"),
+    ("skipped halves of a batch exchanged",
+     lambda patch, folder: test_magcache.test_a_skip_reuses_the_last_residual_of_its_own_pass(
+         build_small_pipeline(), patch, True, 5, "..xx.x"),
+     magcache.choose, "a if skip else b", "b if skip else a"),
     ("weights of the block before",
      lambda patch, folder: test_offload.test_the_same_numbers_with_and_without(
          save_small_checkpoint(folder / "small"), torch.float32),

@@ -98,7 +98,7 @@ UNINFLECTED = (
 )
 
 
-def test_every_russian_word_is_in_the_case_of_its_noun_and_every_noun_in_that_of_its_preposition():
+def test_russian_words_agree_in_case():
     case_of = {noun: case for case, nouns in NOUNS.items() for noun in nouns.split()}
     adjectives = {case: plain(words).split() for case, words in ADJECTIVES.items()}
     nouns, seen = set(), set()
@@ -120,7 +120,7 @@ def test_every_russian_word_is_in_the_case_of_its_noun_and_every_noun_in_that_of
 
 
 @pytest.mark.parametrize("language", ["english", "russian"])
-def test_what_a_caption_says_is_true_and_in_its_text(language):
+def test_claims_of_a_caption_are_true_and_in_its_text(language):
     colour_words = {
         "english": {name: name for name in COLOURS},
         "russian": dict(zip(COLOURS, ("красн", "зелен", "син", "желт", "фиолетов", "голуб"), strict=True)),
@@ -128,23 +128,25 @@ def test_what_a_caption_says_is_true_and_in_its_text(language):
     rng = np.random.default_rng(0)
     unsaid = Counter()
     for scene in scenes(800):
-        said = write_caption(scene, language, rng)
-        text = plain(said.text)
-        assert said.background in (None, scene.background)
-        objects = [next(obj for obj in scene.objects if obj.colour == words["colour"]) for words in said.objects]
-        for obj, words in zip(objects, said.objects, strict=True):
+        caption = write_caption(scene, language, rng)
+        text = plain(caption.text)
+        assert caption.background in (None, scene.background)
+        objects = [next(obj for obj in scene.objects if obj.colour == words["colour"]) for words in caption.objects]
+        for obj, words in zip(objects, caption.objects, strict=True):
             assert all(getattr(obj, key) == word for key, word in words.items())
         places = [text.index(colour_words[obj.colour]) for obj in objects]
         assert len(objects) == len(scene.objects) and places == sorted(places)
-        if said.relation:
+        if caption.relation:
             centres = [np.add(obj.start, obj.end) / 2 for obj in objects]
             x, y = centres[1][0] - centres[0][0], centres[1][1] - centres[0][1]
-            assert {"left of": x, "right of": -x, "above": y, "below": -y}[said.relation] > 10
-        assert len(said.about) == len(said.text)
+            assert {"left of": x, "right of": -x, "above": y, "below": -y}[caption.relation] > 10
+        assert len(caption.about) == len(caption.text)
         for i, obj in enumerate(objects):  # its colour stands in words about it, and no other's does
-            about = "".join(c if of == i else " " for c, of in zip(text, said.about, strict=False))
+            about = "".join(c if of == i else " " for c, of in zip(text, caption.about, strict=False))
             assert [name for name, word in colour_words.items() if word in about] == [obj.colour], (about, text)
-        unsaid.update(background=not said.background, size="size" not in said.objects[0], relation=not said.relation)
+        unsaid.update(
+            background=not caption.background, size="size" not in caption.objects[0], relation=not caption.relation
+        )
     assert min(unsaid.values()) > 100  # each is left out at times
 
 

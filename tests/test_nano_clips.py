@@ -10,7 +10,7 @@ import torch
 
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import VAEConfig
-from kandinsky5.nano.clips import ClipStore, draw_batch, draw_videos, encode_text
+from kandinsky5.nano.clips import ClipStore, draw_batch, draw_videos
 from kandinsky5.nano.stages import load_dit, load_vae
 from kandinsky5.nano.train_dit import TIMES
 from kandinsky5.nano.train_text import load_text_encoder
@@ -119,7 +119,7 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
 
 def test_a_batch_has_its_shares_without_prompt_and_with_image(tmp_path):
     nano, text_encoder = load_dit(SHIPPED / "nano"), load_text_encoder(SHIPPED / "nano")
-    empty, clips = encode_text(text_encoder, [""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
+    empty, clips = text_encoder.encode([""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
     for prompt_dropped in (0.1, 0.3):
         batch, features = draw_batch([5, 0, 0], nano, clips, 8, text_encoder, empty, TIMES.sample, 300, prompt_dropped)
         given = batch.loss_mask[:, 0].flatten() == 0

@@ -9,13 +9,13 @@ import torch
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import NablaConfig
 from kandinsky5.nano import distill, presets
-from kandinsky5.nano.clips import ClipStore, draw_batch, encode_text
+from kandinsky5.nano.clips import ClipStore, draw_batch
 from kandinsky5.nano.stages import load_dit, load_vae
 from kandinsky5.nano.train_dit import TIMES
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.training.flow import FlowBatch, flow_loss, predict
-from kandinsky5.training.modes import autocast_dit
+from kandinsky5.training.modes import training_precision
 from kandinsky5.training.state import read_rows
 from tiny_training import TINY, UNSCALED, losses, tiny_features, train
 
@@ -50,7 +50,7 @@ def test_sixteen_steps_lead_where_three_of_the_teacher_lead():
 
 
 @pytest.mark.parametrize(("window", "learns"), [((17, 1, 1), False), ((1, 1, 1), True)])
-def test_the_sparse_stage_teaches_what_full_attention_answers(monkeypatch, tmp_path, long_clips, window, learns):
+def test_sparse_learns_what_full_attention_predicts(monkeypatch, tmp_path, long_clips, window, learns):
     """Where NABLA keeps every tile there is empty to learn; nor in the steps with full attention, at rate 0."""
     run_sparse(monkeypatch, tmp_path, long_clips, 3, window, learning_rate=0.0)
     row = read_rows(tmp_path / "loss.csv")[0]
@@ -58,7 +58,7 @@ def test_the_sparse_stage_teaches_what_full_attention_answers(monkeypatch, tmp_p
     assert float(row["loss_nabla"]) > 1e-3 if learns else float(row["loss_nabla"]) < 1e-9
 
 
-def test_the_sparse_stage_trains_full_attention_every_third_step(monkeypatch, tmp_path, long_clips):
+def test_sparse_trains_full_attention_every_third_step(monkeypatch, tmp_path, long_clips):
     """The same weights: they change in that step too."""
     ends = []
     for stop in (2, 3):
@@ -75,12 +75,12 @@ def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=1, progress=False))
     nano, text_encoder = load_dit(SHIPPED / "nano"), load_text_encoder(SHIPPED / "nano")
-    empty, clips = encode_text(text_encoder, [""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
+    empty, clips = text_encoder.encode([""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
 
     recipe = replace(distill.RECIPES["nocfg"], dtype="float32")
     distill.distill(tmp_path / "nocfg", presets.NOCFG, nano, clips, text_encoder, recipe)
     batch, features = draw_batch([0, 0, 0], nano, clips, 8, text_encoder, empty, TIMES.sample)
-    unprompted = encode_text(text_encoder, [""] * len(batch.t))
+    unprompted = text_encoder.encode([""] * len(batch.t))
     with torch.no_grad():
         given, without = (predict(nano, batch.x, batch.t, f, UNSCALED) for f in (features, unprompted))
     guided = without + 2.0 * (given - without)
@@ -91,7 +91,7 @@ def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp
     distill.train_long(tmp_path / "long", presets.LONG, nano, long_clips, text_encoder, recipe)
     student = distill.start_from(nano, presets.LONG)
     batch, features = draw_batch([0, 0, 0], student, long_clips, 8, text_encoder, empty, TIMES.sample, 2)
-    with torch.no_grad(), autocast_dit(student):
+    with torch.no_grad(), training_precision(student):
         velocities = [predict(student, batch.x, batch.t, features, (scale,) * 3) for scale in (2.0, 1.0)]
     expected, unscaled = (float(flow_loss(v, batch.velocity, batch.loss_mask)) for v in velocities)
     assert losses(tmp_path / "long") == pytest.approx([expected], rel=1e-5)

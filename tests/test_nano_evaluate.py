@@ -163,7 +163,7 @@ def test_prompts_are_the_same_in_every_run():
     assert (scene, caption) == evaluate.sample_prompt("two objects", 5) != evaluate.sample_prompt("two objects", 6)
     assert evaluate.sample_prompt("two objects", 5, seed=1) != (scene, caption)
     held_out = [evaluate.sample_prompt("held out, English", i)[0].objects[0] for i in range(20)]
-    assert {(thing.colour, thing.shape, thing.motion) for thing in held_out} <= world.HELD_OUT
+    assert {(obj.colour, obj.shape, obj.motion) for obj in held_out} <= world.HELD_OUT
 
 
 @pytest.mark.parametrize(

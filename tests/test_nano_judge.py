@@ -27,7 +27,7 @@ def test_drawn_clips_are_right():
     assert np.mean(right) >= 0.99
 
 
-def test_clips_of_twice_the_size_and_of_a_large_canvas_are_right():
+def test_larger_clips_and_canvases_are_right():
     for _, scene, caption in prompts(10):
         assert all_right(world.draw_scene(scene, 33, 128, 128), caption)
     for _, scene, caption in prompts(10, canvas=(64, 128)):
@@ -182,7 +182,7 @@ IMPOSTORS = {
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)
-def test_is_not_taken_in_by(name):
+def test_impostors_are_not_right(name):
     concerns, impostor = IMPOSTORS[name]
     judged = 0
     for rng, scene, caption in prompts(
@@ -195,7 +195,7 @@ def test_is_not_taken_in_by(name):
 
 
 @pytest.mark.parametrize(("degrees", "right"), [(-15, True), (15, True), (25, False), (-25, False)])
-def test_a_motion_is_that_of_a_direction_20_degrees_from_it_at_most(degrees, right):
+def test_a_motion_may_be_20_degrees_off_its_direction(degrees, right):
     turn = complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
     judged = 0
     for _, scene, caption in prompts(40, seed=14, num_objects=1):
@@ -245,7 +245,7 @@ def test_each_wrong_word_is_found_and_no_other():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_shape_of_a_small_object_is_known_however_blurred_or_sharp(shape):
+def test_shapes_of_small_objects_survive_blur(shape):
     obj = Object("yellow", shape, "left", "small", (40.3, 30.8, 8.2), (20, 30.8, 8.2))
     frames = world.draw_scene(Scene("white", (obj,)))
     for _ in range(4):
@@ -269,7 +269,7 @@ def test_an_object_counts_only_if_it_is_there_all_the_time():
         assert len(judge.judge_clip(frames[:16]).objects) == 1 and judge.judge_clip(frames).objects == ()
 
 
-def test_what_is_measured_is_what_was_drawn():
+def test_measurements_are_what_was_drawn():
     for _, scene, _ in prompts(40, seed=11):
         report = judge.judge_clip(world.draw_scene(scene), fps=10)
         assert report.background == scene.background
@@ -299,7 +299,7 @@ def test_psnr_is_the_textbook_one():
         (np.zeros((17, 64, 96, 3), np.uint8), r"\(64, 96\)"),
     ],
 )
-def test_what_is_no_clip_is_refused_in_one_line(frames, message):
+def test_invalid_clips_are_refused_in_one_line(frames, message):
     with pytest.raises(ValueError, match=message) as error:
         judge.judge_clip(frames)
     assert "\n" not in str(error.value)

@@ -23,13 +23,13 @@ def test_a_seed_gives_the_same_clips_on_every_machine():
     frames = np.stack([world.draw_scene(scene) for scene in scenes(20, seed=0)])
     assert frames.shape == (20, 17, 64, 64, 3) and frames.dtype == np.uint8
     rng = np.random.default_rng(0)
-    said = [write_caption(scene, language, rng).text for scene in scenes(20) for language in ("english", "russian")]
-    digest = hashlib.sha256(frames.tobytes() + "\n".join(said).encode()).hexdigest()
+    captions = [write_caption(scene, language, rng).text for scene in scenes(20) for language in ("english", "russian")]
+    digest = hashlib.sha256(frames.tobytes() + "\n".join(captions).encode()).hexdigest()
     assert digest.startswith("edd91f623cdc872e"), "the world has changed: what was trained in it was trained in another"
     assert world.sample_scene([0, 3]) == world.sample_scene([0, 3]) != world.sample_scene([0, 4])
 
 
-def test_at_least_a_tenth_of_the_triples_is_held_out_and_every_pair_of_words_is_still_trained():
+def test_held_out_triples_leave_every_pair_of_words_trained():
     assert set(TRIPLES["all"]) >= HELD_OUT and len(HELD_OUT) >= 0.1 * len(TRIPLES["all"])
     assert len(COLOURS) >= 6 and len(SHAPES) >= 4 and len(MOTIONS) >= 6 and len(BACKGROUNDS) >= 3
     assert not HELD_OUT & set(TRIPLES["train"]) and len(TRIPLES["train"]) + len(HELD_OUT) == len(TRIPLES["all"])
@@ -38,7 +38,7 @@ def test_at_least_a_tenth_of_the_triples_is_held_out_and_every_pair_of_words_is_
         assert trained == {(triple[i], triple[j]) for triple in TRIPLES["all"]}
 
 
-def test_a_split_draws_all_of_its_triples_about_evenly_and_no_other():
+def test_a_split_draws_exactly_its_triples_evenly():
     for split, number in (("train", 1), ("train", 2), ("held_out", 1), ("held_out", 2)):
         objects = [obj for scene in scenes(3000, split=split, num_objects=number) for obj in scene.objects]
         counts = Counter((obj.colour, obj.shape, obj.motion) for obj in objects)
@@ -46,7 +46,7 @@ def test_a_split_draws_all_of_its_triples_about_evenly_and_no_other():
         assert min(counts.values()) > 0.3 * len(objects) / len(counts)
 
 
-def test_objects_stay_inside_and_apart_and_do_what_their_motion_says():
+def test_objects_stay_inside_and_apart_and_move_as_described():
     for scene in scenes(400, split="all"):
         assert len({obj.colour for obj in scene.objects}) == len(scene.objects) in (1, 2)
         background = np.array(BACKGROUNDS[scene.background])
@@ -74,7 +74,7 @@ def test_objects_stay_inside_and_apart_and_do_what_their_motion_says():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_edges_are_as_soft_as_those_of_a_picture_drawn_eight_times_as_large_and_averaged(shape):
+def test_edges_equal_an_average_of_eightfold_resolution(shape):
     obj = Object("red", shape, "right", "big", (25.3, 31.7, 9.4), (38.1, 31.7, 9.4))
     scene = Scene("white", (obj,))
     fine = world.draw_scene(scene, 3, 512, 512).astype(float)
@@ -84,7 +84,7 @@ def test_edges_are_as_soft_as_those_of_a_picture_drawn_eight_times_as_large_and_
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_area_extent_and_centre_of_mass_of_a_shape_are_those_that_are_drawn(shape):
+def test_area_extent_and_centre_of_mass_are_as_drawn(shape):
     y, x = np.mgrid[-200:200, -200:200].astype(np.float32) + 0.5
     share = world.coverage(shape, x, y, np.float32(100))
     assert share.sum() == pytest.approx(AREA[shape] * 100**2, rel=2e-3)
@@ -94,7 +94,7 @@ def test_area_extent_and_centre_of_mass_of_a_shape_are_those_that_are_drawn(shap
     np.testing.assert_allclose(drawn, np.array(EXTENT[shape]) * 100, atol=3)  # tips end in less than a pixel
 
 
-def test_a_pixel_is_in_the_first_place_row_then_column_then_red_green_blue():
+def test_pixels_are_row_then_column_then_rgb():
     obj = Object("red", "square", "left", None, (48, 16, 8), (16, 16, 8))
     frames = world.draw_scene(Scene("black", (obj,)))
     assert tuple(frames[0, 16, 48]) == tuple(frames[16, 16, 16]) == COLOURS["red"]
@@ -122,7 +122,7 @@ def test_sizes_and_frames_are_free_and_show_the_same_scene():
         assert obj.start[2] < 16.1  # objects keep their size on a larger canvas
 
 
-def test_colours_are_far_from_each_other_and_from_backgrounds_and_differ_in_direction():
+def test_colours_are_far_apart_in_distance_and_direction():
     colours, backgrounds = np.array([*COLOURS.values()], float), np.array([*BACKGROUNDS.values()], float)
     for background in backgrounds:
         rays = colours - background
@@ -144,7 +144,7 @@ def test_colours_are_far_from_each_other_and_from_backgrounds_and_differ_in_dire
         (lambda: world.draw_scene(SCENE, 0), "0 frames"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(call, message):
+def test_invalid_scenes_are_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)

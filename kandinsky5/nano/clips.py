@@ -63,12 +63,7 @@ def draw_batch(
     given = torch.from_numpy(rng.random(batch_size) < FIRST_FRAME_GIVEN)
     noise = torch.randn(latents.shape, generator=random)
     batch = flow_batch(dit, latents, sample_times(batch_size, random), noise, first_frame, given)
-    return batch, drop_condition(encode_text(text_encoder, texts), dropped, empty)
-
-
-def encode_text(text_encoder: TextEncoder, prompts: list[str]) -> TextFeatures:
-    """`text_encoder.encode`, as tensors that autograd accepts."""
-    return TextFeatures(*(x.clone() for x in text_encoder.encode(prompts)))
+    return batch, drop_condition(text_encoder.encode(texts), dropped, empty)
 
 
 class ClipStore:

@@ -9,7 +9,6 @@ python -m kandinsky5.nano.distill sparse    --folder runs/sparse    --teacher ru
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from kandinsky5 import cli
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.clips import CLIPS_AT_MOST, ClipStore, draw_batch, encode_text
+from kandinsky5.nano.clips import CLIPS_AT_MOST, ClipStore, draw_batch
 from kandinsky5.nano.stages import as_checkpoint, check_folder, load_dit, load_vae
 from kandinsky5.nano.train_dit import STOPPED, TIMES, test
 from kandinsky5.nano.train_text import load_text_encoder
@@ -29,7 +28,7 @@ from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.distill import guided_target, step_target
 from kandinsky5.training.flow import FlowBatch, flow_loss, predict
 from kandinsky5.training.loop import train
-from kandinsky5.training.modes import autocast_dit
+from kandinsky5.training.modes import replaced, training_precision
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.vae import VAE
 
@@ -101,7 +100,7 @@ def distill(
     """
     torch.manual_seed(recipe.seed)
     student = start_from(teacher, config)
-    empty = encode_text(text_encoder, [""])
+    empty = text_encoder.encode([""])
     rope_scale = config.sampling.rope_scale
     assert rope_scale
     schedule = flow_schedule(config.sampling.num_inference_steps, config.sampling.shift)  # (17,)
@@ -113,17 +112,15 @@ def distill(
         guided = config is presets.NOCFG
         times = TIMES.sample if guided else on_schedule
         batch, features = draw_batch(seed, student, clips, DISTILLATION_CLIPS, text_encoder, empty, times)
-        with autocast_dit(teacher):
-            if guided:
-                guidance_scale = presets.SAMPLING.guidance_scale
-                target = guided_target(teacher, batch, features, empty, guidance_scale, rope_scale)
-            else:
-                target = several_steps_target(teacher, batch, features, schedule, rope_scale)
-        with autocast_dit(student):
-            predicted = predict(student, batch.x, batch.t, features, rope_scale)
+        if guided:
+            target = guided_target(teacher, batch, features, empty, presets.SAMPLING.guidance_scale, rope_scale)
+        else:
+            target = several_steps_target(teacher, batch, features, schedule, rope_scale)
+        predicted = predict(student, batch.x, batch.t, features, rope_scale)
         return flow_loss(predicted, target, batch.loss_mask), {}
 
-    return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=400)
+    with training_precision(teacher):
+        return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=400)
 
 
 def train_long(
@@ -132,14 +129,13 @@ def train_long(
     """Continue from `teacher` with clips of 33 frames of 128 × 128, through NABLA; returns the average."""
     torch.manual_seed(recipe.seed)
     dit = start_from(teacher, config)
-    empty, rope_scale = encode_text(text_encoder, [""]), config.sampling.rope_scale
+    empty, rope_scale = text_encoder.encode([""]), config.sampling.rope_scale
     assert rope_scale
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_PER_STEP * seed[1], CLIPS_AT_MOST)
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, empty, TIMES.sample, LONG_BATCH)
-        with autocast_dit(dit):
-            predicted = predict(dit, batch.x, batch.t, features, rope_scale)
+        predicted = predict(dit, batch.x, batch.t, features, rope_scale)
         return flow_loss(predicted, batch.velocity, batch.loss_mask), {}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
@@ -157,23 +153,24 @@ def train_sparse(
     """
     torch.manual_seed(recipe.seed)
     student = start_from(teacher, config)
-    empty = encode_text(text_encoder, [""])
+    empty = text_encoder.encode([""])
     rope_scale = config.sampling.rope_scale
     assert rope_scale
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         arguments = (seed, student, clips, SPARSE_CLIPS, text_encoder, empty, SPARSE_TIMES.sample, LONG_BATCH)
         batch, features = draw_batch(*arguments, prompt_dropped=SPARSE_PROMPT_DROPPED)
-        with torch.no_grad(), autocast_dit(teacher):
+        with torch.no_grad():
             target = predict(teacher, batch.x, batch.t, features, rope_scale)
         full = seed[1] % 3 == 2
-        with autocast_dit(student), full_attention(student) if full else contextlib.nullcontext():
+        with replaced(student, config=teacher.config) if full else contextlib.nullcontext():
             predicted = predict(student, batch.x, batch.t, features, rope_scale)
         value = flow_loss(predicted, target, batch.loss_mask)
         return value, {"loss_full" if full else "loss_nabla": float(value.detach())}
 
     sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
-    return train(student, loss, recipe, folder, sample, sample_every=800)
+    with training_precision(teacher):
+        return train(student, loss, recipe, folder, sample, sample_every=800)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
@@ -181,16 +178,6 @@ def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
     student = DiT(config.dit)
     student.load_state_dict(teacher.state_dict())
     return student
-
-
-@contextlib.contextmanager
-def full_attention(dit: DiT) -> Iterator[None]:
-    """Inside, `dit` does not use NABLA."""
-    config, dit.config = dit.config, replace(dit.config, nabla=None)
-    try:
-        yield
-    finally:
-        dit.config = config
 
 
 def several_steps_target(

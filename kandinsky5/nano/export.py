@@ -32,7 +32,7 @@ from kandinsky5.nano.world import CANVAS
 from kandinsky5.training.state import load_average, load_progress, load_recipe
 
 RUNS = {"nano": "dit", "nano-nocfg": "nocfg", "nano-distilled16steps": "distilled", "nano-10s": "sparse"}
-START, LONG = "start", "long"  # the runs that dit and sparse go on from
+START, LONG = "start", "long"  # the runs that dit and sparse continue from
 
 
 def main() -> None:
@@ -128,14 +128,14 @@ CARD = """\
 A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} million parameters in the DiT.
 {what}
 
-- **Data**: clips drawn by `kandinsky5/nano/world.py`, {frames} frames of {height} × {width} at {fps} a second;
+- **Data**: clips drawn by `kandinsky5/nano/world.py`, {frames} frames of {height} × {width} at {fps} per second;
   {colours} colours, {shapes} shapes, {motions} motions, {backgrounds} backgrounds, one object or two, captions in
-  English and Russian. Of the {triples} triples of colour, shape and motion {held_out} are never trained on
+  English and Russian. Of the {triples} triples of colour, shape and motion {held_out} never occur in training
   (`kandinsky5/nano/held_out.json`).
 - **Recipe**: {recipe}; seed {seed}.
 - **Trained**: {steps:,} steps in {hours:.1f} hours, {before}.{remark}
 - **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}{attention}.
-- **Limits**: it knows this world and nothing else.
+- **Limits**: it knows only this world; prompts outside it fail silently.
 - **Licence**: MIT.
 
 ## Judged
@@ -155,10 +155,10 @@ VARIANTS = {  # of the evaluation, in files of these endings, and what the card 
     "float32": "",
 }
 WHAT = {
-    "nano": "Text and image to video, with guidance: every step asks the network twice.",
-    "nano-nocfg": "`nano` with its guidance distilled into one pass a step.",
+    "nano": "Text and image to video, with guidance: every step runs the network twice.",
+    "nano-nocfg": "`nano` with its guidance distilled into one pass per step.",
     "nano-distilled16steps": "`nano-nocfg` distilled into 16 steps of one pass.",
-    "nano-10s": "`nano` fine-tuned on clips twice as long and twice as wide, and to answer through NABLA as without.",
+    "nano-10s": "`nano` fine-tuned on clips of twice the length and size, its attention distilled into NABLA.",
 }
 BEFORE = {
     "nano": "after the VAE and the text encoders",
@@ -182,7 +182,7 @@ def stages_before(name: str, runs: Path, vae_run: Path, text_run: Path) -> str:
         parts = {"VAE": vae_run, "text encoders": text_run}
         told += [f"{part} as in {source}" for part, source in parts.items() if is_checkpoint(source)]
         origin = Path(load_recipe(runs / RUNS[name]).origin).name
-        told += [f"the DiT began with {origin}"] if origin and not (runs / START / "state.pt").is_file() else []
+        told += [f"the DiT started from {origin}"] if origin and not (runs / START / "state.pt").is_file() else []
     return BEFORE[name] + (f" ({'; '.join(told)})" if told else "")
 
 

@@ -20,12 +20,12 @@ Describe the video.<|im_end|>
 <|im_start|>user
 {}<|im_end|>"""
 
-# The VAE's latents have mean 0 and standard deviation 1 channel by channel: train_vae.standardise sees to that.
+# The VAE's latents have mean 0 and standard deviation 1 channel by channel: train_vae.standardise.
 VAE = VAEConfig(channels=(16, 32, 48, 48), blocks_per_stage=1, norm_groups=8, scaling_factor=1.0)
 QWEN = QwenConfig(vocab_size=1280, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ff_dim=256, rope_theta=1e4)
 CLIP = CLIPConfig(vocab_size=1280, dim=128, num_layers=2, num_heads=4, ff_dim=256, start_token=0, end_token=1)
 TEXT = TextConfig(template=TEMPLATE, dropped_tokens=12)
-# Four models of this size, one VAE and the text encoders are the 30 MB that the package may weigh.
+# Four models of this size, one VAE and the text encoders fill the 30 MB that the bundled weights may take.
 DIT = DiTConfig(
     dim=192,
     ff_dim=384,
@@ -36,7 +36,7 @@ DIT = DiTConfig(
     text_dim=QWEN.dim,
     pooled_dim=CLIP.dim,
 )
-MUON = r"blocks.*(attention|feed_forward)"  # which matrices of the DiT it trains
+MUON = r"blocks.*(attention|feed_forward)"  # the matrices of the DiT that it trains
 SAMPLING = SamplingConfig(
     num_inference_steps=50,
     guidance_scale=2.0,

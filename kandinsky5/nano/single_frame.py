@@ -5,14 +5,13 @@ kernel summed over time.
 """
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky5.training.modes import swapped
-from kandinsky5.vae import VAE, CausalConv3d, Upsample, repeat
+from kandinsky5.vae import VAE, CausalConv3d
 
 
 class FrameConv(CausalConv3d):
@@ -21,25 +20,16 @@ class FrameConv(CausalConv3d):
     Gradients reach the part of the kernel for the frame itself, not the parts for the frames before.
     """
 
-    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
-        assert x.shape[2] == 1 and not padded, x.shape
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] == 1, x.shape
         borders = F.pad(x[:, :, 0], (1, 1, 1, 1), mode="replicate")  # (B, C, H + 2, W + 2)
         kernel = self.weight[:, :, -1] + self.weight[:, :, :-1].detach().sum(dim=2)
         return F.conv2d(borders, kernel, self.bias, self.stride[1:])[:, :, None]
 
 
-class FrameUpsample(Upsample):
-    """Upsampling of one frame, which is never doubled in time: (B, C, 1, H, W) → (B, C, 1, 2H, 2W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(repeat(x, double_time=False))
-
-
-@contextlib.contextmanager
-def single_frame(vae: VAE) -> Iterator[None]:
+def single_frame(vae: VAE) -> contextlib.AbstractContextManager:
     """Inside, the VAE takes videos of one frame only."""
-    with swapped(vae, {CausalConv3d: FrameConv, Upsample: FrameUpsample}):
-        yield
+    return swapped(vae, {CausalConv3d: FrameConv})
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.nano.captions import LANGUAGES, Caption, write_caption
-from kandinsky5.nano.clips import CLIPS_AT_MOST, ClipStore, draw_batch, encode_text
+from kandinsky5.nano.clips import CLIPS_AT_MOST, ClipStore, draw_batch
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.stages import RESUMES, check_folder, load_dit, load_vae
 from kandinsky5.nano.train_text import load_text_encoder
@@ -31,7 +31,6 @@ from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.training.flow import FlowBatch, FlowTimes, flow_loss, predict
 from kandinsky5.training.loop import train
-from kandinsky5.training.modes import autocast_dit
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.vae import VAE
 
@@ -92,14 +91,13 @@ def train_dit(
     folder: Path, dit: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe, times: FlowTimes
 ) -> DiT:
     """Train `nano` in `folder`, or resume; returns the DiT with averaged weights."""
-    empty, rope_scale = encode_text(text_encoder, [""]), presets.SAMPLING.rope_scale
+    empty, rope_scale = text_encoder.encode([""]), presets.SAMPLING.rope_scale
     assert rope_scale
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         available = min(CLIPS_AT_FIRST + CLIPS_PER_STEP * seed[1], CLIPS_AT_MOST)
         batch, features = draw_batch(seed, dit, clips, available, text_encoder, empty, times.sample)
-        with autocast_dit(dit):
-            predicted = predict(dit, batch.x, batch.t, features, rope_scale)
+        predicted = predict(dit, batch.x, batch.t, features, rope_scale)
         value = flow_loss(predicted, batch.velocity, batch.loss_mask)
         return value, loss_by_time(predicted.detach(), batch)
 

@@ -22,7 +22,7 @@ from kandinsky5 import screen
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
 from kandinsky5.training import state
-from kandinsky5.training.modes import autocast, gradient_checkpointing
+from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.recipe import Recipe, build_optimizers, learning_rate, set_learning_rate
 from kandinsky5.training.state import Model, Run
 
@@ -57,7 +57,7 @@ def train(
         _begin(model, recipe, folder) as run,
     ):
         total = recipe.cycles * recipe.steps
-        last = total if stop_after is None else min(stop_after, total)
+        last = min(total, total if stop_after is None else stop_after)
         start, saved, seconds_before = time.monotonic(), time.monotonic(), run.seconds
         if run.step:
             action = "resumes from" if run.step < last else "is finished at"
@@ -84,9 +84,7 @@ def train(
 
 @contextlib.contextmanager
 def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
-    """The run in `folder`, new or resumed; inside, its model is in training mode and changed as the recipe says."""
-    if recipe.checkpointing and not isinstance(model, DiT):
-        raise ValueError(f"checkpointing is for a DiT, not for a {type(model).__name__}: leave it out")
+    """The run in `folder`, new or resumed; inside, its model trains as `modes.py` says."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
     began_with = state.digest(model) if recipe.origin else ""
     run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with)
@@ -94,7 +92,12 @@ def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
     for name in ("loss.csv", "samples.csv"):
         state.drop_rows_after(folder / name, run.step)
     model.train()
-    with gradient_checkpointing(model) if recipe.checkpointing else contextlib.nullcontext():
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(training_precision(model))
+        if recipe.checkpointing:
+            if not isinstance(model, DiT):
+                raise ValueError(f"checkpointing is for a DiT, not for a {type(model).__name__}: leave it out")
+            changes.enter_context(gradient_checkpointing(model))
         yield run
 
 

@@ -1,4 +1,9 @@
-"""How training changes a model for the time of a run: precision, attention and memory. Each is undone at its end."""
+"""How training changes a model for the time of a run: precision, attention, memory. Each change is undone at its end.
+
+swapped, replaced       other classes, other attributes for a while: the means
+training_precision      float32 layers stay in float32 under autocast; attention is written out
+gradient_checkpointing  activations of the visual blocks are computed twice instead of kept
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,84 +27,80 @@ def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
 
 
 @contextlib.contextmanager
-def autocast_dit(model: DiT) -> Iterator[None]:
-    """Inside, a DiT trains under autocast with the precision that it has in half precision, and fast on a CPU.
-
-    The layers that stay in float32 do so, and so does NABLA's choice of tiles. Attention is the definition, written
-    out, with NABLA over the kept tiles: the gradient of PyTorch's fused kernel in bf16 on a CPU takes five times as
-    long (80 tokens, 6 heads of 32).
-    """
-    before = {module: module.attend for module in model.modules() if isinstance(module, Attention)}
-    for module in before:
-        module.attend = attend_written_out if next(model.parameters()).device.type == "cpu" else module.attend
+def swapped(model: nn.Module, classes: dict[type, type]) -> Iterator[None]:
+    """Inside, each module of a class on the left has the class on the right, which holds the same parameters."""
+    before = {module: type(module) for module in model.modules() if type(module) in classes}
+    for module, plain in before.items():
+        module.__class__ = classes[plain]
     try:
-        with swapped(model, {Float32Linear: Island, FastFloat32Linear: Island}):
-            yield
+        yield
     finally:
-        for module, attend in before.items():
-            module.attend = attend
+        for module, plain in before.items():
+            module.__class__ = plain
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, **attributes: object) -> Iterator[None]:
+    """Inside, these attributes of this one module have other values."""
+    before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+    vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(module)[name]
+        vars(module).update(before)
 
 
 class Island(Float32Linear):
-    """A Float32Linear that autocast does not reach: (…, in) → (…, out) float32."""
+    """A `Float32Linear` that autocast leaves alone: (…, in) → (…, out) float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
 
 
+@contextlib.contextmanager
+def training_precision(model: nn.Module) -> Iterator[None]:
+    """Inside, a DiT trains under autocast in the precision that it has in half precision, and fast on a CPU.
+
+    Its float32 layers stay in float32, and so does NABLA's choice of tiles. On a CPU attention is the definition,
+    written out, with NABLA over the kept tiles: the gradient of PyTorch's fused kernel in bf16 takes five times as long
+    there (80 tokens, 6 heads of 32). The backward pass belongs inside too where activations are computed again.
+    """
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(swapped(model, {Float32Linear: Island, FastFloat32Linear: Island}))
+        for module in model.modules():
+            if isinstance(module, Attention):
+                device = module.to_q.weight.device.type
+                attend = attend_written_out if device == "cpu" else torch.autocast(device, enabled=False)(module.attend)
+                changes.enter_context(replaced(module, attend=attend))
+        yield
+
+
 def attend_written_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    nabla: NablaConfig | None = None,
-    grid: tuple[int, int, int] | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+    nabla: NablaConfig | None = None, grid: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """`attention.attend`, all shapes as there; NABLA's map is computed outside autocast, which would move its cut."""
     if nabla is None or grid is None:
         return dense_attention(q, k, v, mask)
     with torch.autocast(q.device.type, enabled=False):
-        tiles = block_map(q, k, grid, nabla)
+        tiles = block_map(q, k, grid, nabla)  # (B, N, L/64, L/64)
     return block_sparse_attention(q, k, v, tiles)
 
 
 @contextlib.contextmanager
-def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Inside, visual blocks forget their activations and compute them again for the gradient: a third more work.
+def gradient_checkpointing(dit: DiT) -> Iterator[None]:
+    """Inside, visual blocks keep only their input and are computed again for the gradient: a third more work."""
+    run = dit.run_blocks
 
-    The gradient comes after `autocast_dit` has ended, so what is computed again enters it again.
-    """
-    assert isinstance(model, DiT)
-
-    run_blocks = model.run_blocks
-
-    def contexts():  # of the forward, and of the one that is computed again
-        inside = any(isinstance(module, Island) for module in model.modules())
-        return contextlib.nullcontext(), autocast_dit(model) if inside else contextlib.nullcontext()
-
-    def run_and_forget(blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
-        if blocks is not model.visual_blocks:
-            return run_blocks(blocks, x, *arguments)
-        for block in blocks:
-            x = checkpoint(block, x, *arguments, use_reentrant=False, context_fn=contexts)
+    def run_blocks(blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+        if blocks is not dit.visual_blocks:
+            return run(blocks, x, *arguments)
+        for block in blocks:  # autocast is as it was when they are computed again
+            x = checkpoint(run, [block], x, *arguments, use_reentrant=False)
         return x
 
-    model.run_blocks = run_and_forget  # type: ignore[method-assign]
-    try:
+    with replaced(dit, run_blocks=run_blocks):
         yield
-    finally:
-        del model.run_blocks
-
-
-@contextlib.contextmanager
-def swapped(model: nn.Module, classes: dict[type, type]) -> Iterator[None]:
-    """Inside, each module of a class on the left has the class on the right, which holds the same parameters."""
-    before = {module: type(module) for module in model.modules() if type(module) in classes}
-    for module, kind in before.items():
-        module.__class__ = classes[kind]
-    try:
-        yield
-    finally:
-        for module, kind in before.items():
-            module.__class__ = kind

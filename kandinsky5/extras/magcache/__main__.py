@@ -3,9 +3,9 @@
     python -m kandinsky5.extras.magcache weights/t2v-lite-sft-5s --prompts prompts.txt -o ratios.json
     python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s --step-skipping ratios.json
 
-The prompts stand one on a line. Each costs a whole generation; the ratios hardly depend on them, a few are enough.
-Steps, guidance, shift and size are the checkpoint's own if you name no others: measure again for those that you use
-much. A checkpoint that is larger than the memory is measured with --offload, as it is sampled.
+One prompt per line; each costs a whole generation. The ratios hardly depend on them, so a few are enough. Steps,
+guidance, shift and size default to the checkpoint's: measure again for others that you use often. A checkpoint larger
+than memory is measured with --offload, as it is sampled.
 """
 
 import argparse
@@ -18,84 +18,81 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kandinsky5 import cli
 from kandinsky5.extras.magcache import StepSkipping
 from kandinsky5.files import check_replaceable, write_text
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.runtime.offload import MODES
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; returns 0, 2 after one line about what is wrong with it, 130 when it was interrupted."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command line. Raises ValueError or OSError if there are no prompts or the output cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="converted checkpoint folder, or a small model of this package such as nano")
-    add("--prompts", required=True, type=Path, metavar="FILE", help="one on each line")
-    add("--image", metavar="FILE", help="first frame of all of them, for an i2v checkpoint")
+    add("checkpoint", help="converted checkpoint folder, or a bundled model such as nano")
+    add("--prompts", required=True, type=Path, metavar="FILE", help="one per line")
+    add("--image", metavar="FILE", help="first frame of all videos, for an i2v checkpoint")
     add("--steps", type=int, metavar="N", help="default: the checkpoint's")
     add("--guidance", type=float, metavar="W", help="likewise")
     add("--shift", type=float, metavar="S", help="likewise")
     add("--height", type=int, metavar="PX", help="likewise")
     add("--width", type=int, metavar="PX", help="likewise")
     add("--num-frames", type=int, metavar="N", help="likewise")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
-    add("--offload", choices=MODES, help="keep only the model that works on the device, or only its block")
+    add("--device", default="auto", help="default: auto, a GPU if there is one")
+    add(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+        help="default: auto, bfloat16 where the device has it natively, else float32",
+    )  # fmt: skip
+    add("--offload", choices=MODES, help="keep only the running model (model) or block (blocks) on the device")
     add("-o", "--output", required=True, type=Path, metavar="RATIOS.json")
     options = parser.parse_args(arguments)
-    try:
-        if not options.prompts.exists():  # it may be a pipe
-            raise ValueError(f"--prompts {options.prompts}: there is no such file; write one, a prompt on each line")
-        prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
-        check_replaceable(options.output)
-        measured = measure_ratios(
-            Pipeline.load(options.checkpoint, options.device, getattr(torch, options.dtype), offload=options.offload),
-            prompts,
-            image=options.image,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            shift=options.shift,
-            height=options.height,
-            width=options.width,
-            num_frames=options.num_frames,
-        )
-        save(measured, options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    if not options.prompts.exists():  # it may be a pipe
+        raise ValueError(f"--prompts {options.prompts}: there is no such file; write one with a prompt per line")
+    lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
+    check_replaceable(options.output)
+    pipe = Pipeline.load(options.checkpoint, options.device, options.dtype, offload=options.offload)
+    measured = measure_ratios(
+        pipe,
+        [line.strip() for line in lines if line.strip()],
+        image=options.image,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        shift=options.shift,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+    )
+    save(measured, options.output)
     print(f"{options.output}: {measured.source}")
-    return 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_ratios(pipe: Pipeline, prompts: list[str], **settings) -> StepSkipping:
-    """Generate a video from each prompt, with `settings` of the pipeline's call; returns the mean ratios.
+    """The mean ratios over a video from each prompt, with `settings` of the pipeline's call.
 
-    ValueError without prompts, with fewer than two steps, and for what the pipeline's call refuses.
+    Raises ValueError without prompts, with fewer than two steps, and for what the pipeline's call refuses.
     """
     if not prompts:
-        raise ValueError("there are no prompts to measure with: give a file with one on each line")
+        raise ValueError("there are no prompts to measure with: give a file with one per line")
     guidance = settings.get("guidance_scale")
     guidance = pipe.config.sampling.guidance_scale if guidance is None else guidance
     steps = settings.get("num_inference_steps") or pipe.config.sampling.num_inference_steps
     if steps < 2:
-        raise ValueError(f"{steps} step: a ratio is that of one step to the one before; measure with at least 2")
+        raise ValueError(f"{steps} step: a ratio compares a step with the one before; measure with at least 2")
     passes = 2 if abs(guidance - 1) > 1e-6 else 1
     ratios = []
     for seed, prompt in enumerate(prompts):
         ratios.append(_measure_one(pipe, passes, prompt=prompt, seed=seed, **settings))
-    means = torch.tensor(ratios).mean(dim=0)  # (passes × (steps − 1)); the passes alternate
+    means = torch.tensor(ratios).mean(dim=0)  # (passes × (steps − 1),); the passes alternate
     columns = [tuple(round(float(ratio), 5) for ratio in means[i::passes]) for i in range(passes)]
     source = f"measured with {pipe.config.name}, {steps} steps, guidance {guidance:g}, prompts: {len(prompts)}"
     return StepSkipping(columns[0], columns[1] if passes == 2 else (), source=source)
 
 
 def _measure_one(pipe: Pipeline, passes: int, **settings) -> list[float]:
-    """The ratios of one generation in the order of the passes: step 1 conditional, unconditional, step 2 …"""
+    """The ratios of one generation, pass by pass: step 1 conditional, unconditional, step 2 …"""
     ratios: list[float] = []
-    before: deque[Tensor] = deque(maxlen=passes)  # the residuals of the step before
+    before: deque[Tensor] = deque(maxlen=passes)  # residuals of the step before
     entered: list[Tensor] = []
 
     def enter(block, arguments) -> None:
@@ -118,10 +115,10 @@ def _measure_one(pipe: Pipeline, passes: int, **settings) -> list[float]:
 
 
 def save(skipping: StepSkipping, path: Path) -> None:
-    """Write what `magcache.load` reads, one field on a line."""
+    """Write what `magcache.load` reads, one field per line."""
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in dataclasses.asdict(skipping).items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))
