@@ -50,7 +50,8 @@ def help_of(*program: str) -> str:
         patch.setattr(sys, "argv", [program[0], *arguments, "--help"])
         with pytest.raises(SystemExit) as end:
             if program[0] == "-m":
-                patch.delitem(sys.modules, program[1], raising=False)  # imported already, it would run with a warning
+                if not hasattr(sys.modules.get(program[1]), "__path__"):  # else it runs with a warning
+                    patch.delitem(sys.modules, program[1], raising=False)
                 runpy.run_module(program[1], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(ROOT / program[0]), run_name="__main__")
