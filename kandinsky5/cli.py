@@ -1,20 +1,87 @@
-"""Commands: one place that prints errors and chooses exit codes."""
+"""Commands: the console command `kandinsky5`, and for all of them one place that prints errors and picks exit codes.
 
+    kandinsky5 sample …      = python sample.py …            make a video
+    kandinsky5 convert …     = python -m weights_convert …   convert checkpoints
+    kandinsky5 judge …       = python -m kandinsky5.nano.judge …
+    kandinsky5 magcache …    = python -m kandinsky5.extras.magcache …
+
+Nothing here imports PyTorch before the command line is known to be sound.
+"""
+
+import argparse
 import contextlib
+import difflib
+import importlib
+import importlib.util
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
+from kandinsky5.files import check_apart, check_writable, free_name
 from kandinsky5.screen import Forgiving, printable, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large
     r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed|Overflow when unpacking"
 )
 LESS = "--tile-space, --offload model or blocks (on a GPU), or less --height, --width or --num-frames"
+
+COMMANDS = {  # name: module whose main(arguments) it is, what it does
+    "sample": ("kandinsky5.cli", "make a video from a prompt, or from an image and a prompt"),
+    "convert": ("weights_convert.__main__", "convert checkpoints from and to other layouts, or inspect one"),
+    "finetune": ("kandinsky5.training.finetune", "fine-tune a checkpoint on your clips"),
+    "magcache": ("kandinsky5.extras.magcache.__main__", "measure a checkpoint's ratios for --step-skipping"),
+    "judge": ("kandinsky5.nano.evaluate", "evaluate nano, the bundled model"),
+}
+HELP = """\
+Kandinsky 5.0 Video in plain PyTorch.
+
+    kandinsky5 sample "a red circle moves left"        with nano, the bundled model, on any machine
+    kandinsky5 convert from-diffusers DOWNLOADED weights/lite
+    kandinsky5 sample "a red fox runs through snow" --checkpoint weights/lite -o fox.mp4
+
+commands, each with its own --help:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The console command: runs one of COMMANDS and returns its exit code."""
+    return run(lambda: dispatch(sys.argv[1:] if arguments is None else arguments))
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run the command that the first argument names. Raises ValueError if there is none of that name."""
+    present = {name: text for name, (module, text) in COMMANDS.items() if _exists(module)}
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(HELP + "\n".join(f"    {name:10} {text}" for name, text in present.items()))
+        return 0
+    if name == "--version":
+        print(importlib.import_module("kandinsky5").__version__)
+        return 0
+    if name not in present:
+        close = difflib.get_close_matches(name, present, n=1) or list(present)
+        raise ValueError(f"there is no command {name!r}: try {' or '.join(close)}, or --help")
+    sys.argv[0] = f"kandinsky5 {name}"  # what its --help calls it
+    if name == "sample":
+        return sample(arguments[1:])
+    return importlib.import_module(COMMANDS[name][0]).main(arguments[1:]) or 0
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def run(main: Callable[[], int | None], stopped: str = "nothing was written", less: str = LESS) -> int:
@@ -72,3 +139,193 @@ def _let_go(stream: TextIO | None) -> None:
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+
+
+SAMPLE_HELP = """\
+Make a video from a prompt, or from an image and a prompt.
+
+    python sample.py "a red circle moves left" --enlarge 4   # nano, the small bundled model
+    python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s -o fox.mp4
+    python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg --seed 3
+    python sample.py "a red fox in snow" --checkpoint weights/t2v-lite-sft-5s --num-frames 1 -o fox.png
+    python sample.py --replay fox.mp4 -o again.mp4           # the same file again, from the settings in it
+    python sample.py --replay fox.mp4 --seed 4 -o other.mp4  # all as it was, but for the seed
+
+nano knows one or two objects: red, green, blue, yellow, purple or cyan; circle, square, triangle or diamond; big or
+small; moves left, right, up or down, grows, shrinks or stays still; in English and Russian. What is not given is the
+checkpoint's own default."""
+DEFAULTS = {
+    "checkpoint": "nano", "image": None, "step_skipping": False, "quality": 8.0, "enlarge": 1, "device": "auto",
+    "dtype": "auto", "attention": "auto", "compile": False, "offload": None, "tile_space": False,
+}  # fmt: skip
+REQUEST = (  # arguments of Request.resolve
+    "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "schedule",
+    "step_skipping", "rope_scale", "seed",
+)  # fmt: skip
+LOAD = ("device", "dtype", "attention", "offload", "compile", "tile_space")  # arguments of Pipeline.load
+
+
+def sample(arguments: list[str] | None = None) -> int:
+    """What sample.py does, with replays, previews and the rarer options. Raises ValueError or OSError."""
+    options, unknown = build_sample_parser().parse_known_args(arguments)
+    if unknown:
+        raise ValueError(f"cannot use {' '.join(unknown)}: a prompt goes in quotes, and --help lists the options")
+    given = vars(options)
+    replayed, place = given.pop("replay", None), given.pop("preview", None)
+    output = check_places(given, replayed, place)
+    with _replaying(replayed):
+        from kandinsky5 import Pipeline, checkpoint  # takes seconds
+        from kandinsky5.extras import notes, preview, replay
+        from kandinsky5.request import Request
+
+        settings = DEFAULTS | (replay.read_settings(replayed, given) if replayed else {}) | given
+        folder = checkpoint.find_checkpoint(settings["checkpoint"])
+        config = checkpoint.load_config(folder / "config.json")
+        _read_ratios(settings)
+        asked = {name: settings[name] for name in REQUEST if name in settings}
+        request = Request.resolve(config, settings["prompt"], settings["image"], **asked)
+        settings.setdefault("fps", config.sampling.fps)
+        check_writable(output, request.num_frames, settings["fps"], settings["quality"])
+        show = None if place is None else preview.open_place(place)
+
+        pipe = Pipeline.load(folder, **{name: settings[name] for name in LOAD})
+        notes.show(request, pipe, folder)
+        callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
+        frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
+        frames = frames.repeat_interleave(settings["enlarge"], 1).repeat_interleave(settings["enlarge"], 2)
+        known = replay.describe(request, pipe, **settings) if settings.get("metadata", True) else None
+        write(output, frames, settings["fps"], settings["quality"], known)
+    say_what(output, frames, request.seeds[0])
+    return 0
+
+
+def check_places(given: dict[str, Any], replayed: str | None = None, place: str | bool | None = None) -> Path:
+    """The file to write, once all that is wrong without any model has been refused with ValueError or OSError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
+        raise ValueError("several processes would all make the same video: run sample.py without torchrun")
+    if given.get("prompt") is None and replayed is None:
+        raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
+    output = Path(given.pop("output", None) or free_name("out.mp4"))
+    inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in ("image", "step_skipping", "checkpoint")}
+    check_apart({"-o": output, "--preview": place}, inputs | {"--replay": replayed})
+    if str(given.get("device")).startswith("meta"):
+        raise ValueError("device meta: it has shapes and no pixels; choose cpu or cuda")
+    usual = {"num_frames": 1, "fps": 24, "quality": 8}
+    check_writable(output, **usual | {name: given[name] for name in usual if given.get(name) is not None})
+    return output
+
+
+def write(output: Path, frames: "Tensor", fps: float, quality: float, metadata: dict | None) -> None:
+    """`write_video`; frames (F, H, W, 3) that cannot be written there are kept, and the OSError says where."""
+    from kandinsky5 import video_io
+
+    try:
+        video_io.write_video(output, frames, fps, quality, metadata)
+    except OSError as error:
+        raise OSError(f"{error}; the frames are in {video_io.keep_frames(output, frames)}") from error
+
+
+def say_what(output: Path, frames: "Tensor", seed: int) -> None:
+    """The last line: what was made of frames (F, H, W, 3), and where it is."""
+    count, height, width, _ = frames.shape
+    print(printable(f"{output}: {count} frame{'s' * (count > 1)} of {height}x{width}, seed {seed}"))
+
+
+@contextlib.contextmanager
+def _replaying(path: str | None) -> Iterator[None]:
+    """Errors say which file was replayed: what is wrong may stand there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if path is None or path in str(error):
+            raise
+        raise type(error)(f"replaying {path}: {error}") from error
+
+
+def _read_ratios(settings: dict[str, Any]) -> None:
+    """Replace a file of ratios by what it holds, as the file may change before a replay."""
+    if isinstance(settings["step_skipping"], str):
+        import dataclasses
+
+        from kandinsky5.extras import magcache
+
+        settings["step_skipping"] = dataclasses.asdict(magcache.load(settings["step_skipping"]))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are ValueErrors, for `run` to print."""
+
+    def error(self, message: str):
+        """Raises ValueError."""
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def build_sample_parser() -> Parser:
+    """All options of sample.py. Only those that are given are in what it returns."""
+    from kandinsky5.config import NANO_NAMES
+
+    parser = Parser(
+        usage=argparse.SUPPRESS,
+        description=SAMPLE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help='what to show; long descriptions work best, up to 256 tokens; "": anything')
+    add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
+    add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP); needs an i2v checkpoint")
+    add("--negative-prompt", metavar="TEXT", help="what to avoid; no effect at --guidance 1")
+    add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
+    add("--width", type=int, metavar="PX", help="likewise; with --image both default to its shape")
+    add("--num-frames", type=int, metavar="N", help="4k + 1; 121 are 5 seconds at 24 per second")
+    add("--steps", type=int, dest="num_inference_steps", metavar="N", help="more are slower and finer")
+    add("--guidance", type=float, dest="guidance_scale", metavar="W",
+        help="classifier-free guidance scale; 1 disables it and halves the time; below 1 it is applied as it "
+        "stands, away from the prompt (diffusers switches it off)")  # fmt: skip
+    add("--shift", type=float, metavar="S", help="above 1, more of the steps go to the noisy end")
+    add("--schedule", choices=("official", "diffusers"), help="spacing of the steps (default: official)")
+    add("--step-skipping", nargs="?", const=True, type=file(".json"), metavar="RATIOS.json",
+        help="about half the time, not quite the same video; by known ratios, or `kandinsky5 magcache`'s")  # fmt: skip
+    add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
+    add("--fps", type=frame_rate, metavar="N", help="frames per second, such as 24 or 30000/1001; changes the speed")
+    add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
+    add("--enlarge", type=factor, metavar="N", help="repeat each pixel N × N times, for the small videos of nano")
+    add("--device", metavar="NAME", help="such as cuda:1 (default: auto, a GPU if there is one)")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"),
+        help="precision of the models (default: auto, bfloat16 where the device computes in it)")  # fmt: skip
+    add("--attention", choices=("auto", "sdpa", "chunked", "flex", "dense"), help="its kernel (default: auto)")
+    add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png",
+        help="show the middle frame while sampling, in the terminal or in a file")  # fmt: skip
+    add("--offload", choices=("model", "blocks"), help="keep on the device only the running model, or its block")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")
+    add("--tile-space", action=argparse.BooleanOptionalAction, help="VAE in tiles of 256 pixels: less memory")
+    add("--replay", metavar="FILE", help="take the settings from a file of sample.py; other options win")
+    add("--no-metadata", action="store_false", dest="metadata", help="write no settings (the prompt!) into the file")
+    add("-o", "--output", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4, or the next free name)")
+    return parser
+
+
+def file(suffix: str) -> Callable[[str], str]:
+    """For options whose value may be left out: a prompt after them is not taken for it but an ArgumentTypeError."""
+
+    def check(path: str) -> str:
+        if not path.lower().endswith(suffix):
+            raise argparse.ArgumentTypeError(f"{path!r} does not end in {suffix}; a prompt goes before the options")
+        return path
+
+    return check
+
+
+def frame_rate(text: str) -> float:
+    """ "24", "23.976" or "24000/1001" → frames per second. Raises ArgumentTypeError for anything else."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no frame rate: write 24, 23.976 or 24000/1001") from error
+
+
+def factor(text: str) -> int:
+    """A whole number from 1 to 16. Raises ArgumentTypeError for anything else."""
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:9]) <= 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 to 16")
+    return int(text)

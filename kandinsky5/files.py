@@ -47,6 +47,47 @@ def check_replaceable(path: str | Path) -> None:
         raise OSError(f"cannot write {path} ({reason}): choose a folder you can write to") from error
 
 
+def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quality: float = 8) -> None:
+    """Raise before hours of sampling what `video_io.write_video` would raise after them; leave nothing behind.
+
+    ValueError for a wrong suffix, fps or quality; OSError for a folder that is missing or not writable.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".mp4", ".png"):
+        raise ValueError(f"cannot write {path}: the name must end in .mp4, or in .png for one frame")
+    if path.suffix.lower() == ".png" and num_frames > 1:
+        raise ValueError(f"cannot write {num_frames} frames to {path}: a .png holds one (--num-frames 1), an .mp4 all")
+    if not 1 <= fps <= 1000:
+        raise ValueError(f"fps {fps} is not between 1 and 1000: choose one such as 24")
+    if not 1 <= quality <= 10:
+        raise ValueError(f"quality {quality} is not between 1 (small) and 10 (lossless to the eye): try 8")
+    check_replaceable(path)
+
+
+def check_apart(outputs: dict[str, object], inputs: dict[str, object]) -> None:
+    """Raises ValueError where an output is also an input or another output; options by name, values that are no paths
+    (None, True) are left out."""
+    taken: dict[Path, str] = {}
+    for options in (inputs, outputs):
+        for option, place in options.items():
+            if not isinstance(place, (str, Path)):
+                continue
+            path = Path(place).resolve()
+            if options is outputs and path in taken:
+                raise ValueError(f"{option} {place} would replace the file of {taken[path]}: give it another name")
+            taken[path] = option
+
+
+def free_name(path: str | Path) -> Path:
+    """`path` if there is nothing, else the first free one of out-2.mp4, out-3.mp4, …"""
+    path = free = Path(path)
+    number = 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path, refusal: str) -> Iterator[None]:
     """Hold `folder` alone, or ValueError with `refusal`; the lock ends with the process, however that ends."""

@@ -4,13 +4,16 @@ On disk and for the user pixels are uint8 RGB, channels last: an image (H, W, 3)
 For the VAE they are floats in [-1, 1], channels first: (B, 3, F, H, W).
 """
 
+import contextlib
+import io
 import json
 import math
 import re
 import struct
+import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from einops import rearrange
 
-from kandinsky5.files import check_replaceable, replacing
+from kandinsky5.files import check_writable, free_name, replacing
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
 # is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
@@ -32,6 +35,7 @@ IMAGE_SIGNATURES: dict[Literal["mjpeg", "png", "webp"], bytes] = {
     "png": rb"\x89PNG\r\n\x1a\n",
     "webp": rb"RIFF....WEBP",
 }
+LONGEST_COMMENT = 2**21  # characters of settings: six for each of a prompt of 100,000, and as many again
 # The axes to flip (0: rows, 1: columns) for EXIF orientations 1 to 4; 5 to 8 are the same after a transpose.
 ORIENTATION_FLIPS = ((), (1,), (0, 1), (0,))
 
@@ -139,33 +143,42 @@ def write_video(
             _encode_mp4(temporary, frames, fps, quality, comment)
 
 
-def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quality: float = 8) -> None:
-    """Raise before hours of sampling what `write_video` would raise after them; leave nothing behind.
+def keep_frames(path: str | Path, frames: torch.Tensor | np.ndarray) -> str:
+    """Where frames (F, H, W, 3) were kept, as np.load reads them: next to `path`, which could not be written, or in the
+    temporary folder; in parts where the size of a file is limited. Raises OSError where nothing can be written."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, frames=torch.as_tensor(frames).cpu().numpy())
+    data, name = buffer.getbuffer(), free_name(Path(path).with_suffix(".npz"))
+    for place in (name, Path(tempfile.gettempdir()) / f"{uuid.uuid4().hex}.npz"):
+        with contextlib.suppress(OSError), replacing(place) as temporary:
+            temporary.write_bytes(data)
+            return str(place)
+    size = _file_size_limit() or len(data)
+    for number in range(0, len(data), size):
+        name.with_suffix(f".npz.{number // size:04d}").write_bytes(data[number : number + size])
+    return f"{name}.*, to be joined: cat {name}.* > {name}"
 
-    ValueError for a wrong suffix, fps or quality; OSError for a folder that is missing or not writable.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".mp4", ".png"):
-        raise ValueError(f"cannot write {path}: the name must end in .mp4, or in .png for one frame")
-    if path.suffix.lower() == ".png" and num_frames > 1:
-        raise ValueError(f"cannot write {num_frames} frames to {path}: a .png holds one (--num-frames 1), an .mp4 all")
-    if not 1 <= fps <= 1000:
-        raise ValueError(f"fps {fps} is not between 1 and 1000: choose one such as 24")
-    if not 1 <= quality <= 10:
-        raise ValueError(f"quality {quality} is not between 1 (small) and 10 (lossless to the eye): try 8")
-    check_replaceable(path)
+
+def _file_size_limit() -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:
     """The `metadata` that `write_video` stored in the mp4 or PNG at `path`; ValueError if there is none."""
     with _reading(path, "give an .mp4 or .png that sample.py wrote"):
         if Path(path).suffix.lower() == ".png":
-            comment = _decode_image(Path(path).read_bytes()).metadata.get("Comment", "")
+            tags = dict(_decode_image(Path(path).read_bytes()).metadata)
         else:
             with _open_video(path) as container:
-                comment = container.metadata.get("comment", "")
+                tags = dict(container.metadata)
+    comment = {name.lower(): text for name, text in tags.items()}.get("comment", "")  # re-muxed as mkv: COMMENT
     try:
-        metadata = json.loads(comment)
+        metadata = json.loads(comment) if len(comment) <= LONGEST_COMMENT else None
     except (ValueError, RecursionError):  # no JSON, or a number or a nesting that nobody wrote
         metadata = None
     if not isinstance(metadata, dict):
@@ -260,7 +273,7 @@ def _encode_png(rgb: np.ndarray, comment: str | None, compress: bool) -> bytes:
     return png[:header] + chunk + png[header:]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     """`replacing`, whose errors say what to do."""
     try:
@@ -270,7 +283,7 @@ def _writing(path: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path} ({_reason(error)}): free space or name another file") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(path: str | Path, remedy: str) -> Iterator[None]:
     try:
         yield

@@ -12,7 +12,7 @@ from torch import nn
 
 from kandinsky5 import Pipeline, video_io
 from kandinsky5.extras import preview
-from kandinsky5.nano import judge
+from kandinsky5.nano import evaluate
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.vae import Posterior
 from random_weights import SMALL_VAE, build_small_pipeline
@@ -45,7 +45,7 @@ def test_a_linear_vae_is_fitted_exactly_with_its_scale_and_its_constant():
 def test_nanos_preview_has_the_colours_of_its_video():
     """The map is fitted to synthetic discs; it has to hold for what nano draws."""
     pipe = Pipeline.load("nano")
-    texts = [judge.question("seen, English", i)[1].text for i in range(8)]
+    texts = [evaluate.sample_prompt("seen, English", i)[1].text for i in range(8)]
     latents = pipe(texts, num_inference_steps=6, output_type="latents", progress=False)
     frames = torch.cat([pipe.decode(z[None]) for z in latents])[:, 5:9].float().mean(dim=1)  # of latent frame 2
     expected = F.avg_pool2d(frames.movedim(-1, 1), 8).movedim(1, -1)  # (B, 8, 8, 3)

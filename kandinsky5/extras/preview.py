@@ -20,10 +20,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from kandinsky5 import video_io
 from kandinsky5.runtime.offload import awake
+from kandinsky5.screen import Forgiving, say
 from kandinsky5.vae import VAE
 
 Show = Callable[[int, Tensor], None]
@@ -62,7 +63,7 @@ def draw(latents: Tensor, colours: Tensor) -> Tensor:
     return ((rgb.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fit_colours(vae: VAE, count: int = 32) -> Tensor:
     """The map (17, 3) from scaled latents and 1 to RGB in [-1, 1] that fits best: least squares over simple pictures.
 
@@ -107,6 +108,11 @@ def in_terminal() -> Show:
     """
     if not sys.stdout.isatty():
         raise ValueError("preview: the output is no terminal: give a file, --preview FILE.png")
+    try:
+        "▀".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        say(f"note: no previews, as this terminal's {sys.stdout.encoding} lacks ▀: give a file, --preview FILE.png")
+        return lambda step, picture: None
     up = ""
 
     def show(step: int, picture: Tensor) -> None:
@@ -116,7 +122,7 @@ def in_terminal() -> Show:
         scale = min((columns - 1) / width, 2 * (rows - 3) / height, 8)
         size = max(1, round(scale * height / 2)) * 2, max(1, int(scale * width))
         lines = half_blocks(video_io.resize_image(picture[0], *size))
-        tqdm.write(up + "\n".join(lines), file=sys.stdout)  # takes the bar away and draws it again below
+        tqdm.write(up + "\n".join(lines), file=Forgiving(sys.stdout))  # takes the bar away and draws it again below
         up = f"\x1b[{len(lines)}A"  # to where this picture begins
 
     return show

@@ -1,27 +1,45 @@
-"""What a video file of sample.py carries: the settings that it was made from, so that it can be made again.
+"""The settings that a video file carries, and a video made again from them.
 
     python sample.py --replay fox.mp4 -o again.mp4           the same bytes
-    python sample.py --replay fox.mp4 --seed 4 -o other.mp4  what is given wins over what is recorded
+    python sample.py --replay fox.mp4 --seed 4 -o other.mp4  options take precedence over the recorded settings
 
-In dictionaries here `given` are the options of the command line, `recorded` what the file says, and `settings` what
-holds: the defaults, over them what is recorded, over that what is given.
+A file may come from a stranger. What it says is checked as if typed, and shown; device, compile and offload come from
+the command line alone, and a recorded path only counts below the current folder, where what it leads to must still have
+the recorded hash. In dictionaries `given` are the options of the command line, `recorded` what the file says.
 """
 
 import dataclasses
-import sys
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 import kandinsky5
 from kandinsky5 import video_io
-from kandinsky5.config_file import from_json
-from kandinsky5.extras import magcache
+from kandinsky5.checkpoint import find_checkpoint, fingerprint
+from kandinsky5.config import NANO_NAMES
+from kandinsky5.config_file import from_json, load_config
+from kandinsky5.request import Request
+from kandinsky5.runtime.device import choose_device, is_native
+from kandinsky5.screen import printable, say
+
+MOST_STEPS = 1000  # that a file may ask for; more are for --steps
+OWN = ("device", "compile", "version", "model", "image_sha256", "fingerprint")  # recorded, but not settings of a replay
+FROM_CHECKPOINT = (
+    "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps",
+    "rope_scale",
+)  # fmt: skip
+
+
+HOW = ("step_skipping", "fps", "quality", "compile", "tile_space", "enlarge")  # of Settings, beside the request
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a file of sample.py depends on, and so all that it carries."""
+    """All that a video file depends on, and so all that it carries."""
 
     prompt: str
     negative_prompt: str
@@ -32,79 +50,139 @@ class Settings:
     guidance_scale: float
     shift: float
     schedule: str
-    step_skipping: bool | magcache.StepSkipping
+    step_skipping: bool | dict
     rope_scale: tuple[float, float, float]
     seed: int
     image: str | None
     image_sha256: str | None
-    fps: int
+    fps: float
     quality: float
     checkpoint: str
     fingerprint: str  # of the checkpoint
     model: str
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32", "float64"]
     device: str
     attention: str
     compile: bool
     tile_space: bool
     version: str
+    enlarge: int = 1
 
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+def describe(
+    request: Request, pipe: "kandinsky5.Pipeline", checkpoint: str, image: str | None = None, **how: Any
+) -> dict:
+    """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings)."""
+    how = {name: value for name, value in how.items() if name in HOW}
+    settings = Settings(
+        **{"step_skipping": False, "compile": False, "tile_space": False, "quality": 8.0} | how,
+        prompt=request.prompts[0],
+        negative_prompt=request.negative_prompts[0],
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        shift=request.shift,
+        schedule=request.schedule,
+        rope_scale=request.rope_scale,
+        seed=request.seeds[0],
+        image=image and _portable(image),
+        image_sha256=image and _sha256(image),
+        checkpoint=_portable(checkpoint),
+        fingerprint=fingerprint(find_checkpoint(checkpoint)),
+        model=pipe.config.name,
+        dtype=str(pipe.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        device=pipe.device.type,
+        attention=pipe.attention_kernel,
+        version=kandinsky5.__version__,
+    )
+    return dataclasses.asdict(dataclasses.replace(settings, fps=float(settings.fps)))
 
 
 def read_settings(path: str, given: dict) -> dict:
-    """What sample.py wrote into the file at `path`; ValueError if that, or a file that it needs, is not there."""
+    """What the file at `path` records for a replay with the options `given`. Raises ValueError where it cannot be."""
+    recorded = _read(path)
+    if recorded["num_inference_steps"] > MOST_STEPS and "num_inference_steps" not in given:
+        raise ValueError(f"{path} asks for num_inference_steps {recorded['num_inference_steps']}: confirm with --steps")
+    for name in ("image", "checkpoint"):
+        recorded[name] = given.get(name) or _find(path, name, recorded[name])
+    if "image" not in given and recorded["image"] and _sha256(recorded["image"]) != recorded["image_sha256"]:
+        raise ValueError(
+            f"{recorded['image']} is not the image that {path} was made from: bring that back, or take this one with "
+            "--image"
+        )
+    folder = find_checkpoint(recorded["checkpoint"])
+    made_by = recorded["model"], recorded["fingerprint"]
+    this = load_config(folder / "config.json").name, fingerprint(folder)
+    if this != made_by and "checkpoint" not in given:
+        raise ValueError(
+            f"{recorded['checkpoint']} has changed since {path} was made with it: bring the old weights back, or take "
+            f"these for another video with --checkpoint {recorded['checkpoint']}"
+        )
+    if this != made_by:
+        _note_other_weights(path, made_by, this)
+    if this[0] != made_by[0]:
+        recorded = {name: value for name, value in recorded.items() if name not in FROM_CHECKPOINT}
+    if given.keys() & {"height", "width"}:
+        recorded.pop("rope_scale", None)  # which the size decides
+    _show(path, recorded, given)
+    return {name: value for name, value in recorded.items() if name not in OWN}
+
+
+def _find(path: str, name: str, place: str | None) -> str | None:
+    """Where a recorded image or checkpoint is: below the current folder, or next to the file at `path`."""
+    if place is None or name == "checkpoint" and place in NANO_NAMES:
+        return place
+    if not Path(place).is_absolute() and ".." not in Path(place).parts:
+        for found in (Path(place), Path(path).parent / place):
+            if found.is_file() if name == "image" else found.is_dir():  # and no device or pipe
+                return str(found)
+    raise ValueError(f"{path} was made with the {name} {place}, which is not there: say where it is, --{name}")
+
+
+def _read(path: str) -> dict:
     found = video_io.read_metadata(path)
-    if missing := [name for name in SETTINGS if name not in found]:
+    fields = dataclasses.fields(Settings)
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in found]:
         raise ValueError(f"{path} does not say its {', '.join(missing)}: give a file that sample.py wrote")
+    known = {field.name: found[field.name] for field in fields if field.name in found}
     try:
-        recorded = dataclasses.asdict(from_json(Settings, {name: found[name] for name in SETTINGS}))
+        return dataclasses.asdict(from_json(Settings, known))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds damaged settings ({error}): give a file that sample.py wrote") from error
-    for name in ("image", "checkpoint"):
-        place = recorded[name]
-        if name not in given and place is not None and Path(place).is_absolute() and not Path(place).exists():
-            raise ValueError(f"{path} was made with the {name} {place}, which is gone: say where it is, --{name}")
+
+
+def _note_other_weights(path: str, made_by: tuple[str, str], this: tuple[str, str]) -> None:
+    """made_by, this: name and fingerprint of a checkpoint."""
+    then, now = (f"{name} ({digest[:8]})" for name, digest in (made_by, this))
+    own = "; its own steps, guidance, shift and size hold" * (made_by[0] != this[0])
+    say(printable(f"note: {path} was made by {then}, this is {now}{own}"))
+
+
+def _show(path: str, recorded: dict, given: dict) -> None:
+    """Lines on stderr: what the file asks for, and what of it a replay leaves out or is slow at."""
     if recorded["version"] != kandinsky5.__version__:
         versions = f"version {recorded['version']}, this is {kandinsky5.__version__}: they may draw it differently"
-        print(f"note: {path} was made by {versions}", file=sys.stderr)
-    return recorded
-
-
-def check_output(path: str, output: str, given: dict) -> None:
-    """ValueError if another video would take the place of the replayed file, the only one that knows its settings."""
-    if given.keys() & set(SETTINGS) and Path(output).exists() and Path(output).samefile(path):
-        raise ValueError(f"with other options {path} would be lost: say where the new video goes, -o FILE")
-
-
-def check_image(path: str, settings: dict, recorded: dict) -> None:
-    """ValueError if the image is not the one that the file at `path` was made from."""
-    if settings["image_sha256"] != recorded["image_sha256"]:
-        raise ValueError(
-            f"{settings['image']} has changed since {path} was made from it: bring the old image back, "
-            "or take this one with --image"
+        say(printable(f"note: {path} was made by {versions}"))
+    device = choose_device(given.get("device", "auto"))
+    if recorded["compile"] and "compile" not in given:
+        say(f"note: {path} was made with --compile: without it the video differs by rounding")
+    if recorded["device"] != device.type:
+        say(printable(f"note: {path} was made on {recorded['device']}: on {device.type} it differs by rounding"))
+    dtype = given.get("dtype", recorded["dtype"])
+    if dtype != "auto" and not is_native(getattr(torch, dtype), device):
+        say(
+            f"note: this {device.type} emulates {dtype}, which is slow; --dtype float32 is fast and differs by rounding"
         )
 
 
-def check_checkpoint(path: str, settings: dict, recorded: dict, given: dict) -> None:
-    """ValueError if the weights have changed since the file at `path` was made; a note if others were asked for."""
-    if settings["fingerprint"] != recorded["fingerprint"] and "checkpoint" not in given:
-        raise ValueError(
-            f"{settings['checkpoint']} has changed since {path} was made with it: bring the old weights back, "
-            f"or take these for another video with --checkpoint {settings['checkpoint']}"
-        )
-    made_by = f"{recorded['model']} ({recorded['fingerprint'][:8]})"
-    this = f"{settings['model']} ({settings['fingerprint'][:8]})"
-    if made_by != this:
-        own = "; its own steps, guidance, shift and size hold" * (recorded["model"] != settings["model"])
-        print(f"note: {path} was made by {made_by}, this is {this}{own}", file=sys.stderr)
+def _portable(path: str) -> str:
+    """A path as a file may carry it: relative to the current folder where it is below it; of others the name."""
+    whole = Path(os.path.abspath(path))
+    return whole.relative_to(Path.cwd()).as_posix() if whole.is_relative_to(Path.cwd()) else whole.name
 
 
-def to_metadata(settings: dict) -> dict:
-    """What goes into the file: all of `Settings`, with whole paths, as the replay may start in another folder."""
-    metadata = {name: settings[name] for name in SETTINGS}
-    for name in ("image", "checkpoint"):
-        if metadata[name] is not None and Path(metadata[name]).exists():
-            metadata[name] = str(Path(metadata[name]).resolve())
-    return metadata
+def _sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

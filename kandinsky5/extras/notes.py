@@ -1,0 +1,40 @@
+"""Lines on stderr about requests that can be met, but will hardly give what was hoped for."""
+
+import sys
+from pathlib import Path
+
+from kandinsky5.checkpoint import SHIPPED
+from kandinsky5.config import PipelineConfig
+from kandinsky5.pipeline import Pipeline
+from kandinsky5.request import Request
+from kandinsky5.screen import say
+from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
+
+
+def show(request: Request, pipe: Pipeline, folder: Path) -> None:
+    """All notes on a request to the pipeline that was loaded from `folder`."""
+    note_other_size(request, folder, pipe.config)
+    note_long_prompt(request.prompts[0], pipe.text_encoder)
+
+
+def note_other_size(request: Request, folder: Path, config: PipelineConfig) -> None:
+    """Where a bundled model is asked for another size or length than the one that it was trained on."""
+    trained = (config.sampling.num_frames, config.sampling.height, config.sampling.width)
+    if (request.num_frames, request.height, request.width) != trained and folder.parent == SHIPPED:
+        say(
+            f"note: {config.name} was trained on {trained[0]} frames of {trained[1]}x{trained[2]} alone, and draws "
+            "other sizes and lengths worse: leave out --height, --width and --num-frames, or give an image that fits"
+        )
+
+
+def note_long_prompt(prompt: str, text_encoder: TextEncoder) -> None:
+    """Where Qwen, or CLIP, does not read the whole prompt."""
+    empty, whole = (len(text_encoder.qwen_ids(text, sys.maxsize)) for text in ("", prompt))
+    if (cut := whole - empty - MAX_TOKENS) > 0:
+        say(f"note: of a prompt {MAX_TOKENS} tokens are read, and this one has {cut} more: shorten it")
+    room = text_encoder.clip.config.max_positions - 2  # start and end
+    if cut <= 0 and (more := len(text_encoder.clip_tokenizer.encode(prompt)) - room) > 0:
+        say(
+            f"note: CLIP reads {room} tokens of a prompt, and this one has {more} more: begin with what matters most; "
+            "Qwen reads all of it"
+        )
