@@ -34,7 +34,15 @@ FROM_CHECKPOINT = (
 )  # fmt: skip
 
 
-HOW = ("step_skipping", "fps", "quality", "compile", "tile_space", "enlarge")  # of Settings, beside the request
+HOW = (
+    "step_skipping",
+    "fps",
+    "quality",
+    "attention",
+    "compile",
+    "tile_space",
+    "enlarge",
+)  # of Settings, beside the request
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def describe(
     """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings)."""
     how = {name: value for name, value in how.items() if name in HOW}
     settings = Settings(
-        **{"step_skipping": False, "compile": False, "tile_space": False, "quality": 8.0} | how,
+        **{"step_skipping": False, "attention": "auto", "compile": False, "tile_space": False, "quality": 8.0} | how,
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0],
         height=request.height,
@@ -94,7 +102,6 @@ def describe(
         model=pipe.config.name,
         dtype=str(pipe.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         device=pipe.device.type,
-        attention=pipe.attention_kernel,
         version=kandinsky5.__version__,
     )
     return dataclasses.asdict(dataclasses.replace(settings, fps=float(settings.fps)))
