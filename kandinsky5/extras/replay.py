@@ -34,6 +34,9 @@ FROM_CHECKPOINT = (
 )  # fmt: skip
 
 
+USUAL: dict[str, Any] = {
+    "step_skipping": False, "attention": "auto", "compile": False, "tile_space": False, "quality": 8.0,
+}  # fmt: skip
 HOW = (
     "step_skipping",
     "fps",
@@ -81,9 +84,9 @@ def describe(
     request: Request, pipe: "kandinsky5.Pipeline", checkpoint: str, image: str | None = None, **how: Any
 ) -> dict:
     """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings)."""
-    how = {name: value for name, value in how.items() if name in HOW}
+    how = USUAL | {name: value for name, value in how.items() if name in HOW}
     settings = Settings(
-        **{"step_skipping": False, "attention": "auto", "compile": False, "tile_space": False, "quality": 8.0} | how,
+        **how,
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0],
         height=request.height,
