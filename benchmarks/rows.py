@@ -33,12 +33,12 @@ from kandinsky5.config import (
 )
 from kandinsky5.dit import DiT
 from kandinsky5.extras import preview
+from kandinsky5.files import write_json
 from kandinsky5.pipeline import ONE_PASS
 from kandinsky5.runtime import fast, offload
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.heap import keep_freed_memory
 from weights_convert import tables
-from weights_convert.read import write_json
 from weights_convert.sizes import to_their_config
 
 Work = Callable[[], Tensor | None]
@@ -372,7 +372,7 @@ def write_dit(tiny: bool, folder: Path) -> None:
     save_file(weights, folder / "ours" / "dit.safetensors")
     theirs = {tables.theirs("dit", name): weight for name, weight in weights.items()}
     save_file(theirs, folder / "theirs" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    write_json(to_their_config("dit", config), folder / "theirs" / "config.json")
+    write_json(folder / "theirs" / "config.json", to_their_config("dit", config))
 
 
 def loaded_dit_config(tiny: bool) -> DiTConfig:

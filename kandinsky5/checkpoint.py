@@ -10,19 +10,14 @@ stay where they are: the files are mapped into memory, not copied through it.
 
 import contextlib
 import hashlib
-import json
-import math
-import mmap
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -30,7 +25,10 @@ from tqdm import tqdm
 
 from kandinsky5.config import NANO_NAMES, PipelineConfig, find_preset
 from kandinsky5.config_file import load_config, save_config
-from kandinsky5.files import make_folder, replacing
+from kandinsky5.files import make_folder, read_bytes, replacing
+from kandinsky5.screen import listed
+from kandinsky5.tensor_files import DTYPES, FLOATS, Weights, map_tensors, read_index, read_safetensors
+from kandinsky5.tokenizer import LARGEST_FILE, find_files
 
 MODELS = ("dit", "vae", "qwen", "clip")
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the bundled models
@@ -88,16 +86,17 @@ def load_weights(
     """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
-    to dtype; these stay in half precision where they are stored so. On the CPU, tensors that have the right precision
-    are views of the mapped file. ValueError, with the tensors' names and both shapes, where file and model differ in
+    to dtype; these stay in half precision if they are stored so. On the CPU, tensors that have the right precision
+    are views of the mapped file. ValueError, with the tensors' names and both shapes, if file and model differ in
     anything.
     """
     model = model.to(dtype)
-    wanted, files, device = model.state_dict(), TensorFiles(folder, name), torch.device(device)
-    files.check_fit(wanted)
+    wanted, weights, device = model.state_dict(), find_weights(folder, name), torch.device(device)
+    check_fit(weights, wanted)
     if device.type != "meta":
+        views = map_tensors(weights.tensors, writable=True)
         bar = tqdm(wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False)
-        state = {n: _cast(files[n], t.dtype, dtype).to(device) for n, t in bar}
+        state = {n: _cast(views[n], t.dtype, dtype).to(device) for n, t in bar}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -105,25 +104,30 @@ def load_weights(
 def map_weights(model: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Prepare `model` for these weights as `load_weights` does, but return them: views of the mapped files as they are.
 
-    The views can only be read, so that the system counts none of it as memory of this process, and files may be larger
-    than the memory of the machine. Writing into one ends the process.
+    The views can only be read, so files may be larger than the memory of the machine. Writing to one ends the process.
     """
     model.to(dtype).eval().requires_grad_(False)
-    files = TensorFiles(folder, name, read_only=True)
-    files.check_fit(model.state_dict())
-    views = {n: files[n] for n in model.state_dict()}
+    weights = find_weights(folder, name)
+    check_fit(weights, model.state_dict())
+    views = map_tensors({n: weights.tensors[n] for n in model.state_dict()}, writable=False)
     state = {n: _cast(views[n].to("meta"), t.dtype, dtype) for n, t in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)  # which says in what precision each will work
+    model.load_state_dict(state, assign=True)  # which says in what precision each will be used
     return views
 
 
 def _cast(stored: Tensor, own: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """A stored weight in the precision that it has in a model cast to `dtype`, which wants it in its `own`.
+    """A stored weight in the precision that it has in a model cast to `dtype`, where it is of dtype `own`.
 
-    What stays in float32 there is multiplied by a layer that widens its weights itself (`dit.Float32Linear`): where
-    they are stored in half precision, a copy in float32 would hold the same numbers in twice the memory.
+    What stays in float32 there is multiplied by a layer that widens its weights itself (`dit.Float32Linear`): if
+    they are stored in half precision, a copy in float32 would hold the same values in twice the memory.
     """
     return stored if own != dtype and stored.itemsize == 2 else stored.to(own)
+
+
+def find_weights(folder: Path, name: str) -> Weights:
+    """Where the tensors of `folder/name.safetensors`, or of its shards, lie; ValueError if they are not complete."""
+    index = folder / f"{name}.safetensors.index.json"
+    return read_index(index) if index.is_file() else read_safetensors(folder / f"{name}.safetensors")
 
 
 def find_part(folder: Path, part: str, base: str | None) -> Path:
@@ -133,12 +137,12 @@ def find_part(folder: Path, part: str, base: str | None) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A text that changes when a native checkpoint would make another video, for the price of reading a little of it.
+    """Cheap content hash of a native checkpoint; changes whenever its output would.
 
-    SHA-256 of what in config.json is not as usual, the tokenizers' files, and of each tensor its name, precision, shape
-    and first 16 kB. So other weights, more training or a merged adapter are seen. Not seen is a change that spares all
-    these beginnings: a few rows of an embedding, edited in place, or a damaged disk (`weights_convert --verify` does).
-    Defaults of sampling do not count, as a video carries its own.
+    SHA-256 of the values in config.json that differ from the defaults, the tokenizers' files, and of each tensor its
+    name, precision, shape and first 16 kB. So other weights, more training or a merged adapter are seen. Not seen is a
+    change that spares all these beginnings: a few rows of an embedding, edited in place, or a damaged disk
+    (`weights_convert --verify` sees it). Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")
     usual, ours = asdict(PipelineConfig()), asdict(config)  # a field that later versions add has its usual value
@@ -148,104 +152,38 @@ def fingerprint(folder: Path) -> str:
     ]
     digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
     for name in MODELS:
-        files = TensorFiles(find_part(folder, name, config.base), name, read_only=True)
-        for tensor_name in sorted(files.files):
-            tensor = files[tensor_name]
-            start = tensor.flatten()[: 2**14 // tensor.itemsize].view(torch.uint8)
-            digest.update(repr((tensor_name, tensor.dtype, tuple(tensor.shape))).encode() + start.numpy().tobytes())
+        for tensor_name, stored in sorted(find_weights(find_part(folder, name, config.base), name).tensors.items()):
+            with open(stored.path, "rb") as file:
+                file.seek(stored.start)
+                start = file.read(min(stored.nbytes, 2**14))
+            digest.update(repr((tensor_name, DTYPES[stored.dtype], stored.shape)).encode() + start)
     for name in ("qwen_tokenizer", "clip_tokenizer"):
-        for path in sorted((find_part(folder, name, config.base) / name).glob("*.*")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted(find_files(find_part(folder, name, config.base) / name)):
+            digest.update(path.name.encode() + read_bytes(path, LARGEST_FILE))
     return digest.hexdigest()
 
 
-def check_shapes(file: str, wanted: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 6) -> None:
-    """ValueError that names what is missing from a file, what it has too much, and which shapes differ."""
+def check_fit(weights: Weights, wanted: Mapping[str, Tensor]) -> None:
+    """ValueError that names what is missing from a file, what it has too much, and which shapes or dtypes differ."""
+    shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+    found = weights.tensors
     problems = [
-        f"{n}: the configuration wants {s}, the file has {found[n]}" for n, s in wanted.items() if found.get(n, s) != s
+        f"{n}: the configuration says {s}, the file has {found[n].shape}"
+        for n, s in shapes.items()
+        if n in found and found[n].shape != s
     ]
-    problems += [f"{n} {s} is missing from the file" for n, s in wanted.items() if n not in found]
-    problems += [f"{n} {s} is not part of the model" for n, s in found.items() if n not in wanted]
+    problems += [f"{n} {s} is missing from the file" for n, s in shapes.items() if n not in found]
+    problems += [f"{n} {stored.shape} is not part of the model" for n, stored in found.items() if n not in shapes]
     if problems:
-        more = f"; and {len(problems) - most} more" if len(problems) > most else ""
         raise ValueError(
-            f"{file} does not fit the model that config.json describes: {'; '.join(problems[:most])}{more}. "
+            f"{weights.source} does not fit the model that config.json describes: {listed(problems)}. "
             "Use the config.json that was written with these weights, or convert the checkpoint again"
         )
-
-
-class TensorFiles:
-    """The tensors of `folder/name.safetensors`, or of its shards, mapped: `files["a.weight"]` reads just that one.
-
-    read_only: what is mapped to be written to (which copies pages, and leaves the file alone) the system counts as this
-    process's own memory, and refuses where it is more than there is. What can only be read it does not count.
-    """
-
-    def __init__(self, folder: Path, name: str, read_only: bool = False):
-        self.path = single = folder / f"{name}.safetensors"
-        index = folder / f"{name}.safetensors.index.json"
-        if index.is_file():
-            weight_map = document.get("weight_map") if isinstance(document := _read_json(index), dict) else None
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{index} has no weight_map of tensor names to files: copy it or convert it again")
-            names = sorted(set(weight_map.values()))
-            paths = [folder / shard for shard in names if Path(shard).name == shard]  # a shard lies beside its index
-        else:
-            paths = [single]
-        self.files, self.views = {}, {}
-        for path in paths:
-            file = open_safetensors(path, "numpy" if read_only else "pt")
-            self.files.update(dict.fromkeys(file.keys(), file))
-            if read_only:
-                self.views.update(map_read_only(path))
-
-    def check_fit(self, wanted: Mapping[str, Tensor]) -> None:
-        """ValueError where names or shapes differ from those of `wanted`; only the files' headers are read."""
-        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
-        check_shapes(str(self.path), {name: tuple(x.shape) for name, x in wanted.items()}, found)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.views[name] if self.views else self.files[name].get_tensor(name)
-
-
-def open_safetensors(path: Path, framework: str = "pt"):
-    """`safe_open`, with a ValueError that says what is wrong with the file and what to do."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: convert the checkpoint again, or copy the file there")
-    try:
-        return safe_open(path, framework)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}): copy or convert it again") from error
-    except RuntimeError as error:  # PyTorch's "unable to mmap … Cannot allocate memory"
-        reason = str(error).split("\n")[0]
+    if odd := [f"{name} ({stored.dtype})" for name, stored in found.items() if stored.dtype not in FLOATS]:
         raise ValueError(
-            f"{path} cannot be mapped ({reason}): if it is larger than the memory of this machine, use "
-            "--offload model or blocks, which map it to be read only"
-        ) from error
-
-
-def map_read_only(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file that `open_safetensors` has found whole, as views that can only be read.
-
-    The format: eight bytes that say how long the header is, a JSON header, the tensors' bytes. ValueError for tensors
-    that are no floating-point numbers.
-    """
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header.pop("__metadata__", None)
-    views = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")  # that is the point
-        for name, entry in header.items():
-            if entry["dtype"] not in dtypes:
-                raise ValueError(f"{path}: {name} is {entry['dtype']}, which no model here can use: convert it again")
-            count, offset = math.prod(entry["shape"]), start + entry["data_offsets"][0]
-            flat = torch.frombuffer(mapped, dtype=dtypes[entry["dtype"]], count=count, offset=offset)
-            views[name] = flat.view(entry["shape"])
-    return views
+            f"{weights.source} holds tensors that are not stored as {', '.join(FLOATS)}: {listed(odd)}; convert the "
+            "checkpoint again from weights that are not quantised"
+        )
 
 
 def check_layout(folder: Path) -> None:
@@ -310,10 +248,3 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
     """Write tensors to one safetensors file: beside it first, then renamed, so that `path` is never half there."""
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error

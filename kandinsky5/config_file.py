@@ -1,32 +1,35 @@
 """config.json of a native checkpoint: a `PipelineConfig` written down, and read with every value checked.
 
-A value of another type, a number that no model can have, or two that do not go together end in one line that names
+A value of another type, a value that no model can have, or two that do not go together end in one line that names
 the field, the value and the rule, before anything of the size that they say is built.
 """
 
 import dataclasses
-import json
 import reprlib
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from kandinsky5.config import PipelineConfig
+from kandinsky5.files import read_json, write_json
+from kandinsky5.screen import listed
 
 
 def save_config(config: PipelineConfig, path: str | Path) -> None:
     """Write `config` as JSON."""
-    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+    write_json(path, dataclasses.asdict(config))
 
 
 def load_config(path: str | Path) -> PipelineConfig:
-    """Read what `save_config` wrote. ValueError, in one line, where the file is no JSON or `check_config` objects."""
+    """Read what `save_config` wrote. ValueError, in one line, if the file is no JSON or `check_config` objects."""
+    document = read_json(path)
     try:
-        config = from_json(PipelineConfig, json.loads(Path(path).read_text()))
+        config = from_json(PipelineConfig, document)
         check_config(config)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a Kandinsky 5 configuration ({error}): correct it, convert the checkpoint again, or update "
             "this package if a newer one wrote the file"
@@ -45,9 +48,8 @@ def from_json(kind, value, key: str = ""):
         if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
             hints = typing.get_type_hints(option)
             if unknown := sorted(value.keys() - hints.keys()):
-                names = f"{', '.join(unknown)}; its fields are {', '.join(hints)}"
-                raise ValueError(f"{option.__name__} has no field {names}")
-            needed = [f.name for f in dataclasses.fields(option) if f.default is f.default_factory]  # both are MISSING
+                raise ValueError(f"{option.__name__} has no field {listed(unknown)}; its fields are {', '.join(hints)}")
+            needed = [f.name for f in dataclasses.fields(option) if f.default is f.default_factory]  # both MISSING
             if missing := [name for name in needed if name not in value]:
                 raise ValueError(f"{key or option.__name__} does not say its {', '.join(missing)}")
             return option(**{n: from_json(hints[n], v, f"{key}.{n}".removeprefix(".")) for n, v in value.items()})
@@ -85,24 +87,37 @@ def _in_words(kind) -> str:
 
 MAY_BE_ZERO = ("num_text_blocks", "dropped_tokens", "start_token", "end_token", "guidance_scale")  # others are above
 MOST = 2**24  # of a whole number; products of a few of them are still sizes that PyTorch can say
+LONGEST = 10_000  # characters of a text, and eight values in a list: thirty times the released template
 
-# What else a configuration must be: the fields, whether they may be so, and the rule in words.
+# What else a configuration must be: the fields, whether they may be so, and the rule in words. Whole models are built
+# from these values before their tensors are looked at, so the limits are a few times what any released model has.
 RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
+    ("name", lambda name: name.isprintable() and len(name) <= 200, "at most 200 printable characters"),
     ("tasks", lambda tasks: bool(tasks) and {*tasks} <= {"t2v", "i2v"}, "tasks are t2v, i2v or both"),
     ("dit.rope_axes", lambda axes: not any(n % 2 for n in axes), "channels rotate in pairs"),
     ("dit.dim dit.rope_axes", lambda dim, axes: dim % sum(axes) == 0, "the axes' sum, one head, divides dim"),
     ("dit.patch_size", lambda patch: patch[0] == 1 and max(patch) <= 64, "one frame, at most 64 latents a side"),
     ("dit.in_channels dit.out_channels", lambda a, b: a == b, "the velocity has the channels of the latents"),
+    ("dit.num_text_blocks", lambda n: n <= 128, "at most 128 blocks (Pro has 4)"),
+    ("dit.num_visual_blocks", lambda n: n <= 128, "at most 128 blocks (Pro has 60)"),
     ("dit.nabla.P", lambda P: P <= 1, "a share is at most 1"),
     ("vae.channels vae.norm_groups", lambda channels, n: not any(c % n for c in channels), "groups divide channels"),
     ("vae.channels vae.halves_time", lambda a, b: len(a) >= max(len(b), 1), "each halving has its stage"),
-    ("vae.image_channels", lambda n: n == 3, "pictures are red, green and blue"),
+    ("vae.blocks_per_stage", lambda n: n <= 16, "at most 16 blocks per stage (the released VAE has 2)"),
+    ("vae.image_channels", lambda n: n == 3, "images are red, green and blue"),
+    ("qwen.num_layers", lambda n: n <= 128, "at most 128 layers (the 7B has 28)"),
     ("qwen.dim qwen.num_heads", lambda dim, n: dim % (2 * n) == 0, "a head has an even number of channels"),
     ("qwen.num_heads qwen.num_kv_heads", lambda n, kv: n % kv == 0, "each key head serves as many query heads"),
+    ("clip.num_layers", lambda n: n <= 128, "at most 128 layers (ViT-L/14 has 12)"),
     ("clip.dim clip.num_heads", lambda dim, n: dim % n == 0, "the number of heads divides dim"),
     ("clip.start_token clip.end_token clip.vocab_size", lambda a, b, n: max(a, b) < n, "tokens are in the vocabulary"),
     ("clip.max_positions", lambda n: n >= 2, "there is room for the start and the end token"),
     ("text.template", lambda text: text.count("{}") == 1, "the prompt stands in it once, at {}"),
+    ("sampling.num_frames", lambda n: n <= 10_000, "at most 10,000 frames (seven minutes)"),
+    ("sampling.height", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),
+    ("sampling.width", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),
+    ("sampling.num_inference_steps", lambda n: n <= 10_000, "at most 10,000 steps"),
+    ("sampling.fps", lambda n: n <= 1000, "at most 1,000 frames per second"),
     ("tiling.frames tiling.frame_stride", lambda n, stride: stride <= n, "windows leave no gap"),
     ("tiling.pixels tiling.pixel_stride", lambda n, stride: stride <= n, "tiles leave no gap"),
     (
@@ -115,38 +130,45 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
         lambda halves, *n: not any(k % 2 ** len(halves) for k in n),
         "tiles hold whole latents",
     ),
-    (
-        "dit.num_text_blocks dit.num_visual_blocks vae.blocks_per_stage qwen.num_layers clip.num_layers",
-        lambda *n: max(n) <= 1000,
-        "no model has more than 1000 blocks of a kind",
-    ),
 )
 
 
 def check_config(config: PipelineConfig) -> None:
-    """ValueError, with names and values, for numbers that no model can have or that do not go together."""
-    values = _flatten(dataclasses.asdict(config))
+    """ValueError, with names and values, for values that no model can have or that do not go together."""
+    check_values(flatten(dataclasses.asdict(config)))
+
+
+def check_values(values: dict[str, Any], say: Callable[[str], str] = str) -> None:
+    """The same ValueError for some fields, {"dit.dim": 1792, …}; `say` turns a field's name into that of the message."""
+
+    def said(*keys: str) -> str:
+        return ", ".join(f"{say(key)} {reprlib.repr(values[key])}" for key in keys)
+
     for key, value in values.items():
-        numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if type(n) in (int, float)]
+        parts = value if isinstance(value, tuple) else (value,)
+        numbers = [n for n in parts if type(n) in (int, float)]
         if any(n < 0 or n == 0 and not key.endswith(MAY_BE_ZERO) for n in numbers):
-            raise ValueError(f"{key} is {value} and should be {'at least' if key.endswith(MAY_BE_ZERO) else 'above'} 0")
+            raise ValueError(f"{said(key)} should be {'at least' if key.endswith(MAY_BE_ZERO) else 'above'} 0")
         if any(type(n) is int and n > MOST for n in numbers):
-            raise ValueError(f"{key} is {reprlib.repr(value)} and should be at most {MOST}")
-    for keys, holds, rule in RULES:
-        found = {key: values[key] for key in keys.split() if key in values}
-        if found and not holds(*found.values()):
-            raise ValueError(f"{', '.join(f'{key} {reprlib.repr(value)}' for key, value in found.items())}: {rule}")
+            raise ValueError(f"{said(key)} should be at most {MOST}")
+        if len(parts) > 8 or any(isinstance(text, str) and len(text) > LONGEST for text in parts):
+            raise ValueError(f"{said(key)} should have at most 8 values, texts at most {LONGEST:,} characters")
+    for names, holds, rule in RULES:
+        keys = [key for key in names.split() if key in values]
+        if len(keys) == len(names.split()) and not holds(*(values[key] for key in keys)):
+            raise ValueError(f"{said(*keys)}: {rule}")
 
 
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat: dict = {}
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """{"dit": {"dim": 1792}} → {"dit.dim": 1792}."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
 def check_models_fit(config: PipelineConfig, present: Collection[str] = ("dit", "vae", "qwen", "clip")) -> None:
-    """ValueError where one model's output is not the other's input, of the models that are present."""
+    """ValueError if one model's output is not the other's input, of the models that are present."""
     for other, key, theirs in (("qwen", "text_dim", "dim"), ("clip", "pooled_dim", "dim"),
                                ("vae", "in_channels", "latent_channels")):  # fmt: skip
         wants, has = getattr(config.dit, key), getattr(getattr(config, other), theirs)

@@ -1,16 +1,103 @@
-"""Files that are never half there, and folders that one process at a time writes."""
+"""Files: what others wrote is read within limits, and what we write is never half there."""
 
 import contextlib
+import json
 import os
+import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from kandinsky5.screen import printable
+
+LARGEST = 10_000_000  # bytes of a file that is read whole; the released models' configs and indices have 0.2 MB at most
+DEEPEST = 64  # levels of a JSON document; those that we read have five
+LFS = b"version https://git-lfs.github.com/spec/v1"
+
+
+def check_regular(path: str | Path) -> Path:
+    """`path`, if it leads to a regular file; ValueError for a folder, pipe, device, git-lfs stub, or nothing."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its folder")
+    return path
+
+
+def check_inside(path: Path, folder: Path) -> Path:
+    """`path`, if it lies in `folder` with all links followed; ValueError if not, as a copy would give away other files.
+
+    In a Hugging Face cache, where snapshots/REVISION links to blobs/ next to it, the folder is the model's.
+    """
+    place, root = path.resolve(), folder.resolve()
+    cache = next((p.parent for p in (root, *root.parents) if p.name == "snapshots"), None)
+    if not place.is_relative_to(cache if cache and cache.name.startswith("models--") else root):
+        raise ValueError(f"{path} links to {place}, outside of {folder}: put the file itself there")
+    return path
+
+
+def read_bytes(path: str | Path, most: int = LARGEST) -> bytes:
+    """The content of a regular file; ValueError for another kind of file, or one of more than `most` bytes."""
+    size = check_regular(path).stat().st_size
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes, and should have at most {most:,}")
+    return Path(path).read_bytes()
+
+
+def read_text(path: str | Path, most: int = LARGEST) -> str:
+    """The same as text: UTF-8, with or without a byte order mark; bytes that are not UTF-8 become U+FFFD."""
+    return read_bytes(path, most).decode("utf-8-sig", "replace")
+
+
+def read_json(path: str | Path, most: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file; ValueError, with the path, for anything else or what `parse_json` refuses."""
+    value = parse_json(read_bytes(path, most), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: copy, download or convert it again")
+    return value
+
+
+def parse_json(data: bytes, where: object) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    ValueError that begins with `where` for invalid JSON, a key that occurs twice in an object, more than DEEPEST
+    levels, and half of a surrogate pair, which could not be written or printed again.
+    """
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
+        level = [value]
+        for _ in range(DEEPEST):
+            level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
+        if level:
+            raise ValueError(f"it has more than {DEEPEST} levels")
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be read as JSON ({printable(error, 300)})") from error
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {name!r} stands twice in one object")
+    return values
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A name of its own beside `path`, to write to: it becomes `path` if all goes well, and is removed if not."""
+    """A temporary name next to `path` to write to: it becomes `path` if all goes well, and is removed if not."""
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -21,13 +108,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file in UTF-8; a broken run leaves the old one as it was."""
+    """Write a small file in UTF-8; a failed run leaves the old one as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: str | Path, values: dict) -> None:
+    """Write a JSON file that people can read too; its folder is made if need be."""
+    make_folder(Path(path).parent)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
 def make_folder(path: str | Path) -> None:
-    """`mkdir -p`; OSError, in words, where a file is in the way."""
+    """`mkdir -p`; OSError if a file is in the way."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -35,7 +128,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Raise before hours of work what `replacing` would raise after them: OSError where `path` cannot be written."""
+    """Raise before hours of work what `replacing` would raise after them: OSError if `path` cannot be written."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -90,8 +183,8 @@ def free_name(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, refusal: str) -> Iterator[None]:
-    """Hold `folder` alone, or ValueError with `refusal`; the lock ends with the process, however that ends."""
-    import fcntl  # not on Windows, where only trainings and conversions miss it
+    """Hold `folder` alone, or raise ValueError with `refusal`; the lock ends with the process, however that ends."""
+    import fcntl  # not on Windows, where only training and conversion need it
 
     handle = os.open(folder, os.O_RDONLY)
     try:

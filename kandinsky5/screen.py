@@ -3,7 +3,9 @@
 A terminal may be closed, full, or gone (`| head`), a service has none, and some code pages lack letters.
 """
 
+import itertools
 import sys
+from collections.abc import Collection
 from typing import TextIO
 
 from tqdm.auto import tqdm
@@ -57,3 +59,9 @@ def printable(text: object, most: int = 1500) -> str:
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
+
+
+def listed(names: Collection[str], most: int = 6) -> str:
+    """The first few of many names, printable, and how many more there are."""
+    some = ", ".join(printable(name, 200) for name in itertools.islice(names, most))
+    return f"{some} and {len(names) - most:,} more" if len(names) > most else some

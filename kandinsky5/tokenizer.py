@@ -5,17 +5,28 @@ is how the files are found, and the two recipes that `vocab.json` + `merges.txt`
 transformers 5.23.0, tokenization_qwen2.py and tokenization_clip.py.
 """
 
+import codecs
+import contextlib
 import functools
-import json
+import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from kandinsky5.files import parse_json, read_bytes, read_json, read_text
+from kandinsky5.screen import listed, printable
+
 REMEDY = "tokenizers come with the checkpoint: convert or copy it again (python -m weights_convert --help)"
+LARGEST_FILE = 50_000_000  # bytes; Qwen's tokenizer.json has 11 MB
+LARGEST_ID = 2**24  # an embedding of so many rows would be larger than the models
+LONGEST_TEXT = 100_000  # characters; the models read 256 tokens of a prompt, and the library slows down with the square
+STEPS = 8  # of a normaliser; CLIP's has three
 
 
 class Tokenizer:
@@ -24,40 +35,39 @@ class Tokenizer:
     def __init__(self, encode: Callable, decode: Callable, vocabulary: dict[str, int]):
         self._encode, self._decode = encode, decode
         self._vocabulary = vocabulary  # token → id, special tokens included
-        self.vocab_size = max(vocabulary.values()) + 1  # an embedding table needs at least as many rows
+        self.vocab_size = max(vocabulary.values(), default=0) + 1  # an embedding table needs at least as many rows
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
-        """Read the first of these that `folder` holds: `tokenizer.json`; Qwen's or CLIP's `vocab.json` and
-        `merges.txt` (with `added_tokens.json`); a SentencePiece `*.model`. ValueError if none, or a bad one.
-        """
+        """Read what `find_files` finds in `folder`; ValueError if that is no tokenizer."""
         folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"there is no tokenizer folder {folder}; {REMEDY}")
-        if (folder / "tokenizer.json").is_file():
-            return load_tokenizer_json(folder / "tokenizer.json")
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return load_vocabulary_and_merges(folder)
-        if len(model_files := list(folder.glob("*.model"))) == 1:
-            return load_sentencepiece(model_files[0])
-        looked_for = "tokenizer.json, vocab.json with merges.txt, or one SentencePiece *.model"
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise ValueError(f"no tokenizer in {folder}: looked for {looked_for}; found {found}; {REMEDY}")
+        files = find_files(folder)
+        if not files:
+            found = listed(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+            kinds = "tokenizer.json, vocab.json with merges.txt, or one SentencePiece *.model"
+            raise ValueError(f"no tokenizer in {folder}: looked for {kinds}; found {found or 'nothing'}; {REMEDY}")
+        if files[0].suffix == ".model":
+            return load_sentencepiece(files[0])
+        return load_vocabulary_and_merges(folder) if len(files) > 1 else load_tokenizer_json(files[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none added around it. A special token written in `text` becomes its one id.
 
-        ValueError for half of a surrogate pair, which no encoding can write.
+        ValueError for more than LONGEST_TEXT characters, and for half of a surrogate pair, which no encoding can write.
         """
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"a text of {len(text):,} characters: at most {LONGEST_TEXT:,} are tokenized; shorten it")
         if half := re.search("[\ud800-\udfff]", text):
             near = text[max(0, half.start() - 40) : half.end() + 40]
             raise ValueError(f"{near!r} holds half of a surrogate pair, which is no text: remove it")
-        return self._encode(text)
+        with library_errors("this text cannot be tokenized"):
+            return self._encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens too (SentencePiece leaves its control tokens out). What CLIP's
         encode lower-cased and spaced apart stays so."""
-        return self._decode(ids)
+        with library_errors("these ids cannot be decoded"):
+            return self._decode(ids)
 
     def token_id(self, token: str) -> int:
         """The id of one token as the vocabulary spells it, such as `<|im_end|>`; ValueError if unknown."""
@@ -66,15 +76,79 @@ class Tokenizer:
         return self._vocabulary[token]
 
 
+def find_files(folder: Path) -> list[Path]:
+    """The files in `folder` that make its tokenizer, of the first of these kinds: `tokenizer.json`; Qwen's or CLIP's
+    `vocab.json` and `merges.txt` (with `added_tokens.json`); one SentencePiece `*.model`. Others do not count.
+    """
+    whole, vocabulary, merges, added = (folder / name for name in FILES)
+    if whole.is_file():
+        return [whole]
+    if vocabulary.is_file() and merges.is_file():
+        return [path for path in (vocabulary, merges, added) if path.is_file()]
+    models = [path for path in folder.glob("*.model") if path.is_file() and not path.name.startswith(".")]
+    return models if len(models) == 1 else []
+
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn whatever `tokenizers` and `sentencepiece` raise into a ValueError of one line.
+
+    A panic of Rust, such as for a regular expression that backtracks for ever, is no Exception, and prints a page on
+    stderr before it can be caught: so nothing is printed meanwhile.
+    """
+    with _one_at_a_time:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # there is none
+            stderr = -1
+        try:
+            if stderr >= 0:
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 2)
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{what} ({printable(error, 300)}); {REMEDY}") from error
+        finally:
+            if stderr >= 0:
+                os.dup2(stderr, 2)
+                os.close(stderr)
+
+
+_one_at_a_time = threading.RLock()
+
+
 def load_tokenizer_json(path: Path) -> Tokenizer:
     """A whole tokenizer in one file of the `tokenizers` library; ValueError if it is none."""
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} cannot be read as a tokenizer ({one_line(error)}); {REMEDY}") from error
-    backend.no_truncation()  # the file remembers how its saver cut and padded: the text encoder's business
-    backend.no_padding()
+    data = read_bytes(path, LARGEST_FILE)
+    document = parse_json(data, path)
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} cannot be read as a tokenizer: it holds no JSON object; {REMEDY}")
+    check_normalizer(document.get("normalizer"), path)
+    with library_errors(f"{path} cannot be read as a tokenizer"):
+        backend = tokenizers.Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))
+        backend.no_truncation()  # the file remembers how its saver cut and padded: the text encoder's business
+        backend.no_padding()
     return build_bpe(backend)
+
+
+NORMALIZERS = "NFC NFD NFKC NFKD Nmt Lowercase Strip StripAccents BertNormalizer Replace Prepend Sequence".split()
+
+
+def check_normalizer(normalizer: Any, path: Path) -> None:
+    """ValueError for one that could make a text grow without bound: long replacements, or many steps."""
+    steps = [normalizer] if normalizer else []
+    for step in steps:  # which grows meanwhile
+        inner = step.get("normalizers", []) if isinstance(step, dict) else None
+        if not isinstance(inner, list) or step.get("type") not in NORMALIZERS or len(steps) + len(inner) > STEPS:
+            raise ValueError(f"{path} normalises text in a way that is not known here: {step!r:.200}; {REMEDY}")
+        if any(len(str(step.get(key, ""))) > 1 for key in ("content", "prepend")):
+            raise ValueError(f"{path} replaces text by more than one character: {step!r:.200}; {REMEDY}")
+        steps += inner
 
 
 # Text is split by these first, and no token crosses a split. Qwen takes the space before a word along and one
@@ -115,8 +189,8 @@ def load_vocabulary_and_merges(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder}/vocab.json is not byte-level: {len(missing)} bytes are missing; {REMEDY}")
 
     merges = load_merges(folder / "merges.txt", vocabulary)
-    model = models.BPE(vocabulary, merges, end_of_word_suffix="</w>" if is_clip else "")
-    backend = tokenizers.Tokenizer(model)
+    with library_errors(f"{folder} cannot be read as a tokenizer"):
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>" if is_clip else ""))
     if is_clip:
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
@@ -136,12 +210,11 @@ def load_vocabulary_and_merges(folder: Path) -> Tokenizer:
 def load_sentencepiece(path: Path) -> Tokenizer:
     """A SentencePiece model. The library finds user-defined pieces in a text by itself but spells control
     pieces (`<s>`, `</s>`, …) out: the text is split at those first. ValueError for a file that is none."""
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model ({one_line(error)}); {REMEDY}") from error
-    vocabulary = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-    control = sorted((piece for piece, i in vocabulary.items() if model.is_control(i)), key=len, reverse=True)
+    data = read_bytes(path, LARGEST_FILE)
+    with library_errors(f"{path} is not a SentencePiece model"):
+        model = SentencePieceProcessor(model_proto=data)
+        vocabulary = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+        control = sorted((piece for piece, i in vocabulary.items() if model.is_control(i)), key=len, reverse=True)
     at_control = re.compile(f"({'|'.join(map(re.escape, control))})" if control else r"(?!)")  # longest first
 
     encode = functools.partial(_encode_pieces, model, vocabulary, set(control), at_control)
@@ -176,11 +249,8 @@ def _decode_bpe(backend: tokenizers.Tokenizer, word_end: str | None, ids: list[i
 
 def load_vocabulary(path: Path) -> dict[str, int]:
     """Token → id from a JSON file; ValueError if it holds anything else."""
-    try:
-        vocabulary = json.loads(path.read_bytes())
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"{path} is not valid JSON ({one_line(error)}); {REMEDY}") from error
-    if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
+    vocabulary = read_json(path, LARGEST_FILE)
+    if not all(type(i) is int and 0 <= i < LARGEST_ID for i in vocabulary.values()):
         raise ValueError(f"{path} does not map tokens to ids; {REMEDY}")
     return vocabulary
 
@@ -188,17 +258,12 @@ def load_vocabulary(path: Path) -> dict[str, int]:
 def load_merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """The pairs of tokens that BPE joins, first come first joined; ValueError for a line that is no such pair."""
     merges = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = read_text(path, LARGEST_FILE).replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line or line.startswith("#version"):
             continue
         pair = tuple(line.split(" "))
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            raise ValueError(f"{path} line {number}, {line!r}, does not fit vocab.json; {REMEDY}")
+            raise ValueError(f"{path} line {number}, {line[:100]!r}, does not fit vocab.json; {REMEDY}")
         merges.append(pair)
     return merges
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, without line breaks."""
-    return " ".join(str(error).split())

@@ -28,10 +28,11 @@ from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
+from kandinsky5.tensor_files import Stored
 from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_NABLA, SMALL_QWEN, SMALL_VAE, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
 from weights_convert.__main__ import main
-from weights_convert.read import Stored, read_weights
+from weights_convert.read import read_weights
 
 CONFIG = PipelineConfig(
     name="small",
@@ -152,7 +153,7 @@ def test_one_model_is_swapped_and_the_others_are_shared(native, diffusers, tmp_p
     state = load_file(diffusers / "vae" / "diffusion_pytorch_model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, bare)
     # A bare file says nothing of its 8 norm groups: a config.json beside it does.
-    with pytest.raises(ValueError, match="must be divisible by num_groups"):
+    with pytest.raises(ValueError, match="norm_num_groups 32"):
         from_official(tmp_path / "swapped", vae=bare, base=native, progress=False)
     shutil.copy(diffusers / "vae" / "config.json", tmp_path)
     from_official(tmp_path / "swapped", vae=bare, base=native, progress=False)
@@ -263,7 +264,7 @@ def test_inspect_names_the_presets_that_a_file_fits(tmp_path):
     header = write.build_header(part, list(stored), {})
     with open(tmp_path / "dit.safetensors", "wb") as file:
         file.write(header)
-        file.truncate(len(header) + write.shard_size(part, list(stored)))
+        file.truncate(len(header) + sum(map(part.nbytes, stored)))
     (report,) = inspect(tmp_path / "dit.safetensors")["models"]
     assert report["parameters"] == 2_007_702_848 and report["dtypes"] == {"BF16": 2 * 2_007_702_848}
     assert report["presets"] == [name for name in PRESETS if "lite" in name]  # nothing says attention or task
@@ -317,7 +318,6 @@ def test_an_interrupted_run_is_resumed_without_writing_finished_shards_again(nat
     assert nothing_else_in(tmp_path, "whole", "dst")
     assert finished.items() <= {path.name: path.stat().st_ino for path in (tmp_path / "dst").rglob("*")}.items()
     assert_folders_equal(tmp_path / "whole", tmp_path / "dst")
-    assert not (tmp_path / "dst" / write.PLAN).exists()
 
 
 def test_a_run_with_another_base_is_not_gone_on_with(native, diffusers, tmp_path, monkeypatch):
@@ -328,7 +328,7 @@ def test_a_run_with_another_base_is_not_gone_on_with(native, diffusers, tmp_path
     (first / "qwen_tokenizer" / "only_here.txt").write_text("first")
     texts = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(write, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(write, "sync", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             from_diffusers(diffusers, tmp_path / "dst", only="dit", base=first, progress=False)
     from_diffusers(diffusers, tmp_path / "dst", only="dit", base=second, resume=True, progress=False)
@@ -342,7 +342,7 @@ def test_an_unfinished_run_is_not_resumed(resume, first, native, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "write_index", interrupted)  # all shards are there
+        patch.setattr(write, "sync", interrupted)  # all shards are there
         with pytest.raises(KeyboardInterrupt):
             to_diffusers(native, tmp_path / "dst", **first, progress=False)
     unfinished = next((tmp_path / ".dst.partial" / "vae").glob("*.safetensors"))
@@ -417,7 +417,8 @@ def test_all_is_on_the_disk_before_anything_takes_its_name(native, tmp_path, mon
 
     def renamed_after_fsync(rename):
         def checked(source, target):
-            assert is_on_disk(source) and all(is_on_disk(path) for path in source.rglob("*"))
+            assert "shard" not in str(target) or is_on_disk(source)
+            assert all(is_on_disk(path) for path in source.rglob("*"))
             rename(source, target)
             renamed.append(target)
 
@@ -528,7 +529,7 @@ def damage_index_that_leaves_the_folder(folder: Path, file: Path) -> None:
 
 def damage_index_that_names_a_safetensors_file_elsewhere(folder: Path, file: Path) -> None:
     weight_map = dict.fromkeys(load_file(file), f"../{folder.name}/{file.name}")
-    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def damage_index_without_its_shard(folder: Path, file: Path) -> None:
@@ -537,7 +538,7 @@ def damage_index_without_its_shard(folder: Path, file: Path) -> None:
 
 
 def damage_index_of_numbers(folder: Path, file: Path) -> None:
-    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 5}}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 5}}))
 
 
 def damage_pickle_with_code(folder: Path, file: Path) -> None:
@@ -575,7 +576,7 @@ BAD_INPUT = {
     damage_unknown_dtype_tag: "no complete safetensors file",
     damage_integer_weights: "visual_embeddings.in_layer.bias is stored as I32",
     damage_missing_tensor: "visual_transformer_blocks.1.cross_attention.key_norm.weight is missing",
-    damage_unknown_tensors: "lora.down is not known; lora.up is not known",
+    damage_unknown_tensors: "lora.down is not known, lora.up is not known",
     damage_config_of_another_depth: "config.json says num_visual_blocks = 60, its tensors have 2",
     damage_config_that_is_no_json: "cannot be read as JSON",
     damage_config_of_another_attention: "attention_type = 'sta'",
@@ -583,11 +584,11 @@ BAD_INPUT = {
     damage_two_sets_of_weights: "several sets of weights",
     damage_html_instead_of_weights: "no complete safetensors file",
     damage_index_that_leaves_the_folder: "'../../etc/passwd'",
-    damage_index_that_names_a_safetensors_file_elsewhere: "beside their index, in the same folder",
+    damage_index_that_names_a_safetensors_file_elsewhere: "transformer/diffusion_pytorch_model.safetensors'",
     damage_index_without_its_shard: "gone.safetensors is missing",
     damage_index_of_numbers: "no weight_map",
-    damage_pickle_with_code: "code or objects, which are never run",
-    damage_bare_pickle_with_code: "File is not a zip file",
+    damage_pickle_with_code: "posix.mkdir",
+    damage_bare_pickle_with_code: "posix.mkdir",
     damage_torchscript: "it is a TorchScript program",
     damage_pt_that_is_no_zip: "cannot be read",
 }
@@ -613,9 +614,9 @@ def test_bad_input(damage, transformer, tmp_path, capsys):
         ("vae", {"scaling_factor": 10**400}, "and should be a finite number"),
         ("qwen", {"text_config": 5}, "text_config is 5 and should be a table"),
         ("qwen", {"text_config": {"rope_parameters": [1]}}, "rope_parameters is [1] and should be a table"),
-        ("qwen", {"text_config": {"num_key_value_heads": 3}}, "no multiple of num_key_value_heads 3"),
+        ("qwen", {"text_config": {"num_key_value_heads": 3}}, "num_key_value_heads 3"),
         ("clip", {"num_attention_heads": -2}, "num_attention_heads is -2; it must be more than 0"),
-        ("clip", {"num_attention_heads": 5}, "hidden_size 24 is no multiple of num_attention_heads 5"),
+        ("clip", {"num_attention_heads": 5}, "hidden_size 24, num_attention_heads 5"),
         ("clip", {"bos_token_id": [0]}, "bos_token_id is [0] and should be a whole number"),
         ("dit", {"attention_wT": "a"}, "attention_wT is 'a' and should be a whole number"),
         ("dit", {"attention_P": [0.9]}, "attention_P is [0.9] and should be a finite number"),
@@ -623,7 +624,7 @@ def test_bad_input(damage, transformer, tmp_path, capsys):
         ("dit", {"attention_wH": None}, "attention_type = 'nabla' but no attention_wH"),
         ("dit", {"attention_type": ["nabla"]}, "attention_type is ['nabla'] and should be a text"),
         ("dit", {"axes_dims": [16, 16]}, "axes_dims is [16, 16] and should be a list of 3 times a whole number"),
-        ("dit", {"axes_dims": [7, 13, 12]}, "axes_dims [7, 13, 12] are not all even"),
+        ("dit", {"axes_dims": [7, 13, 12]}, "axes_dims (7, 13, 12)"),
         ("dit", {"visual_cond": 1}, "visual_cond is 1 and should be true or false"),
     ],
 )

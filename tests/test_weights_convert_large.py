@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky5.config import LITE
+from kandinsky5.files import write_json
+from kandinsky5.tensor_files import Stored
 from weights_convert import convert
-from weights_convert.read import Stored, read_weights, write_json
+from weights_convert.read import read_weights
 from weights_convert.sizes import to_their_config
 from weights_convert.write import Part, plan_shards, verify_shard, write_index
 
@@ -47,7 +49,7 @@ def test_lite_goes_native_and_back_in_bounded_memory(tmp_path):
 def write_random_lite(folder: Path) -> int:
     """Three shards of random bf16 and their index; returns the bytes of the largest tensor."""
     folder.mkdir()
-    write_json(to_their_config("dit", LITE), folder / "config.json")
+    write_json(folder / "config.json", to_their_config("dit", LITE))
     shapes, _ = convert.describe_model("dit", LITE, "Lite")
     names = {convert.tables.theirs("dit", name): shape for name, shape in shapes.items()}
     tensors = {name: Stored(folder, 0, 0, shape, "BF16") for name, shape in names.items()}

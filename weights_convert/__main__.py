@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import os
 import re
-import signal
 import sys
 
+from kandinsky5 import cli
 from kandinsky5.checkpoint import MODELS
 from kandinsky5.config import NANO_NAMES, PipelineConfig, TextConfig
 from weights_convert import convert
@@ -15,22 +14,10 @@ from weights_convert.write import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0 if it worked, 2 with one line on stderr if not, 130 if interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C
+    """Run one command; returns 0 if it worked, 2 after one line on stderr if not, 130 if interrupted."""
     options = vars(build_parser().parse_args(arguments))
-    run = options.pop("run")
-    try:
-        run(**options)
-        return 0
-    except BrokenPipeError:  # who reads it, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: --resume goes on with the files that are finished", file=sys.stderr)
-        return 130
+    command = options.pop("run")
+    return cli.run(lambda: command(**options), stopped="run it again with --resume to keep the finished files")
 
 
 def run_from_diffusers(**options) -> None:

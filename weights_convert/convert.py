@@ -5,6 +5,7 @@
 `tables.py` has the names, `sizes.py` the configs, `write.py` the way a folder comes into being.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -17,14 +18,23 @@ from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.files import check_inside, read_json, write_json
 from kandinsky5.qwen import Qwen
-from kandinsky5.tokenizer import Tokenizer
+from kandinsky5.screen import listed, printable, say
+from kandinsky5.tensor_files import FLOATS, Weights
+from kandinsky5.tokenizer import Tokenizer, find_files
 from kandinsky5.vae import VAE
 from weights_convert import tables
-from weights_convert.diffusers_files import TASKS, write_model_index, write_scheduler, write_tokenizer_configs
-from weights_convert.read import FLOATS, Weights, read_json, read_weights, write_json
+from weights_convert.diffusers_files import (
+    TASKS,
+    read_shift,
+    write_model_index,
+    write_scheduler,
+    write_tokenizer_configs,
+)
+from weights_convert.read import read_weights
 from weights_convert.sizes import ModelConfig, build_config, to_their_config
-from weights_convert.write import Options, Part, say, write_folder
+from weights_convert.write import Options, Part, write_folder
 
 CLASSES = {"dit": DiT, "vae": VAE, "qwen": Qwen, "clip": CLIPText}
 # Where the Diffusers layout keeps what the native one keeps at the top, and what its weight files are called.
@@ -68,13 +78,13 @@ def from_diffusers(
         )
     sources = {}
     for model in models:
-        tokenizer = src / TOKENIZERS[model] if whole and model in TOKENIZERS else None
+        tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
 
-    config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src.resolve().name)
+    config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src)
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
-        shift = read_shift(src / "scheduler" / "scheduler_config.json")
+        shift = config.sampling.shift if preset else read_shift(src / "scheduler" / "scheduler_config.json")
         config = replace(config, tasks=read_tasks(src), sampling=replace(config.sampling, shift=shift))
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, task_known=whole) if preset else config
@@ -112,7 +122,7 @@ def from_official(
             "(--base), or say which one to convert alone (--only)"
         )
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
-    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst).name)
+    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst))
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, task_known=False) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
@@ -154,7 +164,7 @@ def to_diffusers(
 
     def write_small_files(folder: Path) -> None:
         for model in _chosen(only):
-            write_json(to_their_config(model, getattr(config, model)), folder / FOLDERS[model] / "config.json")
+            write_json(folder / FOLDERS[model] / "config.json", to_their_config(model, getattr(config, model)))
             tokenizer = folders.get(f"{model}_tokenizer", src) / f"{model}_tokenizer"
             if model in TOKENIZERS and not base and tokenizer.is_dir():
                 copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
@@ -212,7 +222,7 @@ def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> 
     shapes = {name: stored.shape for name, stored in weights.tensors.items()}
     sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
     beside = path if path.is_dir() else path.parent
-    if model in TOKENIZERS and not tokenizer and has_tokenizer(beside):
+    if model in TOKENIZERS and not tokenizer and find_files(beside):
         tokenizer = beside
     return Source(weights, sizes, Path(tokenizer) if tokenizer else None)
 
@@ -246,14 +256,14 @@ def build_part(
             if stored.shape != shapes[ours]:
                 problems.append(f"{theirs} is {stored.shape} in the file, {shapes[ours]} by the config.json")
             if stored.dtype not in FLOATS:
-                problems.append(f"{theirs} is stored as {stored.dtype}, not as one of {', '.join(FLOATS)}")
+                problems.append(f"{theirs} is stored as {stored.dtype} (quantised?), not as one of {', '.join(FLOATS)}")
             tensors[name_here(ours)] = stored
             dtype = stored.dtype
             if options.dtype:
                 dtype = "F32" if ours in islands and not options.cast_all else DTYPES.get(options.dtype, stored.dtype)
             dtypes[name_here(ours)] = dtype
     if problems:
-        raise ValueError(f"{weights.source} holds no {model} of these sizes: {'; '.join(problems)}")
+        raise ValueError(f"{weights.source} holds no {model} of these sizes: {listed(problems)}")
     return Part(stem, tensors, dtypes, weights.metadata)
 
 
@@ -283,7 +293,8 @@ def tell_dropped(model: str, weights: Weights) -> None:
     for start in tables.DROPPED[model]:
         sizes = [stored.nbytes for name, stored in weights.tensors.items() if name.startswith(start)]
         if sizes:
-            say(f"left out of {weights.source}: {start}* ({len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB)")
+            count = f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB"
+            say(f"left out of {printable(weights.source)}: {start}* ({count})")
 
 
 def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> PipelineConfig:
@@ -320,16 +331,7 @@ def read_tasks(src: Path) -> tuple[str, ...]:
     return ours if task in ours else (task,)
 
 
-def read_shift(path: Path) -> float:
-    """The schedule's shift in scheduler_config.json; ValueError unless it is a positive number."""
-    shift = read_json(path).get("shift", 1.0)  # the scheduler's own default
-    if type(shift) not in (int, float) or not 0 < shift < float("inf"):
-        raise ValueError(f"{path} says shift = {shift!r}; a shift is a positive number")
-    return float(shift)
-
-
-# What `Tokenizer.load` reads (the first that is there), and what diffusers wants beside it.
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"))
+# What diffusers wants next to the files of a tokenizer.
 PROCESSOR_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -341,27 +343,19 @@ PROCESSOR_FILES = (
 )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether `Tokenizer.load` would find something to read there."""
-    return any((folder / files[0]).is_file() for files in TOKENIZER_FILES) or any(folder.glob("*.model"))
-
-
 def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copy a tokenizer's files, and see that it can be read: else ValueError."""
-    found: tuple[str, ...] = next((files for files in TOKENIZER_FILES if (src / files[0]).is_file()), ())
-    found = found or tuple(path.name for path in src.glob("*.model"))  # SentencePiece
-    shutil.rmtree(dst, ignore_errors=True)  # of a run that was resumed
+    """Copy a tokenizer's files; ValueError if it cannot be read, or if one of them is a link that leaves the folder."""
+    Tokenizer.load(src)
     dst.mkdir()
-    for file in (*found, *PROCESSOR_FILES):
-        if (src / file).is_file():
-            shutil.copyfile(src / file, dst / file)
-    Tokenizer.load(dst if found else src)
+    others = [src / file for file in PROCESSOR_FILES if (src / file).is_file()]
+    for path in (*find_files(src), *others):
+        shutil.copyfile(check_inside(path, src), dst / path.name)
 
 
 def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:
-    """The files below `folder` by their place in it, as far as `keep(place)` says so."""
+    """The files below `folder` that `keep(place)` wants, by their place in it. ValueError if a link leaves it."""
     places = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(place): folder / place for place in places if keep(place)}
+    return {str(place): check_inside(folder / place, folder) for place in places if keep(place)}
 
 
 def _chosen(only: str | None) -> tuple[str, ...]:
@@ -375,5 +369,9 @@ def _with_sizes(config: PipelineConfig, sources: Mapping[str, Source]) -> Pipeli
     return replace(config, **sizes)
 
 
-def _new_config(name: str) -> PipelineConfig:
-    return PipelineConfig(name=name, sampling=SamplingConfig(rope_scale=None))
+def _new_config(folder: Path) -> PipelineConfig:
+    """A config called after a folder as given, or after the model if that is a commit in a Hugging Face cache."""
+    place = Path(os.path.abspath(folder))  # links are not followed
+    cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
+    name = place.parent.parent.name.split("--")[-1] if cached else place.name
+    return PipelineConfig(name=printable(name, 100), sampling=SamplingConfig(rope_scale=None))

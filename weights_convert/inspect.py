@@ -9,9 +9,12 @@ from pathlib import Path
 from kandinsky5.checkpoint import MODELS, find_part, find_shipped
 from kandinsky5.config import PRESETS, DiTConfig
 from kandinsky5.config_file import load_config
+from kandinsky5.files import read_json
+from kandinsky5.screen import listed, printable
+from kandinsky5.tensor_files import Weights
 from weights_convert import tables
 from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
-from weights_convert.read import Weights, read_json, read_weights
+from weights_convert.read import read_weights
 from weights_convert.sizes import ModelConfig, build_config
 
 # Our name of a tensor that only this model has.
@@ -96,8 +99,7 @@ def recognise(weights: Weights) -> tuple[str, str, Weights]:
         tensors = tables.respell(model, weights.tensors)
         if tables.theirs(model, mark) in tensors:
             return model, "Diffusers", weights._replace(tensors=tensors)
-    some = ", ".join(list(weights.tensors)[:3])
-    raise ValueError(f"{weights.source} holds none of {', '.join(MODELS)}: its tensors are called {some}, …")
+    raise ValueError(f"{weights.source} holds none of {', '.join(MODELS)}: its tensors are {listed(weights.tensors)}")
 
 
 def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, attention_known: bool) -> list[str]:
@@ -120,7 +122,7 @@ def as_table(report: dict) -> str:
         dtypes = " + ".join(f"{dtype} {nbytes / 1e6:,.1f} MB" for dtype, nbytes in row["dtypes"].items())
         fitting = "all" if len(row["presets"]) == len(PRESETS) else ", ".join(row["presets"]) or "none"
         file, parameters = os.path.relpath(row["file"], folder), f"{row['parameters']:,}"
-        rows.append((row["model"], file, row["names"], dtypes, parameters, summary(row), fitting))
+        rows.append((row["model"], printable(file, 200), row["names"], dtypes, parameters, summary(row), fitting))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
     tasks = f", {' and '.join(report['tasks'])}" if report["tasks"] else ""
@@ -130,7 +132,7 @@ def as_table(report: dict) -> str:
             notes.append(f"{row['model']}: {row['other tensors']} tensors that are not used here")
         if row["missing tensors"]:
             notes.append(f"{row['model']}: {row['missing tensors']} tensors are MISSING")
-    return "\n".join([f"{report['path']}: {report['layout']}{tasks}", *lines, *notes])
+    return "\n".join([f"{printable(report['path'])}: {report['layout']}{tasks}", *lines, *notes])
 
 
 def summary(row: dict) -> str:

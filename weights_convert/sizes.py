@@ -6,10 +6,11 @@ defaults of `kandinsky5.config`, which are those of the released models.
 
 import math
 import typing
+from dataclasses import asdict
 from typing import Any
 
 from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig
-from kandinsky5.config_file import from_json
+from kandinsky5.config_file import check_values, flatten, from_json
 
 # Our field: their key. Each row is read in both directions.
 KEYS = {
@@ -65,15 +66,18 @@ OTHER_KEYS: dict[str, dict[str, type]] = {
         "attention_wT": int,
         "attention_wH": int,
         "attention_wW": int,
+        "attention_add_sta": bool,
+        "attention_method": str,
     },
     "vae": {
         "spatial_compression_ratio": int,
         "temporal_compression_ratio": int,
         "time_compression_ratio": int,  # Tencent's name of the same
     },
-    "qwen": {},
+    "qwen": {"head_dim": int},
     "clip": {},
 }
+NABLA_KEYS = ("attention_P", "attention_wT", "attention_wH", "attention_wW")
 MAY_BE_0 = ("num_text_blocks", "bos_token_id", "eos_token_id")
 ModelConfig = DiTConfig | VAEConfig | QwenConfig | CLIPConfig
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "qwen": QwenConfig, "clip": CLIPConfig}
@@ -84,13 +88,44 @@ CLASS_KEYS: dict[str, dict[str, str | list[str]]] = {
     "qwen": {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
     "clip": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
 }
-# Keys that may only have this value, as our models compute nothing else.
-FIXED: dict[str, dict[str, str | bool]] = {
-    "dit": {},
-    "vae": {"act_fn": "silu", "mid_block_add_attention": True},
-    "qwen": {"hidden_act": "silu", "use_sliding_window": False},
-    "clip": {"hidden_act": "quick_gelu"},
+# Keys that may only have one of these values, wherever they stand, as our models compute nothing else. Of a list every
+# item is meant. Quantised weights are none of ours.
+FIXED: dict[str, dict[str, tuple]] = {
+    "dit": {
+        "_class_name": ("Kandinsky5Transformer3DModel",),
+        "attention_causal": (False,),
+        "attention_local": (False,),
+        "attention_glob": (False,),
+        "quantization_config": (),
+    },
+    "vae": {
+        "_class_name": ("AutoencoderKLHunyuanVideo", "AutoencoderKLCausal3D"),  # Tencent's name of the same
+        "act_fn": ("silu",),
+        "mid_block_add_attention": (True,),
+        "down_block_types": ("HunyuanVideoDownBlock3D", "DownEncoderBlockCausal3D"),
+        "up_block_types": ("HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D"),
+        "out_channels": (3,),
+        "shift_factor": (0,),
+        "quantization_config": (),
+    },
+    "qwen": {
+        "model_type": ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl", "qwen2_vl_text", "qwen2"),
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False,),
+        "layer_types": ("full_attention",),
+        "rope_type": ("default", "mrope"),  # on three axes with equal positions mrope is plain
+        "type": ("default", "mrope"),
+        "partial_rotary_factor": (1,),
+        "quantization_config": (),
+    },
+    "clip": {
+        "model_type": ("clip", "clip_text_model"),
+        "hidden_act": ("quick_gelu",),
+        "quantization_config": (),
+    },
 }
+# The tables of a config.json that may hold what others have at the top.
+TABLES = ("text_config", "text_config_dict", "rope_parameters", "rope_scaling")
 
 
 def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
@@ -107,21 +142,12 @@ def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], w
                 "use the config.json that belongs to these weights"
             )
     sizes = CONFIGS[model](**{**family, **certain, **said})
-    check_heads(sizes, where)
+    theirs = {f"{model}.{field}": key for field, key in KEYS[model].items()}
+    try:
+        check_values(flatten({model: asdict(sizes)}), lambda field: theirs.get(field, field))
+    except ValueError as error:
+        raise ValueError(f"{where}: config.json: {error}: use the one that belongs to these weights") from error
     return sizes
-
-
-def check_heads(sizes: ModelConfig, where: str) -> None:
-    """ValueError where a head would have a part of a channel, or of a pair that rotates: no tensor's shape shows it."""
-    problem = ""
-    if isinstance(sizes, DiTConfig) and any(axis % 2 for axis in sizes.rope_axes):
-        problem = f"axes_dims {[*sizes.rope_axes]} are not all even"
-    if isinstance(sizes, QwenConfig | CLIPConfig) and sizes.dim % sizes.num_heads:
-        problem = f"hidden_size {sizes.dim} is no multiple of num_attention_heads {sizes.num_heads}"
-    if isinstance(sizes, QwenConfig) and sizes.num_heads % sizes.num_kv_heads:
-        problem = f"num_attention_heads {sizes.num_heads} is no multiple of num_key_value_heads {sizes.num_kv_heads}"
-    if problem:
-        raise ValueError(f"{where}: {problem}: use the config.json that belongs to these weights")
 
 
 def read_config(model: str, config: dict, where: str) -> dict:
@@ -132,6 +158,11 @@ def read_config(model: str, config: dict, where: str) -> dict:
         fields["nabla"] = read_nabla(said, where)
     if model == "vae" and config:
         fields["halves_time"] = read_halvings(said, where)
+    if {"head_dim", "hidden_size", "num_attention_heads"} <= said.keys():
+        if said["head_dim"] * said["num_attention_heads"] != said["hidden_size"]:
+            raise ValueError(
+                f"{where}: config.json says head_dim {said['head_dim']}; this code computes hidden_size / heads"
+            )
     if model == "clip" and config:
         # Old configs have 0 and 2, which were never CLIP's: transformers reads them as the last two of the vocabulary.
         vocabulary, old = said.get("vocab_size", CLIPConfig.vocab_size), said.get("eos_token_id", 2) == 2
@@ -143,25 +174,33 @@ def read_config(model: str, config: dict, where: str) -> dict:
 
 
 def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
-    """What we read of a config.json, by their keys; null is as good as not there. ValueError for values of other types,
-    and for those of `FIXED` that are not ours."""
-    for table in ("text_config", "rope_parameters"):  # newer configs have in these what older ones have at the top
-        if config.get(table) is not None:
-            inner = read_value(dict, config[table], table, where)
-            config = {**config, **{key: value for key, value in inner.items() if value is not None}}
-    config = {key: value for key, value in config.items() if value is not None}
+    """What we read of a config.json, by their keys; null is as good as not there.
 
-    for key, value in FIXED[model].items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{where}: config.json says {key} = {config[key]!r}; this code computes only {value!r}")
+    ValueError for values of other types, for those of `FIXED` that are not ours, and for two that contradict each
+    other: some savers write the same key at the top and in a table.
+    """
+    tables = [config]
+    for table in tables:  # which grows meanwhile
+        tables += [read_value(dict, table[name], name, where) for name in TABLES if table.get(name) is not None]
     types = typing.get_type_hints(CONFIGS[model])
     kinds = {key: types[field] for field, key in KEYS[model].items()} | OTHER_KEYS[model]
-    said = {}
-    for key in kinds.keys() & config.keys():
-        value = said[key] = read_value(kinds[key], config[key], key, where)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if key not in MAY_BE_0 and any(type(number) in (int, float) and number <= 0 for number in numbers):
-            raise ValueError(f"{where}: config.json says {key} is {config[key]!r}; it must be more than 0: correct it")
+    said: dict[str, Any] = {}
+    for table in tables:
+        for key, ours in FIXED[model].items():
+            found = table.get(key)
+            if found is not None and not all(v in ours for v in (found if isinstance(found, list) else [found])):
+                only = " or ".join(map(repr, ours)) or "without it"
+                raise ValueError(f"{where}: config.json says {key} = {found!r:.100}; this code computes only {only}")
+        for key in kinds.keys() & table.keys():
+            if table[key] is not None:
+                value = read_value(kinds[key], table[key], key, where)
+                numbers = value if isinstance(value, tuple) else (value,)
+                if key not in MAY_BE_0 and any(type(n) in (int, float) and n <= 0 for n in numbers):
+                    raise ValueError(
+                        f"{where}: config.json says {key} is {table[key]!r}; it must be more than 0: correct it"
+                    )
+                if said.setdefault(key, value) != value:
+                    raise ValueError(f"{where}: config.json says {key} twice, {said[key]!r:.100} and {value!r:.100}")
     return said
 
 
@@ -175,7 +214,9 @@ def read_value(kind, value, key: str, where: str):
 
 def to_their_config(model: str, sizes) -> dict:
     """The config.json that diffusers or transformers builds a model of these sizes from."""
-    config = {key: getattr(sizes, field) for field, key in KEYS[model].items()} | FIXED[model]
+    config = {key: getattr(sizes, field) for field, key in KEYS[model].items()}
+    said = ("act_fn", "mid_block_add_attention", "hidden_act", "use_sliding_window")
+    config |= {key: FIXED[model][key][0] for key in said if key in FIXED[model]}
     if model == "dit" and sizes.nabla:
         wT, wH, wW = sizes.nabla.window
         window = {"attention_wT": wT, "attention_wH": wH, "attention_wW": wW}
@@ -219,9 +260,14 @@ def read_nabla(said: dict[str, Any], where: str) -> NablaConfig | None:
     kind = said.get("attention_type", "regular")
     if kind == "regular":
         return None
-    if kind != "nabla":
-        raise ValueError(f"{where}: config.json says attention_type = {kind!r}; this code knows 'regular' and 'nabla'")
-    missing = [key for key in OTHER_KEYS["dit"] if key not in said]
+    for key, value, ours in (
+        ("attention_type", kind, "nabla"),
+        ("attention_add_sta", said.get("attention_add_sta", True), True),
+        ("attention_method", said.get("attention_method", "topcdf"), "topcdf"),
+    ):
+        if value != ours:
+            raise ValueError(f"{where}: config.json says {key} = {value!r:.100}; this code computes only {ours!r}")
+    missing = [key for key in NABLA_KEYS if key not in said]
     if missing:
         raise ValueError(f"{where}: config.json says attention_type = 'nabla' but no {', '.join(missing)}")
     if said["attention_P"] > 1:

@@ -156,8 +156,9 @@ DROPPED = {
 # Other spellings of the same names, by the start of the name; the first that fits is respelled.
 RESPELLED = {
     "dit": {},
-    "vae": {"vae.": ""},
+    "vae": {},
     "qwen": {
+        "language_model.model.": "model.",
         "model.language_model.": "model.",
         "model.visual.": "visual.",
         "language_model.": "model.",
@@ -185,11 +186,37 @@ OPENAI_CLIP = {
 }
 
 
+# How the name of one tensor ends that every model of its kind has, and what may stand before that.
+MARKS = {
+    "dit": ("visual_embeddings.in_layer.weight", ("",)),
+    "vae": ("encoder.conv_in.conv.weight", ("",)),
+    "qwen": ("embed_tokens.weight", ("model.language_model.", "language_model.model.", "language_model.", "model.")),
+    "clip": ("token_embedding.weight", ("text_model.embeddings.", "embeddings.", "")),
+}
+# What torch.compile and FSDP put in front of the modules that they wrap.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrap(model: str, tensors: dict) -> dict:
+    """The tensors without what other tools put before all names, such as "model.diffusion_model." or "module.".
+
+    ValueError if the model is there twice, such as plain and below "ema.".
+    """
+    mark, starts = MARKS[model]
+    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    heads = [name.removesuffix(mark) for name in tensors if name == mark or name.endswith(f".{mark}")]
+    prefixes = {head.removesuffix(next((s for s in starts if head.endswith(s)), "")) for head in heads}
+    if len(prefixes) > 1:
+        raise ValueError(f"it holds a {model} more than once, below {sorted(prefixes)}: save one of them alone")
+    return {name.removeprefix("".join(prefixes)): tensor for name, tensor in tensors.items()}
+
+
 def respell(model: str, tensors: dict) -> dict:
     """The tensors under the names that stand in the table, whichever way their saver spells them.
 
-    ValueError where two spellings of one name are there.
+    ValueError if two spellings of one name are there.
     """
+    tensors = unwrap(model, tensors)
     if model == "clip" and "positional_embedding" in tensors:
         tensors = respell_openai_clip(tensors)
     respelled = {}

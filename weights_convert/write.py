@@ -1,10 +1,12 @@
 """A folder of safetensors files, written tensor by tensor, that appears all at once when it is complete."""
 
+import filecmp
 import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,27 +18,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky5.files import locked
-from weights_convert.read import FLOATS, Stored, Weights, read_json, read_safetensors
-
-PLAN = "unfinished.json"  # stands in a folder as long as it is not complete
+from kandinsky5.files import locked, make_folder, parse_json, replacing, write_json
+from kandinsky5.screen import Forgiving, listed, printable, say
+from kandinsky5.tensor_files import DTYPES, Stored, Weights, read_safetensors
 
 
 @dataclass(frozen=True)
 class Options:
-    """What all conversions can be told."""
+    """The options of every conversion."""
 
     dtype: str | None = None  # "bf16", "fp16" or "fp32": cast to it; None: leave every tensor as it is stored
     cast_all: bool = False  # cast the DiT's Float32Linears (dit.py) too; else they become or stay float32
     max_shard_size: int = 5 * 10**9  # bytes of a file, unless one tensor alone is larger
-    resume: bool = False  # go on with the finished files of an interrupted run
+    resume: bool = False  # keep the files of an interrupted run that hold what would be written
     verify: bool = False  # read everything back and compare
-    progress: bool = True  # a bar on stderr; warnings, and what was left out, are said there anyway
+    progress: bool = True  # a bar on stderr; warnings and what is left out are printed anyway
 
 
 @dataclass(frozen=True)
 class Part:
-    """One model on its way: `stem` is its file name up to `.safetensors`, in a folder below the destination."""
+    """One model to write: `stem` is its file name up to `.safetensors`, in a folder below the destination."""
 
     stem: str
     tensors: Mapping[str, Stored]  # by the name that it is written under
@@ -44,8 +45,8 @@ class Part:
     metadata: Mapping[str, str]
 
     def nbytes(self, name: str) -> int:
-        """What this tensor takes in the output, in bytes."""
-        return prod(self.tensors[name].shape) * FLOATS[self.dtypes[name]].itemsize
+        """Size of this tensor in the output, in bytes."""
+        return prod(self.tensors[name].shape) * DTYPES[self.dtypes[name]].itemsize
 
 
 def write_folder(
@@ -55,54 +56,66 @@ def write_folder(
     linked: Mapping[str, Path],
     options: Options,
 ) -> None:
-    """Write `parts` and what `write_small_files` adds; `linked` files, by their place, are shared and not copied."""
-    shards = [
-        (part, file, names) for part in parts for file, names in plan_shards(part, options.max_shard_size).items()
-    ]
-    with new_folder(destination, describe(shards, linked), options.resume) as folder:
+    """Write `parts` and what `write_small_files` adds; `linked` files, by their place, are shared and not copied.
+
+    With options.resume, a complete `destination` is compared with what would be written, and stays. ValueError if it
+    differs.
+    """
+    shards = {
+        file: (part, names) for part in parts for file, names in plan_shards(part, options.max_shard_size).items()
+    }
+    sizes = {file: sum(map(part.nbytes, names)) for file, (part, names) in shards.items()}
+
+    def fill(folder: Path) -> None:
         for place, path in linked.items():
             link(path, folder / place)
         write_small_files(folder)
-        finished = {file for _, file, _ in shards if (folder / file).exists()}
-        check_free_space(folder, sum(shard_size(part, names) for part, file, names in shards if file not in finished))
-        total = sum(shard_size(part, names) for part, _, names in shards) * (2 if options.verify else 1)
-        with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not options.progress) as bar:
-            for part, file, names in shards:
-                if file in finished:
-                    bar.update(shard_size(part, names))
-                else:
-                    (folder / file).parent.mkdir(exist_ok=True)
-                    write_shard(folder / file, part, names, bar.update)
-            if options.verify:
-                for _, file, _ in shards:
-                    verify_shard(folder / file, bar.update)
         for part in parts:
-            write_index(folder, part, {file: names for p, file, names in shards if p is part})
+            write_index(folder, part, {file: names for file, (p, names) in shards.items() if p is part})
+
+    if options.resume and destination.is_dir():
+        with progress_bar(sum(sizes.values()), options) as bar:
+            check_complete(destination, shards, fill, bar.update)
+        say(f"{printable(destination)} is complete: every file is what would be written")
+        return
+    total = sum(sizes.values()) * (2 if options.verify else 1)
+    with new_folder(destination, options.resume) as folder, progress_bar(total, options) as bar:
+        done = {file for file in shards if is_written(folder / file, *shards[file], bar.update)}
+        clear(folder, keep=done)
+        check_free_space(folder, sum(size for file, size in sizes.items() if file not in done))
+        fill(folder)
+        for file, (part, names) in shards.items():
+            if file not in done:
+                (folder / file).parent.mkdir(exist_ok=True)
+                write_shard(folder / file, part, names, bar.update)
+            if options.verify:
+                verify_shard(folder / file, bar.update)
+
+
+def progress_bar(total: int, options: Options) -> tqdm:
+    """Bytes written on stderr, if asked for."""
+    shown = {"unit": "B", "unit_scale": True, "disable": not options.progress, "file": Forgiving(sys.stderr)}
+    return tqdm(total=total, desc="converting", **shown)
 
 
 @contextmanager
-def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
-    """A folder beside `destination` to write into. When all has gone well it takes that name; an error removes it.
+def new_folder(destination: Path, resume: bool) -> Iterator[Path]:
+    """A folder next to `destination` to write to. When all has gone well it takes that name; an error removes it.
 
-    An interrupted or killed run leaves it behind, under its own name, for `resume`: the plan that stands in it says
-    which conversion it belongs to, and files that have their final name are complete. ValueError if `destination`
+    An interrupted or killed run leaves it behind, under its own name, for `resume`. ValueError if `destination`
     exists, or another run is writing it.
     """
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} exists already: choose another name, or remove it first")
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     partial = destination.with_name(f".{destination.name}.partial")
-    taken = f"another conversion is writing {destination}: wait for it, or stop it"
-    if partial.exists() and not (resume and (partial / PLAN).exists() and read_json(partial / PLAN) == plan):
-        with locked(partial, taken):
-            shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
-    with locked(partial, taken):
-        replace_text(partial / PLAN, json.dumps(plan))
+    with locked(partial, f"another conversion is writing {destination}: wait for it, or stop it"):
         try:
+            if not resume:
+                clear(partial, keep=set())
             yield partial
             sync(*partial.rglob("*"))
-            os.unlink(partial / PLAN)
             sync(partial)
             os.rename(partial, destination)
             sync(destination.parent)
@@ -111,13 +124,38 @@ def new_folder(destination: Path, plan: dict, resume: bool) -> Iterator[Path]:
             raise
 
 
-def describe(shards: list[tuple[Part, str, list[str]]], linked: Mapping[str, Path]) -> dict:
-    """What makes two runs the same: sources that have not changed since, and where each tensor and file goes."""
-    paths = {stored.path for part, _, _ in shards for stored in part.tensors.values()} | set(linked.values())
-    files = [(file, [(name, part.tensors[name], part.dtypes[name]) for name in names]) for part, file, names in shards]
-    text = repr((files, sorted(linked.items())))
-    sources = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
-    return {"sources": sources, "files": hashlib.sha256(text.encode()).hexdigest()}
+def clear(folder: Path, keep: set[str]) -> None:
+    """Remove all files in `folder` but those in `keep`, and folders that are empty then."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif str(path.relative_to(folder)) not in keep:
+            path.unlink()
+
+
+def check_complete(
+    destination: Path,
+    shards: Mapping[str, tuple[Part, list[str]]],
+    fill: Callable[[Path], None],
+    advance: Callable[[int], None],
+) -> None:
+    """ValueError unless `destination` holds what would be written: the shards and all that `fill` adds."""
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".") as small:
+        fill(Path(small))
+        files = [path.relative_to(small) for path in Path(small).rglob("*") if path.is_file()]
+        other = [str(file) for file in files if not is_same_file(Path(small) / file, destination / file)]
+    other += [file for file in shards if not is_written(destination / file, *shards[file], advance)]
+    if other:
+        raise ValueError(
+            f"{destination} exists already, and {listed(other)} is not what would be written: choose another name, or "
+            "remove it first"
+        )
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether both have the same content."""
+    return other.is_file() and (path.samefile(other) or filecmp.cmp(path, other, shallow=False))
 
 
 def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
@@ -135,47 +173,74 @@ def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
     return {f"{part.stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def shard_size(part: Part, names: list[str]) -> int:
-    """Bytes of the tensors `names`, header not counted."""
-    return sum(part.nbytes(name) for name in names)
-
-
 def write_index(folder: Path, part: Part, shards: Mapping[str, list[str]]) -> None:
-    """What holds which tensor, where a model has several files."""
+    """Which file holds which tensor, if a model has several files."""
     if len(shards) > 1:
         weight_map = {name: Path(file).name for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": shard_size(part, list(part.tensors))}, "weight_map": weight_map}
-        (folder / f"{part.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        total = sum(map(part.nbytes, part.tensors))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / f"{part.stem}.safetensors.index.json", index)
 
 
 def write_shard(path: Path, part: Part, names: list[str], advance: Callable[[int], None]) -> None:
-    """One safetensors file: 8 bytes of header length, the header in JSON, the tensors one behind the other.
+    """One safetensors file: 8 bytes of header length, the header in JSON, the tensors one after the other.
 
     Written by hand because the library wants all tensors in memory at once. The header holds a SHA-256 of every
     tensor, known only at the end: it is written once to take its place, and again when they are known.
     """
-    names = sorted(names, key=lambda name: -FLOATS[part.dtypes[name]].itemsize)  # so that all are aligned
+    names = in_file_order(part, names)
     digests = dict.fromkeys(names, "0" * 64)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+    with replacing(path) as partial, open(partial, "wb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
         write_all(file, build_header(part, names, digests))
         for name in names:
             sha256, finite = hashlib.sha256(), True
-            for chunk in part.tensors[name].chunks():
-                cast = chunk.to(FLOATS[part.dtypes[name]])
-                finite = finite and is_finite(cast)  # behind the cast: what is 1e6 in bf16 is infinite in fp16
-                data = cast.view(torch.uint8).numpy().data
-                hashed = beside.submit(sha256.update, data)  # while this thread writes
+            for values in cast_chunks(part, name):
+                finite = finite and is_finite(values)  # after the cast: what is 1e6 in bf16 is infinite in fp16
+                data = values.view(torch.uint8).numpy().data
+                hashed = thread.submit(sha256.update, data)  # while this thread writes
                 write_all(file, data)
                 hashed.result()
                 advance(len(data))
             digests[name] = sha256.hexdigest()
             if not finite:
-                say(f"warning: {name} of {part.tensors[name].path} holds NaN or infinity as {part.dtypes[name]}")
+                dtype, source = part.dtypes[name], part.tensors[name].path
+                say(f"warning: {printable(name)} of {printable(source)} holds NaN or infinity as {dtype}")
         file.seek(0)
         write_all(file, build_header(part, names, digests))
-    sync(partial)
-    os.replace(partial, path)
+        os.fsync(file.fileno())
+
+
+def is_written(path: Path, part: Part, names: list[str], advance: Callable[[int], None]) -> bool:
+    """Whether the file holds, byte for byte, what `write_shard` would write: the source is read and compared."""
+    if not path.is_file():
+        return False
+    names, digests = in_file_order(part, names), {}
+    with open(path, "rb") as file:
+        begin = len(build_header(part, names, dict.fromkeys(names, "0" * 64)))
+        file.seek(begin)
+        for name in names:
+            sha256 = hashlib.sha256()
+            for values in cast_chunks(part, name):
+                data = values.view(torch.uint8).numpy().data
+                if file.read(len(data)) != data:
+                    return False
+                sha256.update(data)
+                advance(len(data))
+            digests[name] = sha256.hexdigest()
+        if file.read(1):
+            return False
+        file.seek(0)
+        return file.read(begin) == build_header(part, names, digests)
+
+
+def in_file_order(part: Part, names: list[str]) -> list[str]:
+    """The widest first, so that all are aligned."""
+    return sorted(names, key=lambda name: -DTYPES[part.dtypes[name]].itemsize)
+
+
+def cast_chunks(part: Part, name: str) -> Iterator[Tensor]:
+    """The values of a tensor as they are written, (n,) at a time."""
+    return (chunk.to(DTYPES[part.dtypes[name]]) for chunk in part.tensors[name].chunks())
 
 
 def build_header(part: Part, names: list[str], digests: dict[str, str]) -> bytes:
@@ -204,12 +269,12 @@ def verify_shard(path: Path, advance: Callable[[int], None] = lambda nbytes: Non
         if sha256.hexdigest() != digest:
             wrong.append(name)
     if wrong:
-        raise ValueError(f"{path} is not what was written, the disk may be failing: {', '.join(wrong)}")
+        raise ValueError(f"{path} is not what was written, the disk may be failing: {listed(wrong)}")
 
 
 def digests_of(weights: Weights) -> dict[str, str]:
     """SHA-256 of every tensor, as the header says."""
-    return json.loads(weights.metadata["sha256"])
+    return parse_json(weights.metadata["sha256"].encode(), weights.source)
 
 
 def is_finite(values: Tensor) -> bool:
@@ -225,30 +290,21 @@ def write_all(file, data: bytes | memoryview) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """ValueError where the disk has no room for `needed` bytes and a little more."""
+    """ValueError if the disk has no room for `needed` bytes and a little more."""
     free = shutil.disk_usage(folder).free
     if needed + 2**20 > free:
         raise ValueError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, the result takes {needed / 1e9:.1f} GB: make room"
+            f"{folder.parent} has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB: make room"
         )
 
 
 def link(path: Path, place: Path) -> None:
-    """The same file in a second place; a copy where the file system cannot do that."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.unlink(missing_ok=True)
+    """The same file in a second place; a copy if the file system cannot do that."""
+    make_folder(place.parent)
     try:
         os.link(path.resolve(), place)
     except OSError:
         shutil.copyfile(path, place)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
 
 
 def sync(*paths: Path) -> None:
@@ -259,8 +315,3 @@ def sync(*paths: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def say(text: str) -> None:
-    """A line on stderr that does not tear the progress bar."""
-    tqdm.write(text, file=sys.stderr)
