@@ -139,7 +139,7 @@ def check_config(config: PipelineConfig) -> None:
 
 
 def check_values(values: dict[str, Any], say: Callable[[str], str] = str) -> None:
-    """The same ValueError for some fields, {"dit.dim": 1792, …}; `say` turns a field's name into that of the message."""
+    """The same ValueError for some fields, {"dit.dim": 1792, …}; `say` gives a field's name in the message."""
 
     def said(*keys: str) -> str:
         return ", ".join(f"{say(key)} {reprlib.repr(values[key])}" for key in keys)

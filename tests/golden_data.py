@@ -6,6 +6,7 @@ Where they come from: data/golden/README.md.
 import functools
 import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def convert_golden() -> tempfile.TemporaryDirectory:
     for path in GOLDEN.iterdir():
         (source / path.name).symlink_to(path)
     for name, vocabulary in TOKENIZERS.items():
-        (source / name).symlink_to(tokenizer_folder(vocabulary))
+        shutil.copytree(tokenizer_folder(vocabulary), source / name)  # a copy, as links that leave a folder are refused
     from_diffusers(source, Path(folder.name) / "native", progress=False)
     return folder
 
