@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kandinsky5 import cli
 from kandinsky5.extras.magcache import StepSkipping
-from kandinsky5.files import check_replaceable, write_text
+from kandinsky5.files import check_apart, check_replaceable, write_text
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.runtime.offload import MODES
 
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.prompts.exists():  # it may be a pipe
         raise ValueError(f"--prompts {options.prompts}: there is no such file; write one with a prompt per line")
     lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
+    check_apart({"-o": options.output}, {"--prompts": options.prompts, "--image": options.image})
     check_replaceable(options.output)
     pipe = Pipeline.load(options.checkpoint, options.device, options.dtype, offload=options.offload)
     measured = measure_ratios(
