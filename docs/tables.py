@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.dit import DiT
+from kandinsky5.extras import magcache
 from kandinsky5.nano import captions, distill, train_dit, train_text, train_vae, world
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
 from kandinsky5.qwen import Qwen
@@ -395,6 +396,17 @@ def machine() -> list[str]:
     return [f"Processor: {'; '.join(sorted(processors))}. {'; '.join(sorted(versions))}. {dates[0]} to {dates[-1]}."]
 
 
+def ratios() -> list[str]:
+    """The checkpoints whose ratios for step skipping are in the package, and where those come from."""
+    rows: list[tuple] = [("preset", "steps", "passes", "source")]
+    for path in sorted(magcache.FOLDER.glob("*.json")):
+        known = magcache.load(path)
+        if path.stem in PRESETS or path.stem in NANO_PRESETS:
+            source = "the authors" if known.source.startswith("the authors") else known.source
+            rows.append((f"`{path.stem}`", len(known.conditional) + 1, 1 + bool(known.unconditional), source))
+    return table(*rows)
+
+
 def copied(name: str) -> list[str]:
     """The table of a Markdown file in benchmarks/results, as its script wrote it."""
     return [line for line in (RESULTS / name).read_text().splitlines() if line.startswith("|")]
@@ -414,6 +426,7 @@ TABLES = {
     "speed": speed,
     "machine": machine,
     "growth": lambda: copied("growth.md"),
+    "ratios": ratios,
     "magcache": lambda: copied("magcache.md"),
     "convert": lambda: copied("convert.md"),
 }

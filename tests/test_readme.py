@@ -50,8 +50,9 @@ def help_of(*program: str) -> str:
         patch.setattr(sys, "argv", [program[0], *arguments, "--help"])
         with pytest.raises(SystemExit) as end:
             if program[0] == "-m":
-                if not hasattr(sys.modules.get(program[1]), "__path__"):  # else it runs with a warning
-                    patch.delitem(sys.modules, program[1], raising=False)
+                package = hasattr(sys.modules.get(program[1]), "__path__")
+                name = f"{program[1]}.__main__" if package else program[1]
+                patch.delitem(sys.modules, name, raising=False)  # imported already, it would run with a warning
                 runpy.run_module(program[1], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(ROOT / program[0]), run_name="__main__")
