@@ -135,7 +135,7 @@ class TextConfig:
     """What stands around a prompt, as in the official code; diffusers 0.42.1 corrects a word and drops 128 tokens."""
 
     template: str = TEMPLATE  # what Qwen reads, with the prompt at {}
-    dropped_tokens: int = 129  # the template's tokens before the prompt: their features are cut off
+    dropped_tokens: int = 129  # the template's tokens before the prompt: their features are dropped
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """NABLA: which tiles of the video attend to which (arXiv 2507.13546).
 
-Full attention over L video tokens costs L². Most of its mass sits on few places, so NABLA first looks at the
+Full attention over L video tokens costs L². Most of its mass lies on few tiles, so NABLA first looks at the
 video coarsely: tokens are grouped into tiles of 8×8 in one frame, queries and keys are averaged over each tile,
 and a small softmax over tiles says where the mass is. The tiles that hold a share P of it are kept, and a window
 of near neighbours in any case. Attention over the kept tiles is then exact (attention.py).
@@ -26,7 +26,7 @@ def block_map(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaCon
     """The tiles that each tile attends to, per sample and head.
 
     q, k (B, N, L, D) after norm and RoPE, in tile order; grid (T, H, W) in tokens, T·H·W = L.
-    Returns bool (B, N, L/64, L/64), rows are query tiles. Paper §3.
+    Returns bool (B, N, L/64, L/64); rows are query tiles. Paper, §3.
     """
     window = build_window(grid, config.window, q.device)  # (L/64, L/64)
     return select_mass(pooled_attention(q, k), config.P) | window  # (B, N, L/64, L/64)

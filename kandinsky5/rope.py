@@ -7,7 +7,7 @@ product of two rotated vectors depends only on how far apart they stand. Two lay
     half-split  (Qwen)      channels  0 1 2 3 | 4 5 6 7          pair i = (x[i], x[i + D/2])
 
 The same weights read with the wrong layout give noise, without an error. Angles are float32, and tables of them are
-no buffers of the models, which `.to(torch.bfloat16)` would round.
+not buffers of the models, where `.to(torch.bfloat16)` would round them.
 """
 
 import torch
@@ -32,7 +32,7 @@ def build_angles_3d(
     """Angles of a (T, H, W) grid of tokens: per token those of its three positions, side by side.
 
     axes: rotary channels per axis, their sum D is the head dim; scale: positions are divided by it (a model
-    trained on small pictures sees larger ones as if they were small).
+    trained on small frames then sees larger ones as if they were small).
     Returns (T, H, W, D/2) float32, radians. `Kandinsky5RoPE3D` in diffusers' transformer_kandinsky.py.
     """
     T, H, W = grid
@@ -51,7 +51,7 @@ def build_angles_3d(
 
 
 def build_rotations(angles: Tensor) -> Tensor:
-    """Angles in radians, any shape → complex64 numbers of length 1: multiplied by one, a point in the plane turns."""
+    """Angles in radians, any shape → complex64 values of length 1, which rotate the points that they multiply."""
     return torch.polar(torch.ones_like(angles), angles)
 
 

@@ -20,7 +20,7 @@ def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
     A shift s > 1 spends more of the steps near the noise: t ← s·t / (1 + (s − 1)·t).
     "official" shifts an even spacing. "diffusers" ends its even spacing at a time that is shifted already and
     shifts again, so that its last steps are much smaller; use it to compare with Kandinsky5T2VPipeline, whose rule is
-    FlowMatchEulerDiscreteScheduler.set_timesteps. ValueError for steps, shift or rule that cannot be.
+    FlowMatchEulerDiscreteScheduler.set_timesteps. Raises ValueError for invalid steps, shift or rule.
     """
     if not 1 <= steps <= 10**6:
         raise ValueError(f"{steps} steps: sampling takes at least 1 step and at most a million")

@@ -1,7 +1,7 @@
 """From prompts to what the DiT reads: Qwen's hidden states of each token, and CLIP's one vector.
 
 Qwen reads a template that asks for a description, with the prompt inside. The template's part before the prompt is
-the same for all prompts, and its features are cut off. CLIP reads the bare prompt. The prompt goes in as it is, as
+the same for all prompts, and its features are dropped. CLIP reads the bare prompt. The prompt goes in as it is, as
 in the official code; diffusers unescapes HTML and collapses white space first.
 """
 

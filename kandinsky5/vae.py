@@ -149,7 +149,7 @@ class ResidualBlock(nn.Module):
 class CausalAttention(nn.Module):
     """One head; a token sees all tokens of its own and of earlier frames: (B, C, T, H, W) → the same.
 
-    Written out as a mask this is (T·H·W)² numbers, 73 GB at 512×768×121. Frame by frame no mask is needed: the
+    Written out as a mask this has (T·H·W)² elements, 73 GB at 512×768×121. Frame by frame no mask is needed: the
     queries of frame i attend to the keys of frames 0 … i.
     """
 

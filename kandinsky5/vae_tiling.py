@@ -1,12 +1,12 @@
 """Encode and decode in overlapping windows, so that memory does not grow with the clip.
 
 In time a window holds 16 frames and one before them, every 12 frames; in space, on request, tiles of 256 pixels
-every 192. Where two of them overlap, the earlier fades linearly into the later. These are diffusers' numbers and
-its defaults; the official code picks its tiles from the free GPU memory, so that its pixels depend on the machine.
+every 192. Where two of them overlap, the earlier fades linearly into the later. Sizes and defaults are those of
+diffusers; the official code picks its tiles from the free GPU memory, so that its pixels depend on the machine.
 
     frames   0 ─────────── 16                 window 1 gives frames 0 … 12
                        12 ─────────── 28      window 2 gives 13 … 24; over 13 … 16 it fades in
-    A window after the first computes one frame twice, only to have a past for its causal convs; that is dropped.
+    A window after the first recomputes one frame, only to give its causal convs a past; that frame is dropped.
 """
 
 from collections.abc import Callable, Iterator

@@ -37,9 +37,9 @@ from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention
 from kandinsky5.nabla import TILE
 
-Recording = dict[str, list]  # name of the module → what was kept, call by call
+Recording = dict[str, list]  # name of the module → what was stored, call by call
 SCORES = 2**24  # how many attention scores `weights` computes at a time: 64 MB
-MOST = 2**28  # how many numbers `weights` returns for one call: 1 GB
+MOST = 2**28  # elements that `weights` may return for one call: 1 GB
 
 
 @contextlib.contextmanager
@@ -50,11 +50,11 @@ def record(
     calls: Container[int] | None = None,
     max_bytes: float = 2e9,
 ) -> Iterator[Recording]:
-    """Inside, what the modules `names` return is kept: {name: [of call 0, of call 1, …]}, copies on the CPU.
+    """Inside, what the modules `names` return is stored: {name: [of call 0, of call 1, …]}, copies on the CPU.
 
     keep: output → what to keep of it, such as a norm or some of the tokens. A module that returns several tensors
-        (`Modulation`) gives a tuple of what is kept of each.
-    calls: the numbers of the calls to keep, such as range(0, 50, 10); None keeps all.
+        (`Modulation`) gives a tuple of what is stored of each.
+    calls: indices of the calls to store, such as range(0, 50, 10); None stores all.
     max_bytes: ValueError once the recording is larger.
     ValueError if a name fits no module.
     """
@@ -83,7 +83,7 @@ def record_attention(
     calls: Container[int] | None = None,
     max_bytes: float = 2e9,
 ) -> Iterator[Recording]:
-    """Inside, something is kept of every attention that the modules `names` compute: {name: [of call 0, …]}.
+    """Inside, something is stored of every attention that the modules `names` compute: {name: [of call 0, …]}.
 
     names: of `dit.Attention` modules, such as "visual_blocks.*.self_attention".
     keep: (q, k, v, mask, block_map), in the shapes that attention.py tells → what to keep of them: `weights()`,
@@ -128,9 +128,9 @@ def record_attention(
 def weights(heads: Sequence[int] | None = None, queries: Sequence[int] | None = None) -> Callable[..., Tensor]:
     """For `record_attention`: the attention weights softmax(q kᵀ / √D) of some heads and query tokens.
 
-    None means all. What is kept is float32 (B, heads, queries, S); rows sum to 1, and keys under the mask or outside
+    None means all. What is stored is float32 (B, heads, queries, S); rows sum to 1, and keys under the mask or outside
     NABLA's map have weight 0. Scores exist for a few queries at a time. ValueError where the result would hold more
-    than MOST numbers: full self-attention of a released model is 28 heads of 47,616² numbers in every block.
+    than MOST elements: full self-attention of a released model has 28 heads of 47,616² in every block.
     """
 
     def keep(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block_map: Tensor | None) -> Tensor:
@@ -141,7 +141,7 @@ def weights(heads: Sequence[int] | None = None, queries: Sequence[int] | None = 
         if B * len(chosen_heads) * len(chosen) * S > MOST:
             raise ValueError(
                 f"weights of {len(chosen_heads)} heads, {len(chosen)} queries and {S} keys in a batch of {B} are more "
-                f"than {MOST} numbers: choose some with weights(heads=…, queries=…)"
+                f"than {MOST} elements: choose some with weights(heads=…, queries=…)"
             )
         q, k = q[:, chosen_heads].float(), k[:, chosen_heads].float()
         if block_map is not None:
@@ -194,7 +194,7 @@ def find_modules(model: nn.Module, *names: str) -> dict[str, nn.Module]:
 def _new_recording(
     modules: Collection[str], calls: Container[int] | None, max_bytes: float
 ) -> tuple[Recording, Callable[[str, Callable], None]]:
-    """An empty recording, and a function that adds to it what a call gave, if that call is wanted."""
+    """An empty recording, and a function that adds to it what a call gave, if that call is to be stored."""
     seen: Recording = {name: [] for name in modules}
     count = dict.fromkeys(modules, 0)
     size = 0

@@ -32,7 +32,7 @@ def remove(*models: nn.Module) -> None:
 
 
 def swap(model: nn.Module, classes: Mapping[type, type]) -> None:
-    """Let each module of `model` whose class is a key compute as the class beside it, in place.
+    """Let each module of `model` whose class is a key become the class that it maps to, in place.
 
     The two must hold the same parameters: one is a subclass of the other that changes methods alone.
     """

@@ -105,10 +105,9 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
     In 12/27 where time is not doubled.
 
     Of three neighbouring pixels of the repeated video two are always the same one, so a kernel of three acts like
-    one of two with two of its weights added up. Which two depends on whether the output lies at an even or an odd
-    place; in time the frames 2t − 1 and 2t come from frame t, as the first frame is not repeated.
+    one of two with two of its weights added up. Which two depends on whether the output position is even or odd; in time the frames 2t − 1 and 2t come from frame t, as the first frame is not repeated.
 
-        even place: w₀·x[i − 1] + (w₁ + w₂)·x[i]        odd place: (w₀ + w₁)·x[i] + w₂·x[i + 1]
+        even: w₀·x[i − 1] + (w₁ + w₂)·x[i]              odd: (w₀ + w₁)·x[i] + w₂·x[i + 1]
         odd frame 2t − 1: (w₀ + w₁)·x[t − 1] + w₂·x[t]  even frame 2t: w₀·x[t − 1] + (w₁ + w₂)·x[t]
 
     Replicated borders carry over: the neighbour of the outermost pixel is that pixel, repeated or not.
@@ -139,7 +138,7 @@ def _widen(weight: Tensor) -> Tensor:
 
 
 def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
-    """Add up two of a kernel's three weights along `dim`: the first two for an odd place, else the last two."""
+    """Add up two of a kernel's three weights along `dim`: the first two for an odd position, else the last two."""
     first, middle, last = weight.split(1, dim)
     return torch.cat([first + middle, last] if odd else [first, middle + last], dim)
 
@@ -148,7 +147,7 @@ def conv_normalised(x: Tensor, norm: nn.Module, conv: nn.Module, into: Tensor | 
     """`conv(silu(norm(x)))`, a few frames at a time: (B, C, T, H, W) → (B, C', T, H, W).
 
     Normalised, padded and in the kernel's own layout, copies of a whole clip would be most of the memory that
-    decoding takes. Where frames go in pieces the result is written to `into`, which may be x itself.
+    decoding needs. Where frames go in pieces the result is written to `into`, which may be x itself.
     """
     assert isinstance(norm, FastGroupNorm) and isinstance(conv, FastCausalConv3d), "forms are installed together"
     T, step = x.shape[2], frames_at_a_time(x)
@@ -210,7 +209,7 @@ def conv_in_pairs(x: Tensor, conv: nn.Conv3d) -> Tensor:
 
 
 def lay_out(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) → the same numbers, on a CPU in half precision with the channels of a pixel side by side.
+    """(B, C, T, H, W) → the same values, on a CPU in half precision with the channels of a pixel side by side.
 
     All layers keep that layout. Convolutions in bf16 take 10 to 25 % less time in it; in float32 they do not.
     """

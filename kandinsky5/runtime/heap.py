@@ -1,8 +1,8 @@
-"""Memory that is freed and wanted again at once, kept instead of given back to the system; for CPUs.
+"""Retain freed memory that is needed again at once instead of returning it to the system; for CPUs.
 
 glibc asks the system anew for every block above 32 MB, and gives it back as soon as it is freed. The system hands
 memory out a page of 4 KB at a time, each filled with zeros: at Lite's width one float32 activation of 5,000 tokens is
-9,000 pages, and a DiT forward on a CPU spent an eighth of its time in getting the same pages again and again.
+9,000 pages, and a DiT forward on a CPU spent an eighth of its time on getting the same pages back.
 """
 
 import contextlib

@@ -1,0 +1,78 @@
+"""The house keeps its rules: definitions hold equations only, rooms stay small, imports run one way."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "kandinsky5"
+DEFINITIONS = ("dit", "vae", "vae_tiling", "nabla", "rope", "qwen", "clip", "sampler", "text_encoder")
+STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
+# What depends on where and how the model runs, and not on what it computes.
+RUNTIME_WORDS = r"device\.type|is_cuda|is_cpu|is_grad_enabled|is_compiling|is_autocast|lru_cache|\binto=|inference_mode"
+
+# For each place the rooms of the package that it may import; a folder stands for what is in it.
+LEAVES = {"config", "config_file", "files", "screen", "video_io", "runtime.device"}
+MODELS = {*DEFINITIONS, "attention", "tokenizer", "checkpoint", *LEAVES}
+MAY_IMPORT = {
+    **{name: {"attention", "nabla", "rope", "config"} for name in ("dit", "qwen", "clip", "rope", "nabla", "sampler")},
+    "attention": {"nabla", "config"},
+    "vae": {"config"},
+    "vae_tiling": {"vae", "config"},
+    "text_encoder": {"clip", "qwen", "tokenizer", "config"},
+    "runtime": {*MODELS, "runtime"},
+    "extras": {*MODELS, "runtime", "extras"},
+    "training": {*MODELS, "runtime", "training"},
+    "weights_convert": {*MODELS, "runtime", "weights_convert", "cli"},
+}
+ENTRIES = ("__main__.py", "finetune.py")  # commands, which may ask the pipeline for a video
+
+
+def code(path: Path) -> str:
+    """The source without comments and docstrings."""
+    return re.sub(r'"""(?:.|\n)*?"""|#.*', "", path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of this project that a file imports: "dit", "runtime.fast", "weights_convert"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inside = PACKAGE / node.module.removeprefix("kandinsky5").strip(".").replace(".", "/")
+            rooms = [a.name for a in node.names if (inside / a.name).is_dir() or (inside / f"{a.name}.py").is_file()]
+            found |= {f"{node.module}.{room}" for room in rooms} or {node.module}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    ours = {name for name in found if name.split(".")[0] in ("kandinsky5", "weights_convert")}
+    return {"weights_convert" if name.startswith("w") else name.removeprefix("kandinsky5.") for name in ours}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_definitions_do_not_ask_how_they_run(name):
+    assert re.findall(RUNTIME_WORDS, code(PACKAGE / f"{name}.py")) == []
+
+
+@pytest.mark.parametrize("place", MAY_IMPORT)
+def test_imports_run_one_way(place):
+    if place == "weights_convert":
+        files = sorted((ROOT / place).glob("*.py"))
+    else:
+        files = sorted((PACKAGE / place).rglob("*.py")) or [PACKAGE / f"{place}.py"]
+    for path in files:
+        if path.name in ENTRIES:
+            continue
+        allowed = MAY_IMPORT[place]
+        wrong = {room for room in imports(path) if room not in allowed and room.split(".")[0] not in allowed}
+        assert wrong - {"kandinsky5"} == set(), path
+
+
+def test_rooms_of_the_story_are_short():
+    for name in STORY:
+        text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        assert text.count("\n") <= 350, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, f"{name}.{node.name}"
+    assert (ROOT / "sample.py").read_text(encoding="utf-8").count("\n") <= 100
