@@ -116,7 +116,8 @@ def conv_of_repeated(x: Tensor, conv: nn.Conv3d, double_time: bool) -> Tensor:
     In 12/27 where time is not doubled.
 
     Of three neighbouring pixels of the repeated video two are always the same one, so a kernel of three acts like
-    one of two with two of its weights added up. Which two depends on whether the output position is even or odd; in time the frames 2t − 1 and 2t come from frame t, as the first frame is not repeated.
+    one of two with two of its weights added up. Which two depends on whether the output position is even or odd; in
+    time the frames 2t − 1 and 2t come from frame t, as the first frame is not repeated.
 
         even: w₀·x[i − 1] + (w₁ + w₂)·x[i]              odd: (w₀ + w₁)·x[i] + w₂·x[i + 1]
         odd frame 2t − 1: (w₀ + w₁)·x[t − 1] + w₂·x[t]  even frame 2t: w₀·x[t − 1] + (w₁ + w₂)·x[t]
