@@ -176,7 +176,7 @@ def sample(arguments: list[str] | None = None) -> int:
     with _replaying(replayed):
         from kandinsky5 import Pipeline, checkpoint  # takes seconds
         from kandinsky5.extras import notes, preview, replay
-        from kandinsky5.request import Request
+        from kandinsky5.request import LONGEST_SIDE, Request
 
         settings = DEFAULTS | (replay.read_settings(replayed, given) if replayed else {}) | given
         folder = checkpoint.find_checkpoint(settings["checkpoint"])
@@ -186,13 +186,16 @@ def sample(arguments: list[str] | None = None) -> int:
         request = Request.resolve(config, settings["prompt"], settings["image"], **asked)
         settings.setdefault("fps", config.sampling.fps)
         check_writable(output, request.num_frames, settings["fps"], settings["quality"])
+        enlarge = settings["enlarge"]
+        if not 1 <= enlarge <= 16 or max(request.height, request.width) * enlarge > LONGEST_SIDE:
+            raise ValueError(f"enlarge {enlarge}: give 1 to 16, with which no side passes {LONGEST_SIDE} pixels")
         show = None if place is None else preview.open_place(place)
 
         pipe = Pipeline.load(folder, **{name: settings[name] for name in LOAD})
         notes.show(request, pipe, folder)
         callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
         frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
-        frames = frames.repeat_interleave(settings["enlarge"], 1).repeat_interleave(settings["enlarge"], 2)
+        frames = frames.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
         known = replay.describe(request, pipe, **settings) if settings.get("metadata", True) else None
         write(output, frames, settings["fps"], settings["quality"], known)
     say_what(output, frames, request.seeds[0])

@@ -1,0 +1,248 @@
+"""A video says how it was made, and is made again from that; a stranger's video decides nothing."""
+
+import dataclasses
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kandinsky5
+import sample
+from command_line import CONFIG, FOX, in_process
+from kandinsky5 import video_io
+from kandinsky5.config_file import load_config, save_config
+from kandinsky5.extras.magcache import StepSkipping
+from kandinsky5.extras.magcache.__main__ import save
+from random_weights import SMALL
+
+
+def test_compile_is_in_the_file_and_a_replay_does_without_unless_asked(cli, monkeypatch):
+    asked = []
+    monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: asked.append(1))
+    assert cli(*FOX, "--compile")[0] == 0 and video_io.read_metadata("out.mp4")["compile"] is True
+    code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
+    assert code == 0 and len(asked) == 1 and ["--compile" in line for line in lines] == [True]
+    assert cli("--replay", "out.mp4", "--compile", "-o", "again.mp4")[0] == 0 and len(asked) == 2
+
+
+# --- replay
+
+
+@pytest.mark.parametrize(
+    "output, options",
+    [
+        ("a.mp4", []),
+        ("a.mp4", ["--image", "image.png"]),
+        ("a.png", ["--num-frames", "1"]),
+        ("a.mp4", ["--seed", "9", "--schedule", "diffusers", "--quality", "3", "--negative-prompt", "", "--fps", "7"]),
+    ],
+    ids=["t2v", "i2v", "png", "options"],
+)
+def test_replay_writes_the_same_bytes_from_any_folder(cli, here, monkeypatch, output, options):
+    assert cli(*FOX, *options, "-o", output)[0] == 0
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    code, _, lines = cli("--replay", here / output, "-o", f"again{output[1:]}")
+    assert (code, lines) == (0, [])
+    assert Path(f"again{output[1:]}").read_bytes() == (here / output).read_bytes()
+
+
+def test_replay_in_another_process_writes_the_same_bytes(here):
+    assert sample.main([*FOX, "--image", "image.png", "-o", "a.mp4"]) == 0
+    done = in_process("--replay", "a.mp4", "-o", "b.mp4")
+    assert done.returncode == 0, done.stderr
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+def test_replay_does_not_follow_the_checkpoints_new_defaults(cli):
+    assert cli(*FOX)[0] == 0
+    config = load_config("small/config.json")
+    Path("small/config.json").unlink()
+    sampling = replace(config.sampling, shift=2.0, num_inference_steps=3, negative_prompt="rain", fps=5, num_frames=1)
+    sampling = replace(sampling, rope_scale=(1.0, 2.0, 2.0), guidance_scale=2.0, height=64, width=64)
+    save_config(replace(config, sampling=sampling), "small/config.json")
+    assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0
+    assert Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+
+
+def test_replay_of_skipped_steps_needs_no_file_of_ratios(cli):
+    """What the file said is in the video's metadata, so that the plan is the same whatever became of the file."""
+    skipping = StepSkipping((1.0,) * 3, (1.0,) * 3, threshold=0.5, source="made up")
+    save(skipping, Path("ratios.json"))
+    assert cli(*FOX, "--steps", "4", "-o", "plain.mp4")[0] == 0
+    assert cli(*FOX, "--steps", "4", "--step-skipping", "ratios.json")[0] == 0
+    expected = dataclasses.asdict(skipping) | {"conditional": [1, 1, 1], "unconditional": [1, 1, 1]}
+    assert video_io.read_metadata("out.mp4")["step_skipping"] == expected
+    save(dataclasses.replace(skipping, threshold=0), Path("ratios.json"))
+    assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0
+    assert Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+    assert not video_io.read_video("out.mp4")[0].equal(video_io.read_video("plain.mp4")[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seed", "4"],
+        ["--steps", "3", "--shift", "2"],
+        ["--height", "480", "--width", "480"],
+        ["--image", "image.png"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_an_option_beside_replay_wins_and_the_rest_stays(cli, options):
+    """480 pixels also change the RoPE scale of a checkpoint that names none."""
+    first = [*FOX, "--num-frames", "1", "--guidance", "1", "--seed", "2"]
+    size = ["--height", "32", "--width", "48"]  # an image of its own would choose another
+    assert cli(*first, *size, "-o", "a.png")[0] == 0
+    assert cli("--replay", "a.png", *options, "-o", "b.png")[0] == 0
+    assert cli(*first, *size, *options, "-o", "direct.png")[0] == 0
+    assert Path("b.png").read_bytes() == Path("direct.png").read_bytes() != Path("a.png").read_bytes()
+
+
+def test_replay_with_another_model_takes_its_own_steps_and_scales_and_says_so(cli, checkpoint):
+    shutil.copytree("small", "other", symlinks=True)
+    Path("other/config.json").unlink()
+    scaled = replace(
+        CONFIG,
+        name="other",
+        sampling=replace(SMALL.sampling, num_inference_steps=3, guidance_scale=1.0, rope_scale=(1.0, 2.0, 2.0)),
+    )
+    save_config(scaled, "other/config.json")
+    assert cli(*FOX)[0] == 0
+    made_by = video_io.read_metadata("out.mp4")["fingerprint"][:8]
+    assert cli("--replay", "out.mp4", "--checkpoint", "other", "-o", "again.mp4")[2] == [
+        f"note: out.mp4 was made by small ({made_by}), this is other ({made_by}); "
+        "its own steps, guidance, shift and size hold"
+    ]
+    assert cli("a fox", "--checkpoint", "other", "-o", "direct.mp4")[0] == 0
+    assert Path("again.mp4").read_bytes() == Path("direct.mp4").read_bytes()
+
+
+def test_replay_says_what_is_not_as_it_was(cli, refused, here):
+    assert cli(*FOX, "--image", "image.png")[0] == 0
+    replay = ["--replay", "out.mp4", "-o", "again.mp4"]
+    Path("image.png").rename("moved.png")
+    refused(replay, "the image image.png", "--image")
+    assert cli(*replay, "--image", "moved.png")[0] == 0
+    assert video_io.read_video("again.mp4")[0].equal(video_io.read_video("out.mp4")[0])
+    Path("again.mp4").unlink()
+    video_io.write_video("image.png", torch.zeros(1, 40, 70, 3, dtype=torch.uint8))
+    refused(replay, "image.png is not the image that out.mp4 was made from", "--image")
+    Path("moved.png").replace("image.png")
+    Path("small").rename("moved")
+    refused(replay, "the checkpoint small", "--checkpoint")
+    assert cli(*replay, "--checkpoint", "moved")[0] == 0
+
+
+def test_replay_with_other_weights_is_refused_unless_they_are_asked_for(cli, refused, here):
+    assert cli(*FOX)[0] == 0
+    old, replay = Path("small/dit.safetensors").resolve(), ["--replay", "out.mp4", "-o", "again.mp4"]
+    state = {name: tensor * 1.01 for name, tensor in load_file(old).items()}  # as after more training
+    Path("small/dit.safetensors").unlink()
+    save_file(state, "small/dit.safetensors")
+    refused(replay, "small has changed since out.mp4 was made with it", "--checkpoint small")
+    code, _, lines = cli(*replay, "--checkpoint", "small")
+    before, now = (video_io.read_metadata(name)["fingerprint"][:8] for name in ("out.mp4", "again.mp4"))
+    assert code == 0 and lines == [f"note: out.mp4 was made by small ({before}), this is small ({now})"]
+    assert before != now and not video_io.read_video("again.mp4")[0].equal(video_io.read_video("out.mp4")[0])
+    Path("small/dit.safetensors").unlink()
+    Path("small/dit.safetensors").symlink_to(old)
+    assert cli(*replay)[0] == 0 and Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+
+
+def test_replay_of_another_version_is_a_note(cli, monkeypatch):
+    assert cli(*FOX)[0] == 0
+    monkeypatch.setattr(kandinsky5, "__version__", "9.9")
+    code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
+    assert code == 0 and lines == ["note: out.mp4 was made by version 0.1.0, this is 9.9: they may draw it differently"]
+    assert video_io.read_metadata("again.mp4")["version"] == "9.9"
+
+
+def test_replay_of_a_strangers_file_is_refused(refused):
+    Path("text.mp4").write_text("no film")
+    video_io.write_video("plain.mp4", torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    video_io.write_video("other.mp4", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), metadata={"prompt": "a fox"})
+    refused(["--replay", "missing.mp4"], "cannot read missing.mp4 (No such file", "sample.py wrote")
+    refused(["--replay", "text.mp4"], "cannot read text.mp4", "sample.py wrote")
+    refused(["--replay", "plain.mp4"], "plain.mp4 carries no settings")
+    refused(["--replay", "other.mp4"], "other.mp4 does not say its negative_prompt, height", "sample.py wrote")
+    refused(["--replay", "image.png"], "image.png carries no settings")
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("height", "512", "bad.mp4 holds damaged settings (height is '512' and should be a whole number): give a file"),
+        ("height", -16, "replaying bad.mp4: height -16: a side is a multiple of 16"),
+        ("num_inference_steps", 10**30, "num_inference_steps"),
+        ("rope_scale", [1, 2], "rope_scale is [1, 2] and should be a list of 3 times a finite number"),
+        ("prompt", None, "prompt is None and should be a text"),
+        ("dtype", "int8", "dtype is 'int8' and should be one of bfloat16, float16, float32"),
+        ("compile", 0, "compile is 0 and should be true or false"),
+        ("step_skipping", {"conditional": [1.0, None]}, "conditional is None"),
+        ("step_skipping", {}, "does not say its conditional"),
+    ],
+)
+def test_a_wrong_value_in_a_replayed_file_is_named_with_its_rule(cli, refused, name, value, words):
+    assert cli(*FOX, "-o", "good.mp4")[0] == 0
+    settings = video_io.read_metadata("good.mp4") | {name: value}
+    video_io.write_video("bad.mp4", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), metadata=settings)
+    refused(["--replay", "bad.mp4"], "bad.mp4", words)
+
+
+def stranger(cli, **changes) -> list[str]:
+    """A replay of a small file whose settings were changed by hand."""
+    assert cli(*FOX, "-o", "good.mp4")[0] == 0
+    settings = video_io.read_metadata("good.mp4") | changes
+    video_io.write_video("strange.mp4", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), metadata=settings)
+    return ["--replay", "strange.mp4", "-o", "again.mp4"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": "/dev/zero", "image_sha256": "0"},
+        {"image": "../image.png", "image_sha256": "0"},
+        {"image": "pipe.png", "image_sha256": "0"},
+        {"image": "image.png", "image_sha256": "0"},
+        {"checkpoint": "/"},
+        {"checkpoint": "../small"},
+        {"num_inference_steps": 10**6},
+        {"num_frames": 4 * 10**9 + 1},
+        {"prompt": "x" * 5_000_000},
+        {"prompt": "x" * 200_000},
+        {"height": 16384, "width": 16384, "num_frames": 4001},
+        {"fps": 0},
+        {"enlarge": 10**9},
+        {"step_skipping": {"conditional": [1.0] * 300_000, "unconditional": [1.0] * 300_000}},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_a_strangers_wishes_are_refused(cli, refused, changes):
+    os.mkfifo("pipe.png")
+    refused(stranger(cli, **changes), "strange.mp4")
+
+
+def test_a_stranger_chooses_no_device_and_compiles_nothing(cli, monkeypatch):
+    monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: pytest.fail("compiled"))
+    code, _, lines = cli(*stranger(cli, compile=True, device="cuda:7"))
+    assert code == 0 and video_io.read_metadata("again.mp4")["device"] == "cpu" and len(lines) == 2
+
+
+def test_what_a_stranger_wrote_is_printed_without_control_characters(cli):
+    osc = "\x1b]52;c;cHduZWQ=\x07"
+    code, _, lines = cli(*stranger(cli, version=osc, device=osc, prompt=f"a {osc} fox"))
+    assert code == 0 and not any("\x1b" in line or "\x07" in line for line in lines)
+
+
+def test_an_emulated_precision_is_noted(cli, monkeypatch):
+    assert cli(*FOX, "--dtype", "bfloat16")[0] == 0
+    monkeypatch.setattr("kandinsky5.extras.replay.is_native", lambda dtype, device: dtype != torch.bfloat16)
+    code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
+    assert code == 0 and len(lines) == 1 and "--dtype float32" in lines[0]
+    assert Path("again.mp4").read_bytes() == Path("out.mp4").read_bytes()
+    assert cli("--replay", "out.mp4", "--dtype", "float32", "-o", "again.mp4")[2] == []
