@@ -4,6 +4,7 @@ A few clips per model, so that a broken pipeline or broken weights are noticed a
 have hundreds.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -20,58 +21,52 @@ from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.config_file import load_config
 from kandinsky5.extras.probe import block_map, record_attention
 from kandinsky5.nano import evaluate, export, judge, presets
-from kandinsky5.nano.captions import write_caption
-from kandinsky5.nano.world import sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ROOT / "docs" / "judge"
 TRAINED = ("nano", "nano-nocfg", "nano-distilled16steps")  # nano-10s, ten times as slow, has its own test
 
 
-@pytest.fixture(scope="module", params=TRAINED)
-def pipe(request) -> Pipeline:
-    return Pipeline.load(request.param, dtype=torch.float32)
+@functools.cache
+def load(name: str) -> Pipeline:
+    return Pipeline.load(name, dtype=torch.float32)
 
 
-def test_clips_show_what_the_prompts_say(pipe):
-    steps = min(25, pipe.config.sampling.num_inference_steps)
-    results = [
-        result["answers"]["all"]
-        for name in ("seen, English", "held out, Russian", "two objects")
-        for result in evaluate.evaluate(pipe, name, 4, 4, num_inference_steps=steps)
-    ]
-    assert sum(results) >= 0.75 * len(results), results
+@pytest.mark.parametrize("name", TRAINED)
+def test_clips_show_what_the_prompts_say(name):
+    sets, steps = ("seen, English", "held out, Russian", "two objects"), 16 if "16" in name else 10
+    results = [r for one in sets for r in evaluate.evaluate(load(name), one, 1, num_inference_steps=steps)]
+    assert all(result["answers"]["all"] for result in results), results
 
 
-def test_a_given_image_moves_as_the_prompt_says(pipe):
-    results = list(evaluate.evaluate(pipe, "image to video", 4, 4, num_inference_steps=16))
-    right = [result["answers"]["motion and first frame"] for result in results]
-    assert sum(right) >= 3, results
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_given_image_moves_as_the_prompt_says(name):
+    results = list(evaluate.evaluate(load(name), "image to video", 1, num_inference_steps=10))
+    assert all(result["answers"]["motion and first frame"] for result in results), results
 
 
 def test_the_vae_reconstructs_clips_at_30_db():
-    results = list(evaluate.evaluate(Pipeline.load("nano", dtype=torch.float32), "VAE", 4, 4))
+    results = list(evaluate.evaluate(load("nano"), "VAE", 4))
     assert np.mean([result["psnr"] for result in results]) >= 30, results
-    assert sum(result["answers"]["all"] for result in results) >= 3, results
+    assert all(result["answers"]["all"] for result in results), results
 
 
 def test_the_command_makes_a_video(tmp_path):
-    command = [sys.executable, ROOT / "sample.py", "a red circle moves left", "-o", tmp_path / "out.mp4"]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, ROOT / "sample.py", "a red circle", "--steps", "2", "--dtype", "float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-o", tmp_path / "out.mp4"], check=True, capture_output=True, env=environment)
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
 def test_nano_10s_generates_long_clips_with_dropped_tiles():
-    """Colour and motion, which need few steps; two clips from prompts and two from an image."""
-    pipe = Pipeline.load("nano-10s", dtype=torch.float32)
+    """Colour and motion, which need few steps; a clip from a prompt and one from an image."""
+    pipe = load("nano-10s")
     with record_attention(pipe.dit, "visual_blocks.*.self_attention", keep=block_map) as seen:
-        results = list(evaluate.evaluate(pipe, "seen, English", 2, 2, num_inference_steps=12))
-        results += evaluate.evaluate(pipe, "image to video", 2, 2, num_inference_steps=12)
-        clip = pipe("a red circle moves left on a white background", num_inference_steps=1, progress=False)[0]
-    assert clip.shape == (33, 128, 128, 3)
+        results = list(evaluate.evaluate(pipe, "seen, English", 1, num_inference_steps=8))
+        results += evaluate.evaluate(pipe, "image to video", 1, num_inference_steps=8)
     claims = ("background", "colour", "motion")  # not every caption states the background
     right = [result["answers"][name] for result in results for name in claims if name in result["answers"]]
-    assert sum(right) >= len(right) - 1, results
+    assert all(right), results
     kept = torch.stack([kept.float().mean() for calls in seen.values() for kept in calls]).mean()
     assert kept <= 0.6, f"NABLA kept {kept:.0%} of the tiles"
 
@@ -100,10 +95,9 @@ def test_the_bundled_weights_take_at_most_30_mb():
 
 def test_clips_are_wrong_for_other_prompts():
     """The tests above can fail: nano's clips, scored against the captions of other scenes."""
-    pipe = Pipeline.load("nano", dtype=torch.float32)
-    captions = [
-        write_caption(sample_scene([5, i], num_objects=1), "english", np.random.default_rng(i)) for i in range(6)
-    ]
-    clips = pipe([caption.text for caption in captions], num_inference_steps=10, progress=False).numpy()
+    captions = [evaluate.sample_prompt("seen, English", i)[1] for i in range(3)]
+    clips = load("nano")([caption.text for caption in captions], num_inference_steps=10, progress=False).numpy()
     reports = [judge.judge_clip(clip) for clip in clips]
-    assert not any(judge.score(report, caption)["all"] for report, caption in zip(reports, captions[1:], strict=False))
+    assert sum(judge.score(report, caption)["all"] for report, caption in zip(reports, captions, strict=True)) >= 2
+    for i, report in enumerate(reports):
+        assert not any(judge.score(report, caption)["all"] for caption in captions[:i] + captions[i + 1 :])

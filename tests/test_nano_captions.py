@@ -20,7 +20,7 @@ def scenes(count: int) -> list[Scene]:
 def texts(scene: Scene, language: str) -> set[str]:
     """Many captions without the variations in how people type."""
     rng = np.random.default_rng(0)
-    return {plain(write_caption(scene, language, rng).text) for _ in range(20000)}
+    return {plain(write_caption(scene, language, rng).text) for _ in range(12000)}
 
 
 def plain(text: str) -> str:
@@ -103,7 +103,7 @@ def test_russian_words_agree_in_case():
     adjectives = {case: plain(words).split() for case, words in ADJECTIVES.items()}
     nouns, seen = set(), set()
     rng = np.random.default_rng(0)
-    for scene in scenes(4000):
+    for scene in scenes(2000):
         text = plain(write_caption(scene, "russian", rng).text)
         case = None
         for word in reversed(re.findall(r"\w+", re.sub(r"(на \w+ом фоне|фон \w+ый)", "", text))):
@@ -127,7 +127,7 @@ def test_claims_of_a_caption_are_true_and_in_its_text(language):
     }[language]
     rng = np.random.default_rng(0)
     unsaid = Counter()
-    for scene in scenes(800):
+    for scene in scenes(400):
         caption = write_caption(scene, language, rng)
         text = plain(caption.text)
         assert caption.background in (None, scene.background)
@@ -147,7 +147,7 @@ def test_claims_of_a_caption_are_true_and_in_its_text(language):
         unsaid.update(
             background=not caption.background, size="size" not in caption.objects[0], relation=not caption.relation
         )
-    assert min(unsaid.values()) > 100  # each is left out at times
+    assert min(unsaid.values()) > 50  # each is left out at times
 
 
 def test_another_language_is_refused():

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,15 @@ from tiny_training import TINY, UNSCALED, losses, tiny_features, train
 
 
 @pytest.fixture(scope="module")
-def long_clips(tmp_path_factory) -> ClipStore:
-    sampling = presets.LONG.sampling
-    return ClipStore(tmp_path_factory.mktemp("clips"), load_vae(SHIPPED / "nano"), sampling.num_frames, sampling.height)
+def nano() -> SimpleNamespace:
+    folder = SHIPPED / "nano"
+    return SimpleNamespace(dit=load_dit(folder), vae=load_vae(folder), text_encoder=load_text_encoder(folder))
+
+
+@pytest.fixture(scope="module")
+def long_clips(nano, tmp_path_factory) -> ClipStore:
+    """Of nano-10s's size, with fewer frames: four tiles of tokens."""
+    return ClipStore(tmp_path_factory.mktemp("clips"), nano.vae, 13, presets.LONG.sampling.height)
 
 
 def test_sixteen_steps_lead_where_three_of_the_teacher_lead():
@@ -50,46 +57,47 @@ def test_sixteen_steps_lead_where_three_of_the_teacher_lead():
 
 
 @pytest.mark.parametrize(("window", "learns"), [((17, 1, 1), False), ((1, 1, 1), True)])
-def test_sparse_learns_what_full_attention_predicts(monkeypatch, tmp_path, long_clips, window, learns):
-    """Where NABLA keeps every tile there is empty to learn; nor in the steps with full attention, at rate 0."""
-    run_sparse(monkeypatch, tmp_path, long_clips, 3, window, learning_rate=0.0)
+def test_sparse_learns_what_full_attention_predicts(monkeypatch, tmp_path, nano, long_clips, window, learns):
+    """Where NABLA keeps every tile there is nothing to learn; nor in the steps with full attention, at rate 0."""
+    run_sparse(monkeypatch, tmp_path, nano, long_clips, 3, window, learning_rate=0.0)
     row = read_rows(tmp_path / "loss.csv")[0]
     assert float(row["loss_full"]) < 1e-9
     assert float(row["loss_nabla"]) > 1e-3 if learns else float(row["loss_nabla"]) < 1e-9
 
 
-def test_sparse_trains_full_attention_every_third_step(monkeypatch, tmp_path, long_clips):
+def test_sparse_trains_full_attention_every_third_step(monkeypatch, tmp_path, nano, long_clips):
     """The same weights: they change in that step too."""
     ends = []
     for stop in (2, 3):
-        run_sparse(monkeypatch, tmp_path, long_clips, stop)
+        run_sparse(monkeypatch, tmp_path, nano, long_clips, stop)
         ends.append(torch.load(tmp_path / "state.pt")["model"])
     name = "visual_blocks.0.self_attention.to_q.weight"
     assert ends[0].keys() == ends[1].keys() and not ends[0][name].equal(ends[1][name])
 
 
-def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp_path, long_clips):
+def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp_path, nano, long_clips):
     """The first step's loss, of a student that is still its teacher, by hand."""
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
+    monkeypatch.setattr(distill, "BATCH", 4)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=1, progress=False))
-    nano, text_encoder = load_dit(SHIPPED / "nano"), load_text_encoder(SHIPPED / "nano")
-    empty, clips = text_encoder.encode([""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
+    teacher, text_encoder = nano.dit, nano.text_encoder
+    empty, clips = text_encoder.encode([""]), ClipStore(tmp_path / "clips", nano.vae)
 
     recipe = replace(distill.RECIPES["nocfg"], dtype="float32")
-    distill.distill(tmp_path / "nocfg", presets.NOCFG, nano, clips, text_encoder, recipe)
-    batch, features = draw_batch([0, 0, 0], nano, clips, 8, text_encoder, empty, TIMES.sample)
+    distill.distill(tmp_path / "nocfg", presets.NOCFG, teacher, clips, text_encoder, recipe)
+    batch, features = draw_batch([0, 0, 0], teacher, clips, 8, text_encoder, empty, TIMES.sample, 4)
     unprompted = text_encoder.encode([""] * len(batch.t))
     with torch.no_grad():
-        given, without = (predict(nano, batch.x, batch.t, f, UNSCALED) for f in (features, unprompted))
+        given, without = (predict(teacher, batch.x, batch.t, f, UNSCALED) for f in (features, unprompted))
     guided = without + 2.0 * (given - without)
     expected = float(flow_loss(given, guided, batch.loss_mask))
     assert losses(tmp_path / "nocfg") == pytest.approx([expected], rel=1e-5) and expected > 1e-3
 
     recipe = replace(distill.RECIPES["long"], dtype="float32")
-    distill.train_long(tmp_path / "long", presets.LONG, nano, long_clips, text_encoder, recipe)
-    student = distill.start_from(nano, presets.LONG)
+    distill.train_long(tmp_path / "long", presets.LONG, teacher, long_clips, text_encoder, recipe)
+    student = distill.start_from(teacher, presets.LONG)
     batch, features = draw_batch([0, 0, 0], student, long_clips, 8, text_encoder, empty, TIMES.sample, 2)
     with torch.no_grad(), training_precision(student):
         velocities = [predict(student, batch.x, batch.t, features, (scale,) * 3) for scale in (2.0, 1.0)]
@@ -98,11 +106,10 @@ def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp
     assert unscaled != pytest.approx(expected, rel=1e-3)
 
 
-def run_sparse(monkeypatch, folder, clips, stop, window=(1, 1, 1), **recipe):
+def run_sparse(monkeypatch, folder, nano, clips, stop, window=(1, 1, 1), **recipe):
     config = replace(presets.LONG, dit=replace(presets.LONG.dit, nabla=NablaConfig(P=0.6, window=window)))
     recipe = replace(distill.RECIPES["sparse"], dtype="float32", **recipe)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=stop, progress=False))
-    nano = SHIPPED / "nano"
-    distill.train_sparse(folder, config, load_dit(nano), clips, load_text_encoder(nano), recipe)
+    distill.train_sparse(folder, config, nano.dit, clips, nano.text_encoder, recipe)

@@ -23,20 +23,20 @@ def all_right(frames: np.ndarray, caption: Caption, **options) -> bool:
 
 
 def test_drawn_clips_are_right():
-    right = [all_right(world.draw_scene(scene), caption) for _, scene, caption in prompts(120)]
+    right = [all_right(world.draw_scene(scene), caption) for _, scene, caption in prompts(36)]
     assert np.mean(right) >= 0.99
 
 
 def test_larger_clips_and_canvases_are_right():
-    for _, scene, caption in prompts(10):
+    for _, scene, caption in prompts(4):
         assert all_right(world.draw_scene(scene, 33, 128, 128), caption)
-    for _, scene, caption in prompts(10, canvas=(64, 128)):
+    for _, scene, caption in prompts(4, canvas=(64, 128)):
         assert all_right(world.draw_scene(scene, 33, 64, 128), caption, canvas=(64, 128))
 
 
 def test_clips_as_bad_as_a_poor_decoder_makes_them_are_right():
     results, ratios = [], []
-    for rng, scene, caption in prompts(120):
+    for rng, scene, caption in prompts(36):
         drawn = world.draw_scene(scene)
         frames = degrade(drawn, rng)
         results.append(all_right(frames, caption))
@@ -188,17 +188,17 @@ def test_impostors_are_not_right(name):
     for rng, scene, caption in prompts(
         60, seed=8, num_objects=1 if name.startswith(("a second", "another one")) else None
     ):
-        if concerns(scene.objects[0]) and judged < 12:
+        if concerns(scene.objects[0]) and judged < 8:
             judged += 1
             assert not all_right(impostor(scene, rng), caption), caption
-    assert judged == 12
+    assert judged == 8
 
 
 @pytest.mark.parametrize(("degrees", "right"), [(-15, True), (15, True), (25, False), (-25, False)])
 def test_a_motion_may_be_20_degrees_off_its_direction(degrees, right):
     turn = complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
     judged = 0
-    for _, scene, caption in prompts(40, seed=14, num_objects=1):
+    for _, scene, caption in prompts(24, seed=14, num_objects=1):
         obj = scene.objects[0]
         if moves(obj):
             (x, y, radius), (x_end, y_end, _) = obj.start, obj.end
@@ -208,7 +208,7 @@ def test_a_motion_may_be_20_degrees_off_its_direction(degrees, right):
                 judged += 1
                 turned = change_first(scene, end=(*end, radius))
                 assert judge.score(judge.judge_clip(world.draw_scene(turned)), caption)["motion"] == right, caption
-    assert judged >= 10
+    assert judged >= 6
 
 
 def test_each_wrong_word_is_found_and_no_other():
@@ -217,7 +217,7 @@ def test_each_wrong_word_is_found_and_no_other():
             key for key, right in judge.score(judge.judge_clip(world.draw_scene(scene)), caption).items() if not right
         }
 
-    for rng, scene, caption in prompts(40, seed=9, num_objects=1):
+    for rng, scene, caption in prompts(16, seed=9, num_objects=1):
         obj = scene.objects[0]
         caption = replace(caption, background=scene.background)
         assert wrong(scene, caption) == set()
@@ -234,14 +234,14 @@ def test_each_wrong_word_is_found_and_no_other():
             in_the_middle = change_first(scene, start=(32, 32, obj.start[2]), end=(32, 32, obj.start[2]))
             assert wrong(small_for_big(in_the_middle, rng), caption) == {"size", "all"}
     judged = 0
-    for _, scene, caption in prompts(40, seed=10, num_objects=2):
+    for _, scene, caption in prompts(20, seed=10, num_objects=2):
         first, second = scene.objects
         # Where two differ in nothing but colour, a wrong relation may as well be called two wrong colours.
         if caption.relation and (first.shape, first.motion) != (second.shape, second.motion):
             judged += 1
             assert wrong(scene, caption) == set()
             assert wrong(scene, replace(caption, relation=world.OPPOSITE[caption.relation])) == {"relation", "all"}
-    assert judged > 15
+    assert judged > 6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -270,7 +270,7 @@ def test_an_object_counts_only_if_it_is_there_all_the_time():
 
 
 def test_measurements_are_what_was_drawn():
-    for _, scene, _ in prompts(40, seed=11):
+    for _, scene, _ in prompts(20, seed=11):
         report = judge.judge_clip(world.draw_scene(scene), fps=10)
         assert report.background == scene.background
         np.testing.assert_allclose(report.background_rgb, BACKGROUNDS[scene.background], atol=1)
@@ -307,7 +307,7 @@ def test_invalid_clips_are_refused_in_one_line(frames, message):
 
 def test_any_clip_at_all_can_be_judged():
     rng = np.random.default_rng(0)
-    for index in range(30):
+    for index in range(15):
         frames, height = int(rng.integers(1, 9)), 64
         coarse = rng.integers(0, 256, (frames, *[2 ** (index % 5)] * 2, 3)).astype(np.uint8)
         clip = coarse.repeat(height // coarse.shape[1], 1).repeat(height // coarse.shape[2], 2)

@@ -47,7 +47,7 @@ def test_a_split_draws_exactly_its_triples_evenly():
 
 
 def test_objects_stay_inside_and_apart_and_move_as_described():
-    for scene in scenes(400, split="all"):
+    for scene in scenes(120, split="all"):
         assert len({obj.colour for obj in scene.objects}) == len(scene.objects) in (1, 2)
         background = np.array(BACKGROUNDS[scene.background])
         masks = []

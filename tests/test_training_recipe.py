@@ -8,6 +8,8 @@ from torch import nn
 
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
+from kandinsky5.training.loop import generator
+from kandinsky5.training.muon import Muon, orthogonalise
 from kandinsky5.training.recipe import Recipe, build_optimizers, learning_rate
 from tiny_training import TINY
 
@@ -32,7 +34,26 @@ def test_muon_trains_the_blocks_matrices_and_adamw_the_rest():
     assert sorted(trained[0] + trained[1]) == sorted(names.values())
     assert len(trained[1]) == (4 + 2) + (8 + 2)  # q, k, v, out and the feed-forward; twice with cross-attention
     assert "visual_blocks.0.cross_attention.to_v.weight" in trained[1]
-    assert isinstance(muon, torch.optim.Muon)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muon_in_bfloat16_is_pytorchs(shape):
+    matrix = nn.Parameter(torch.randn(shape, generator=generator([0])))
+    other = nn.Parameter(matrix.detach().clone())
+    ours = Muon([matrix], weight_decay=0.1)
+    theirs = torch.optim.Muon([other], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        matrix.grad = torch.randn(shape, generator=generator([step]))
+        other.grad = matrix.grad.clone()
+        ours.step()
+        theirs.step()
+        assert matrix.equal(other)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_1():
+    x = torch.randn(8, 5, generator=generator([0])) @ torch.diag(torch.tensor([1.0, 2.0, 5.0, 10.0, 20.0]))
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_muon_that_matches_no_matrix_is_refused():

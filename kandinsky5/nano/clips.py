@@ -47,7 +47,7 @@ def draw_batch(
     text_encoder: TextEncoder,
     empty: TextFeatures,
     sample_times: Callable[[int, torch.Generator], Tensor],
-    batch_size: int = BATCH,
+    batch_size: int,
     prompt_dropped: float = PROMPT_DROPPED,
 ) -> tuple[FlowBatch, TextFeatures]:
     """A batch and its text features; they depend only on `seed` and on the number of clips available by then.

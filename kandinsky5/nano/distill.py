@@ -19,7 +19,7 @@ from kandinsky5 import cli
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.clips import CLIPS_AT_MOST, ClipStore, draw_batch
+from kandinsky5.nano.clips import BATCH, CLIPS_AT_MOST, ClipStore, draw_batch
 from kandinsky5.nano.stages import as_checkpoint, check_folder, load_dit, load_vae
 from kandinsky5.nano.train_dit import STOPPED, TIMES, test
 from kandinsky5.nano.train_text import load_text_encoder
@@ -111,7 +111,7 @@ def distill(
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         guided = config is presets.NOCFG
         times = TIMES.sample if guided else on_schedule
-        batch, features = draw_batch(seed, student, clips, DISTILLATION_CLIPS, text_encoder, empty, times)
+        batch, features = draw_batch(seed, student, clips, DISTILLATION_CLIPS, text_encoder, empty, times, BATCH)
         if guided:
             target = guided_target(teacher, batch, features, empty, presets.SAMPLING.guidance_scale, rope_scale)
         else:

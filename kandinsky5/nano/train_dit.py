@@ -21,7 +21,7 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.nano.captions import LANGUAGES, Caption, write_caption
-from kandinsky5.nano.clips import CLIPS_AT_MOST, ClipStore, draw_batch
+from kandinsky5.nano.clips import BATCH, CLIPS_AT_MOST, ClipStore, draw_batch
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.stages import RESUMES, check_folder, load_dit, load_vae
 from kandinsky5.nano.train_text import load_text_encoder
@@ -96,7 +96,7 @@ def train_dit(
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
         available = min(CLIPS_AT_FIRST + CLIPS_PER_STEP * seed[1], CLIPS_AT_MOST)
-        batch, features = draw_batch(seed, dit, clips, available, text_encoder, empty, times.sample)
+        batch, features = draw_batch(seed, dit, clips, available, text_encoder, empty, times.sample, BATCH)
         predicted = predict(dit, batch.x, batch.t, features, rope_scale)
         value = flow_loss(predicted, batch.velocity, batch.loss_mask)
         return value, loss_by_time(predicted.detach(), batch)

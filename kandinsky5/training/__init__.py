@@ -1,6 +1,7 @@
 """Training: one loop for any model, and the losses of flow models.
 
 recipe     the learning rate and the optimizers
+muon       one of them
 loop       train
 flow       flow matching: times, batches, loss
 distill    targets of distillation

@@ -23,7 +23,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
 from kandinsky5.training import state
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
-from kandinsky5.training.recipe import Recipe, build_optimizers, learning_rate, set_learning_rate
+from kandinsky5.training.recipe import Recipe, build_optimizers, learning_rate, prepare_step
 from kandinsky5.training.state import Model, Run
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
@@ -104,7 +104,7 @@ def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
 def _take_step(run: Run, loss: Loss) -> list[dict[str, float]]:
     """One step of the optimizers and of the average; returns each batch's values for the log."""
     recipe, rows = run.recipe, []
-    set_learning_rate(run.optimizers, run.step, recipe)
+    prepare_step(run.optimizers, run.step, recipe)
     for batch in range(recipe.accumulate):
         with autocast(run.device, recipe.dtype):
             value, values = loss([recipe.seed, run.step, batch])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kandinsky5.training.muon import Muon
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,9 +49,8 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW, without weight decay on vectors (biases, norms), and Muon where the recipe names matrices for it.
 
-    Muon's step is the orthogonal matrix nearest to the averaged gradient, so that it moves equally in all directions;
-    scaled as in arXiv 2502.16982. It is meant for matrices inside a network, not for embeddings or the output layer.
-    Raises ValueError if recipe.muon matches no matrix.
+    Muon is meant for matrices inside a network, not for embeddings or the output layer. Raises ValueError if
+    recipe.muon matches no matrix.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = [n for n, p in trained.items() if recipe.muon and p.ndim == 2 and re.search(recipe.muon, n)]
@@ -62,14 +63,15 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=recipe.betas, foreach=True)]
     if muon:
-        matrices = [trained[name] for name in muon]
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([trained[name] for name in muon], recipe.weight_decay))
     return optimizers
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, recipe: Recipe) -> None:
-    """Give the optimizers of `build_optimizers` the rate of this step."""
+def prepare_step(optimizers: list[torch.optim.Optimizer], step: int, recipe: Recipe) -> None:
+    """Give the optimizers of `build_optimizers` this step's learning rate, and Muon the precision of autocast."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            muon = isinstance(optimizer, torch.optim.Muon)
-            group["lr"] = learning_rate(step, recipe) * (recipe.muon_rate if muon else 1)
+            group["lr"] = learning_rate(step, recipe)
+            if isinstance(optimizer, Muon):
+                group["lr"] *= recipe.muon_rate
+                group["dtype"] = getattr(torch, recipe.dtype)
