@@ -104,12 +104,14 @@ def read_safetensors(path: Path) -> Weights:
 
 def _read_entry(path: Path, name: str, entry: object, begin: int) -> Stored:
     """One entry of a header: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, counted from `begin`."""
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if dtype in DTYPES:
-            if all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and len(shape) <= 8:
-                if stop - start == prod(shape) * DTYPES[dtype].itemsize:
-                    return Stored(path, begin + start, begin + stop, tuple(shape), dtype)
-    raise ValueError(f"its entry for {name!r} is wrong: {entry!r:.200}")
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        sound = set(map(type, (*shape, start, stop))) == {int} and start >= 0 and min(shape, default=0) >= 0
+        if sound and len(shape) <= 8 and stop - start == prod(shape) * DTYPES[dtype].itemsize:
+            return Stored(path, begin + start, begin + stop, tuple(shape), dtype)
+    except (KeyError, TypeError, ValueError):  # not there, of another type, not two offsets
+        pass
+    raise ValueError(f"its entry for {name!r:.200} is wrong: {entry!r:.200}")
 
 
 def read_index(path: Path, read_file: Callable[[Path], Weights] = read_safetensors) -> Weights:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from einops import rearrange
 
-from kandinsky5.files import check_writable, free_name, replacing
+from kandinsky5.files import check_writable, free_name, parse_json, replacing
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
 # is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
@@ -178,8 +178,8 @@ def read_metadata(path: str | Path) -> dict[str, object]:
                 tags = dict(container.metadata)
     comment = {name.lower(): text for name, text in tags.items()}.get("comment", "")  # re-muxed as mkv: COMMENT
     try:
-        metadata = json.loads(comment) if len(comment) <= LONGEST_COMMENT else None
-    except (ValueError, RecursionError):  # no JSON, or a number or a nesting that nobody wrote
+        metadata = parse_json(comment.encode(), path) if len(comment) <= LONGEST_COMMENT else None
+    except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} carries no settings: was it written by sample.py? Give the original file")

@@ -217,7 +217,10 @@ def write_native(
 def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> Source:
     """A model's folder or file in any layout but the native. tokenizer: its folder, if that is not the same one."""
     weights = read_weights(path)
-    weights = weights._replace(tensors=tables.respell(model, weights.tensors))
+    try:
+        weights = weights._replace(tensors=tables.respell(model, weights.tensors))
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from error
     config = find_config(path)
     shapes = {name: stored.shape for name, stored in weights.tensors.items()}
     sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))

@@ -37,8 +37,8 @@ def read_file(path: Path) -> Weights:
         head = file.read(9)
     if head[:4] == b"GGUF":
         raise ValueError(f"{path} is a GGUF file, mostly of quantised weights: take the original safetensors files")
-    is_pickle = head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{"
-    return read_pt(path) if is_pickle or path.suffix in PICKLES else read_safetensors(path)
+    is_pickle = head[8:] != b"{" and (path.suffix in PICKLES or head[:2] == b"PK" or head[:1] == b"\x80")
+    return read_pt(path) if is_pickle else read_safetensors(path)
 
 
 def find_files(folder: Path, stem: str = "*") -> list[Path]:

@@ -10,7 +10,6 @@ files of this folder hold the ratios that the authors publish with their configu
 """
 
 import copy
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from kandinsky5.config_file import from_json
 from kandinsky5.dit import DiT
+from kandinsky5.files import read_json
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m kandinsky5.extras.magcache CHECKPOINT --prompts FILE -o RATIOS.json"
@@ -93,7 +93,7 @@ def _plan_pass(skipping: StepSkipping, ratios: tuple[float, ...], number: int, s
 def load(path: str | Path) -> StepSkipping:
     """Read a file of `python -m kandinsky5.extras.magcache`. Raises ValueError if it is not one."""
     try:
-        return from_json(StepSkipping, json.loads(Path(path).read_text(encoding="utf-8")))
+        return from_json(StepSkipping, read_json(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {path} ({reason}): give a file that `{COMMAND}` wrote") from error
