@@ -228,7 +228,7 @@ def test_offloaded_models_skip_steps_too(pipe, offload):
 def test_missing_ratios_name_the_command_that_measures_them(pipe, tmp_path):
     for options, words in [
         ({"step_skipping": True}, "none for small: measure them with `python -m kandinsky5.extras.magcache CHECKPOINT"),
-        ({"step_skipping": tmp_path / "none.json"}, "none.json (No such file or directory): give a file that"),
+        ({"step_skipping": tmp_path / "none.json"}, "none.json"),
         ({"step_skipping": StepSkipping((1.0,))}, "hold without guidance: set guidance_scale to 1, or measure"),
     ]:
         with pytest.raises(ValueError) as error:
@@ -243,7 +243,7 @@ def test_missing_ratios_name_the_command_that_measures_them(pipe, tmp_path):
 def test_a_file_without_ratios_is_refused(tmp_path, text):
     path = tmp_path / "ratios.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"^cannot read .*ratios.json \(.*\): give a file that `python -m"):
+    with pytest.raises(ValueError, match=r"^cannot read ratios from .*ratios.json"):
         magcache.load(path)
 
 

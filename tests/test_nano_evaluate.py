@@ -122,32 +122,21 @@ def test_the_first_frame_is_compared_with_its_reconstruction(noise, good):
     assert [result["answers"]["first frame"] for result in results] == [good] * 4
 
 
-def test_full_attention_is_the_same_weights_without_a_map():
-    dit = randomise(DiT(replace(SMALL_DIT, nabla=SMALL_NABLA)))
-    full = evaluate.with_full_attention(dit)
-    assert full.config == SMALL_DIT and full.state_dict().keys() == dit.state_dict().keys()
-    x, text, pooled = torch.randn(1, 2, 32, 32, 33), torch.randn(1, 5, 16), torch.randn(1, 24)
-    with torch.no_grad():
-        expected = dit(x, text, pooled, torch.tensor([0.5]))
-        dense = DiT(SMALL_DIT)
-        dense.load_state_dict(dit.state_dict())
-        assert full(x, text, pooled, torch.tensor([0.5])).equal(dense(x, text, pooled, torch.tensor([0.5])))
-        assert not full(x, text, pooled, torch.tensor([0.5])).equal(expected)
-
-
 def test_full_attention_needs_a_checkpoint_with_nabla(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pipe, full = FakePipeline(honest=True), object()
-    pipe.dit, pipe.config.dit = None, SimpleNamespace(nabla=SMALL_NABLA)
-    monkeypatch.setattr(evaluate, "with_full_attention", lambda dit: full)
+    pipe = FakePipeline(honest=True)
+    pipe.dit = randomise(DiT(replace(SMALL_DIT, nabla=SMALL_NABLA)))
+    dense = DiT(SMALL_DIT)
+    dense.load_state_dict(pipe.dit.state_dict())
+    inputs = (torch.randn(1, 2, 32, 32, 33), torch.randn(1, 5, 16), torch.randn(1, 24), torch.tensor([0.5]))
     command = ["nano-10s", "--prompts", "1", "--sets", "seen, English"]
-    evaluate.main(command, lambda *_, **__: pipe)
-    assert pipe.dit is None
-    evaluate.main([*command, "--full-attention"], lambda *_, **__: pipe)
-    assert pipe.dit is full
+    for more, equal in (([], False), (["--full-attention"], True)):
+        evaluate.main([*command, *more], lambda *_, **__: pipe)
+        with torch.no_grad():
+            outputs = [dit(*inputs, rope_scale=(1.0, 1.0, 1.0)) for dit in (pipe.dit, dense)]
+        assert outputs[0].equal(outputs[1]) == equal
     names = ("judge_nano-10s", "judge_nano-10s-full-attention")
     assert {path.name for path in tmp_path.iterdir()} == {name + end for name in names for end in (".json", ".md")}
-    pipe.config.dit.nabla = None
     with pytest.raises(ValueError, match="--full-attention: nano-10s has no NABLA"):
         evaluate.main([*command, "--full-attention"], lambda *_, **__: pipe)
 

@@ -166,7 +166,7 @@ def test_the_default_name_is_numbered_and_a_given_one_overwritten(cli):
         ("--device meta", "device meta"),
         ("--step-skipping", "there are ratios for i2v-lite-5s, "),
         ("--step-skipping", "none for small: measure them with `python -m kandinsky5.extras.magcache CHECKPOINT"),
-        ("--step-skipping missing.json", "cannot read missing.json (No such file or directory): give a file that"),
+        ("--step-skipping missing.json", "cannot read ratios from missing.json"),
         ("--step-skipping fox", "'fox' does not end in .json; a prompt goes before the options"),
         ("--preview", "preview: the output is no terminal: give a file, --preview FILE.png"),
         ("--preview fox", "'fox' does not end in .png; a prompt goes before the options"),

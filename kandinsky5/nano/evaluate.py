@@ -132,14 +132,6 @@ def reconstruct(vae, clips: np.ndarray) -> np.ndarray:
     return np.concatenate(result)
 
 
-def with_full_attention(dit):
-    """The same weights without NABLA."""
-    with torch.device("meta"):
-        full = type(dit)(replace(dit.config, nabla=None))
-    full.load_state_dict(dit.state_dict(), assign=True)
-    return full.eval()
-
-
 # ---------------------------------------------------------------------------------------------- rates
 
 
@@ -204,9 +196,9 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
     dtype = choose_dtype(args.dtype, device)
     pipe = (load or Pipeline.load)(args.checkpoint, device=device, dtype=dtype)
     if args.full_attention:
-        if not pipe.config.dit.nabla:
+        if not pipe.dit.config.nabla:
             raise ValueError(f"--full-attention: {args.checkpoint} has no NABLA: leave it out")
-        pipe.dit = with_full_attention(pipe.dit)
+        pipe.dit.config = replace(pipe.dit.config, nabla=None)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     sampling = {name: getattr(pipe.config.sampling, name) for name in (*options, "shift")}
     sampling |= {name: value for name, value in options.items() if value is not None}

@@ -60,8 +60,7 @@ def train(
         last = min(total, total if stop_after is None else stop_after)
         start, saved, seconds_before = time.monotonic(), time.monotonic(), run.seconds
         if run.step:
-            action = "resumes from" if run.step < last else "is finished at"
-            screen.say(f"{folder} {action} step {run.step:,}")
+            screen.say(f"{folder} {'resumes from' if run.step < last else 'is finished at'} step {run.step:,}")
         rows: list[dict[str, float]] = []
         with screen.bar(total, folder.name, "step", show=progress) as bar:
             bar.n = bar.initial = run.step

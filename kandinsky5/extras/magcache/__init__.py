@@ -93,10 +93,9 @@ def _plan_pass(skipping: StepSkipping, ratios: tuple[float, ...], number: int, s
 def load(path: str | Path) -> StepSkipping:
     """Read a file of `python -m kandinsky5.extras.magcache`. Raises ValueError if it is not one."""
     try:
-        return from_json(StepSkipping, read_json(path))
+        return from_json(StepSkipping, read_json(path, most=10**6))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read {path} ({reason}): give a file that `{COMMAND}` wrote") from error
+        raise ValueError(f"cannot read ratios from {path} ({error}): give a file that `{COMMAND}` wrote") from error
 
 
 def skip_steps(dit: DiT, skips: Sequence[tuple[bool, ...]], together: bool) -> DiT:
