@@ -11,7 +11,6 @@ are those of `kandinsky5 sample` (kandinsky5/cli.py), which then makes the video
 """
 
 import argparse
-import sys
 
 from kandinsky5 import cli
 
@@ -77,4 +76,4 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(main)

@@ -11,9 +11,8 @@ A preset's name is in `PRESETS`; `pipe.dit`, `pipe.vae` and `pipe.text_encoder` 
 
 from typing import TYPE_CHECKING
 
-from kandinsky5.config import PRESETS
-
 if TYPE_CHECKING:
+    from kandinsky5.config import PRESETS
     from kandinsky5.pipeline import Pipeline
 
 __version__ = "0.1.0"
@@ -21,9 +20,13 @@ __all__ = ["PRESETS", "Pipeline", "__version__"]
 
 
 def __getattr__(name: str):
-    """`Pipeline`, when it is first asked for: PyTorch takes seconds to import, and `kandinsky5 --help` none."""
+    """`Pipeline` and `PRESETS`, when first asked for: PyTorch takes seconds to import, and `kandinsky5 --help` none."""
     if name == "Pipeline":
         from kandinsky5.pipeline import Pipeline
 
         return Pipeline
+    if name == "PRESETS":
+        from kandinsky5.config import PRESETS
+
+        return PRESETS
     raise AttributeError(f"module 'kandinsky5' has no attribute {name!r}")

@@ -1,8 +1,6 @@
 """`python -m kandinsky5` is the console command `kandinsky5`."""
 
-import sys
-
-from kandinsky5.cli import main
+from kandinsky5 import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.end(cli.dispatch)

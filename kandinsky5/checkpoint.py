@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -21,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from kandinsky5.config import NANO_NAMES, PipelineConfig, find_preset
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.files import make_folder, read_bytes, replacing
-from kandinsky5.screen import listed
+from kandinsky5.screen import Forgiving, listed
 from kandinsky5.tensor_files import DTYPES, FLOATS, Weights, map_tensors, read_index, read_safetensors
 from kandinsky5.tokenizer import LARGEST_FILE, find_files
 
@@ -95,7 +96,9 @@ def load_weights(
     check_fit(weights, wanted)
     if device.type != "meta":
         views = map_tensors(weights.tensors, writable=True)
-        bar = tqdm(wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False)
+        bar = tqdm(
+            wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False, file=Forgiving(sys.stderr)
+        )
         state = {n: _cast(views[n], t.dtype, dtype).to(device) for n, t in bar}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)

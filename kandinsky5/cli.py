@@ -10,7 +10,6 @@ Nothing here imports PyTorch before the command line is known to be sound.
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import os
@@ -19,9 +18,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from kandinsky5.files import check_apart, check_writable, free_name
 from kandinsky5.screen import Forgiving, printable, say
@@ -53,13 +51,14 @@ commands, each with its own --help:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The console command: runs one of COMMANDS and returns its exit code."""
-    return run(lambda: dispatch(sys.argv[1:] if arguments is None else arguments))
+def main() -> NoReturn:
+    """The console command: runs one of COMMANDS and ends the process with its exit code."""
+    end(dispatch)
 
 
-def dispatch(arguments: list[str]) -> int:
+def dispatch(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names. Raises ValueError if there is none of that name."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     present = {name: text for name, (module, text) in COMMANDS.items() if _exists(module)}
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
@@ -69,6 +68,8 @@ def dispatch(arguments: list[str]) -> int:
         print(importlib.import_module("kandinsky5").__version__)
         return 0
     if name not in present:
+        import difflib
+
         close = difflib.get_close_matches(name, present, n=1) or list(present)
         raise ValueError(f"there is no command {name!r}: try {' or '.join(close)}, or --help")
     sys.argv[0] = f"kandinsky5 {name}"  # what its --help calls it
@@ -97,9 +98,16 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written", le
         interrupts.append(number)
         raise KeyboardInterrupt
 
+    def ignored(error: "sys.UnraisableHookArgs") -> None:
+        if error.exc_type is not KeyboardInterrupt:
+            hook(error)
+        elif len(interrupts) < 100:  # it came in a callback or destructor, where errors are lost: once more
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+
     handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, interrupt) for number in handled}
-    streams = sys.stdout, sys.stderr
+    streams, hook = (sys.stdout, sys.stderr), sys.unraisablehook
+    sys.unraisablehook = ignored
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     try:
         return main() or 0
@@ -112,11 +120,19 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written", le
         say(f"error: {printable(reason)}")
         return 2
     finally:
-        sys.stdout, sys.stderr = streams
+        (sys.stdout, sys.stderr), sys.unraisablehook = streams, hook
         for stream in streams:
             _let_go(stream)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end(main: Callable[[], int | None]) -> NoReturn:
+    """`run`, and the end of the process: what comes after is shutdown, which no signal needs to interrupt."""
+    code = run(main)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def explain(error: BaseException, less: str = LESS) -> str | None:
@@ -321,6 +337,8 @@ def file(suffix: str) -> Callable[[str], str]:
 
 def frame_rate(text: str) -> float:
     """ "24", "23.976" or "24000/1001" → frames per second. Raises ArgumentTypeError for anything else."""
+    from fractions import Fraction
+
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError) as error:

@@ -6,9 +6,10 @@ A terminal may be closed, full, or gone (`| head`), a service has none, and some
 import itertools
 import sys
 from collections.abc import Collection
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from tqdm.auto import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Forgiving:
@@ -44,8 +45,10 @@ class Forgiving:
         return getattr(self.stream, name)
 
 
-def bar(total: int, desc: str, unit: str, postfix: str | None = None, show: bool = True) -> tqdm:
+def bar(total: int, desc: str, unit: str, postfix: str | None = None, show: bool = True) -> "tqdm":
     """A progress bar on stderr, or as a widget in a notebook."""
+    from tqdm.auto import tqdm
+
     return tqdm(total=total, desc=desc, unit=unit, postfix=postfix, disable=not show, file=Forgiving(sys.stderr))
 
 

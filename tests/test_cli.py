@@ -75,6 +75,44 @@ def test_an_import_that_turns_an_interrupt_into_another_error_is_interrupted(cap
     assert cli.run(main) == 130
 
 
+def test_an_interrupt_that_a_destructor_swallows_is_repeated(capsys):
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    def main():
+        Swallows()
+        time.sleep(30)
+
+    assert cli.run(main) == 130 and capsys.readouterr().err == "interrupted: nothing was written\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
+def test_the_console_command_teaches(capsys, arguments):
+    assert cli.dispatch(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n    {name}" in out for name in ("sample", "convert", "judge", "magcache"))
+
+
+def test_the_console_command_offers_the_closest_name():
+    with pytest.raises(ValueError, match="try sample"):
+        cli.dispatch(["sampel"])
+
+
+@pytest.mark.parametrize("command", ["sample", "convert", "judge", "magcache"])
+def test_every_command_has_help_under_its_own_name(capsys, monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["kandinsky5"])
+    with pytest.raises(SystemExit) as ended:
+        cli.dispatch([command, "--help"])
+    assert ended.value.code == 0 and len(capsys.readouterr().out) > 300
+
+
+def test_as_a_module_it_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "kandinsky5", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: ")
+
+
 PROGRAM = """
 import sys
 from kandinsky5 import cli
