@@ -19,6 +19,7 @@ from kandinsky5 import video_io
 from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import distill, evaluate, export, presets, train_dit, train_text, train_vae
+from kandinsky5.nano.clips import ClipStore
 from kandinsky5.training import state
 from kandinsky5.training.flow import FlowTimes
 from kandinsky5.training.loop import train
@@ -85,8 +86,9 @@ def test_training_and_export_start_from_a_checkpoint(monkeypatch, tmp_path):
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
     monkeypatch.setattr(train_dit, "LAST_RECIPE", replace(train_dit.LAST_RECIPE, learning_rate=0.0, weight_decay=0.0))
     monkeypatch.setattr(train_dit, "TIMES", FlowTimes("of the run before"))  # raises where they are sampled
-    monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 2)
     monkeypatch.setattr(train_dit, "BATCH", 2)
+    monkeypatch.setattr(ClipStore, "CHUNK", 2)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     run(monkeypatch, train_dit, "--folder", tmp_path / "dit", "--start-from", "nano", *checkpoint)
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, *checkpoint)
@@ -111,8 +113,8 @@ def test_missing_results_are_not_left_out_silently(monkeypatch, tmp_path, capsys
         assert f"--judged {judged} holds no results: judge first" in capsys.readouterr().err
 
 
-def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, capsys):
-    train_random_dit(tmp_path / "dit")
+def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, random_dit_run):
+    shutil.copytree(random_dit_run, tmp_path / "dit")
     exporting = ["--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano"]
     run(monkeypatch, export, *exporting)
     before = fingerprint(tmp_path / "to" / "nano")
@@ -123,9 +125,9 @@ def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, ca
     assert fingerprint(tmp_path / "to" / "nano") == before
 
 
-def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path):
+def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path, random_dit_run):
     """Between its two renames: the old nano, which VAE and encoders come from, is next to it."""
-    train_random_dit(tmp_path / "dit")
+    shutil.copytree(random_dit_run, tmp_path / "dit")
     shutil.copytree(SHIPPED / "nano", tmp_path / "nano.old")
     nano = tmp_path / "nano"
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
@@ -227,9 +229,11 @@ def run(monkeypatch, module, *arguments) -> None:
     module.main()
 
 
-def train_random_dit(folder) -> None:
-    model = DiT(presets.DIT)
+@pytest.fixture(scope="module")
+def random_dit_run(tmp_path_factory) -> Path:
+    model, folder = DiT(presets.DIT), tmp_path_factory.mktemp("runs") / "dit"
     train(model, lambda seed: (sum(p.sum() for p in model.parameters()), {}), Recipe(1), folder, progress=False)
+    return folder
 
 
 def train_one_step(*arguments, **options):

@@ -121,10 +121,10 @@ def test_a_batch_has_its_shares_without_prompt_and_with_image(tmp_path):
     nano, text_encoder = load_dit(SHIPPED / "nano"), load_text_encoder(SHIPPED / "nano")
     empty, clips = text_encoder.encode([""]), ClipStore(tmp_path / "clips", load_vae(SHIPPED / "nano"))
     for prompt_dropped in (0.1, 0.3):
-        batch, features = draw_batch([5, 0, 0], nano, clips, 8, text_encoder, empty, TIMES.sample, 200, prompt_dropped)
+        batch, features = draw_batch([5, 0, 0], nano, clips, 8, text_encoder, empty, TIMES.sample, 150, prompt_dropped)
         given = batch.loss_mask[:, 0].flatten() == 0
-        assert abs(given.float().mean() - 0.3) < 0.13  # four standard deviations
+        assert abs(given.float().mean() - 0.3) < 0.15  # four standard deviations
         assert batch.x[given, 0, ..., -1].eq(1).all() and batch.x[~given, ..., -1].eq(0).all()
         without = (features.pooled == empty.pooled).all(dim=1)
-        assert abs(without.float().mean() - prompt_dropped) < 4 * (prompt_dropped * (1 - prompt_dropped) / 200) ** 0.5
+        assert abs(without.float().mean() - prompt_dropped) < 4 * (prompt_dropped * (1 - prompt_dropped) / 150) ** 0.5
         assert features.mask[without].sum(dim=1).eq(empty.mask.sum()).all()

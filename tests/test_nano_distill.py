@@ -30,7 +30,14 @@ def nano() -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def long_clips(nano, tmp_path_factory) -> ClipStore:
     """Of nano-10s's size, with fewer frames: four tiles of tokens."""
-    return ClipStore(tmp_path_factory.mktemp("clips"), nano.vae, 13, presets.LONG.sampling.height)
+    return few_clips(tmp_path_factory.mktemp("clips"), nano.vae, 13, presets.LONG.sampling.height)
+
+
+def few_clips(*arguments) -> ClipStore:
+    """Encoded two at a time, not eight."""
+    store = ClipStore(*arguments)
+    store.CHUNK = 2
+    return store
 
 
 def test_sixteen_steps_lead_where_three_of_the_teacher_lead():
@@ -77,17 +84,17 @@ def test_sparse_trains_full_attention_every_third_step(monkeypatch, tmp_path, na
 
 def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp_path, nano, long_clips):
     """The first step's loss, of a student that is still its teacher, by hand."""
-    monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
+    monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 2)
     monkeypatch.setattr(distill, "BATCH", 4)
-    monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
+    monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 2)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=1, progress=False))
     teacher, text_encoder = nano.dit, nano.text_encoder
-    empty, clips = text_encoder.encode([""]), ClipStore(tmp_path / "clips", nano.vae)
+    empty, clips = text_encoder.encode([""]), few_clips(tmp_path / "clips", nano.vae)
 
     recipe = replace(distill.RECIPES["nocfg"], dtype="float32")
     distill.distill(tmp_path / "nocfg", presets.NOCFG, teacher, clips, text_encoder, recipe)
-    batch, features = draw_batch([0, 0, 0], teacher, clips, 8, text_encoder, empty, TIMES.sample, 4)
+    batch, features = draw_batch([0, 0, 0], teacher, clips, 2, text_encoder, empty, TIMES.sample, 4)
     unprompted = text_encoder.encode([""] * len(batch.t))
     with torch.no_grad():
         given, without = (predict(teacher, batch.x, batch.t, f, UNSCALED) for f in (features, unprompted))
@@ -98,7 +105,7 @@ def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp
     recipe = replace(distill.RECIPES["long"], dtype="float32")
     distill.train_long(tmp_path / "long", presets.LONG, teacher, long_clips, text_encoder, recipe)
     student = distill.start_from(teacher, presets.LONG)
-    batch, features = draw_batch([0, 0, 0], student, long_clips, 8, text_encoder, empty, TIMES.sample, 2)
+    batch, features = draw_batch([0, 0, 0], student, long_clips, 2, text_encoder, empty, TIMES.sample, 2)
     with torch.no_grad(), training_precision(student):
         velocities = [predict(student, batch.x, batch.t, features, (scale,) * 3) for scale in (2.0, 1.0)]
     expected, unscaled = (float(flow_loss(v, batch.velocity, batch.loss_mask)) for v in velocities)
@@ -109,7 +116,7 @@ def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp
 def run_sparse(monkeypatch, folder, nano, clips, stop, window=(1, 1, 1), **recipe):
     config = replace(presets.LONG, dit=replace(presets.LONG.dit, nabla=NablaConfig(P=0.6, window=window)))
     recipe = replace(distill.RECIPES["sparse"], dtype="float32", **recipe)
-    monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
+    monkeypatch.setattr(distill, "SPARSE_CLIPS", 2)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=stop, progress=False))
     distill.train_sparse(folder, config, nano.dit, clips, nano.text_encoder, recipe)

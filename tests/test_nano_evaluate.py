@@ -46,7 +46,7 @@ class FakePipeline:
         self.honest, self.clip_noise = honest, clip_noise
         self.scenes, self.calls = {}, []
         for name in evaluate.SETS:
-            for index in range(12):
+            for index in range(8):
                 scene, caption = evaluate.sample_prompt(name, index)
                 self.scenes[caption.text, index] = scene
 
@@ -71,7 +71,7 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
 
     output = tmp_path / "scores.json"
     evaluate.main(
-        ["some/nano", "--prompts", "12", "--device", "cpu", "--dtype", "float32", "--output", str(output), *arguments],
+        ["some/nano", "--prompts", "8", "--device", "cpu", "--dtype", "float32", "--output", str(output), *arguments],
         load,
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.json", "scores.md"]
@@ -80,27 +80,27 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
 
 def test_a_pipeline_that_draws_its_prompts_scores_all(tmp_path, capsys):
     pipe = FakePipeline(honest=True)
-    document = run_command(tmp_path, pipe, "--batch-size", "5", "--steps", "9", "--guidance", "2")
+    document = run_command(tmp_path, pipe, "--batch-size", "3", "--steps", "9", "--guidance", "2")
     assert list(document["sets"]) == list(evaluate.SETS)
     assert document["sampling"] == {"num_inference_steps": 9, "guidance_scale": 2, "shift": 3}
     for name, summary in document["sets"].items():
-        assert summary["clips"] == 12 and document["mistakes"][name] == [], name
+        assert summary["clips"] == 8 and document["mistakes"][name] == [], name
         assert summary["answers"]["all"] == {
-            "right": 12,
-            "asked": 12,
+            "right": 8,
+            "asked": 8,
             "rate": 1,
-            "interval": list(evaluate.wilson(12, 12)),
+            "interval": list(evaluate.wilson(8, 8)),
         }
     assert document["sets"]["image to video"]["answers"]["first frame"]["rate"] == 1
     assert document["sets"]["VAE"]["psnr"] > 60
     assert all(options == {"num_inference_steps": 9, "guidance_scale": 2} for *_, options in pipe.calls)
-    assert [seed for _, image, seed, _ in pipe.calls if image is None][:3] == [0, 5, 10]
+    assert [seed for _, image, seed, _ in pipe.calls if image is None][:3] == [0, 3, 6]
 
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "scores.md").read_text(encoding="utf-8")
     lines = printed.splitlines()
     assert len(lines) == 2 + len(evaluate.SETS) and len({line.count("|") for line in lines}) == 1
-    assert "| seen, Russian | 12 | 100.0 | 75.7 to 100.0 |" in printed
+    assert "| seen, Russian | 8 | 100.0 | 67.6 to 100.0 |" in printed
 
 
 def test_a_pipeline_that_draws_noise_scores_nothing(tmp_path):
@@ -109,7 +109,7 @@ def test_a_pipeline_that_draws_noise_scores_nothing(tmp_path):
     for name in sets:
         answers = document["sets"][name]["answers"]
         assert answers["all"]["right"] == answers["motion"]["right"] == answers["objects"]["right"] == 0
-        assert len(document["mistakes"][name]) == 12 and document["mistakes"][name][0]["text"]
+        assert len(document["mistakes"][name]) == 8 and document["mistakes"][name][0]["text"]
         assert all(mistake["unexplained"] > judge.MAX_UNEXPLAINED for mistake in document["mistakes"][name])
     assert document["sets"]["image to video"]["answers"]["first frame"]["right"] == 0
 

@@ -39,7 +39,7 @@ def test_held_out_triples_leave_every_pair_of_words_trained():
 
 
 def test_a_split_draws_exactly_its_triples_evenly():
-    for split, number in (("train", 1), ("train", 2), ("held_out", 1), ("held_out", 2)):
+    for split, number in (("train", 2), ("held_out", 1)):
         objects = [obj for scene in scenes(3000, split=split, num_objects=number) for obj in scene.objects]
         counts = Counter((obj.colour, obj.shape, obj.motion) for obj in objects)
         assert set(counts) == set(TRIPLES[split])

@@ -14,7 +14,7 @@ from tiny_training import losses, same_weights, tiny_run, train
 
 
 def test_a_tiny_dit_learns_and_the_log_shows_it(tmp_path):
-    tiny_run(tmp_path, steps=200, save_seconds=60)
+    tiny_run(tmp_path, steps=200)
     curve = losses(tmp_path)
     assert len(curve) == 100 and np.mean(curve[-10:]) < 0.5 * np.mean(curve[:5]), curve[::10]
 
