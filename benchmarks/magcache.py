@@ -23,7 +23,7 @@ from compare import describe_machine  # noqa: E402
 from kandinsky5 import Pipeline  # noqa: E402
 from kandinsky5.extras import magcache  # noqa: E402
 from kandinsky5.files import write_text  # noqa: E402
-from kandinsky5.nano import judge  # noqa: E402
+from kandinsky5.nano import evaluate, judge  # noqa: E402
 from random_weights import relative_error  # noqa: E402
 
 SETTINGS = {  # what differs from 50 steps, all computed
@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     pipe = Pipeline.load("nano")
     calls = {name: build_call(name, changes) for name, changes in SETTINGS.items()}
-    captions = [judge.question(SET, i, seed=SEED)[1] for i in range(options.clips)]
+    captions = [evaluate.sample_prompt(SET, i, seed=SEED)[1] for i in range(options.clips)]
 
     rows, exact = {}, None
     for name, call in calls.items():

@@ -82,11 +82,19 @@ def test_cards_carry_the_results_of_the_bundled_weights():
         assert judged["sampling"] == {key: getattr(preset.sampling, key) for key in sampling}
         card = (SHIPPED / name / "README.md").read_text(encoding="utf-8")
         assert card.endswith(export.describe_evaluation(name, JUDGED / f"judge_{name}.json", SHIPPED / name)), name
-    full = json.loads((JUDGED / "judge_nano-10s-full-attention.json").read_text(encoding="utf-8"))
-    sparse = json.loads((JUDGED / "judge_nano-10s.json").read_text(encoding="utf-8"))
-    assert full["fingerprint"] == sparse["fingerprint"] and full["settings"]["full_attention"]
-    alike = ("prompts", "batch_size", "dtype", "seed", "num_inference_steps", "guidance_scale", "canvas")
-    assert all(full["settings"][name] == sparse["settings"][name] for name in alike)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "values"),
+    [("nano-10s-full-attention", "full_attention", (False, True)), ("nano-float32", "dtype", ("bfloat16", "float32"))],
+)
+def test_variants_differ_from_the_evaluation_in_one_setting(name, setting, values):
+    plain = name.removesuffix("-full-attention").removesuffix("-float32")
+    results = [json.loads((JUDGED / f"judge_{n}.json").read_text(encoding="utf-8")) for n in (plain, name)]
+    assert results[0]["fingerprint"] == results[1]["fingerprint"] and results[0]["sampling"] == results[1]["sampling"]
+    assert tuple(result["settings"][setting] for result in results) == values
+    alike = {"prompts", "batch_size", "dtype", "seed", "num_inference_steps", "guidance_scale", "canvas"} - {setting}
+    assert all(results[0]["settings"][key] == results[1]["settings"][key] for key in alike)
 
 
 def test_the_bundled_weights_take_at_most_30_mb():

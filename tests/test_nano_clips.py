@@ -40,6 +40,18 @@ def test_clips_do_not_depend_on_when_they_were_written(vae, tmp_path):
     torch.testing.assert_close(a[1][1:2], first, rtol=0.05, atol=0.05)  # bf16 and float16
 
 
+def test_drawing_shows_its_progress_at_once(vae, tmp_path, monkeypatch, capsys):
+    store = ClipStore(tmp_path, vae, num_frames=5)
+
+    def encode(scenes):
+        assert "drawing and encoding" in capsys.readouterr().err
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        store.fill(16)
+
+
 def test_clips_that_another_process_has_drawn_are_taken(vae, tmp_path, monkeypatch):
     ours = ClipStore(tmp_path, vae, num_frames=5)
     ours.fill(8)

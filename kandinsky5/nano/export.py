@@ -150,9 +150,9 @@ RESULTS = """
 ```
 
 {remark}{table}"""
-VARIANTS = {  # of the evaluation, in files of these endings, and what the card says of them
+VARIANTS = {  # of the evaluation, in files of these endings, and a remark for the card
     "full-attention": "",
-    "float32": "",
+    "float32": "The other precision, on one thread of a CPU with AVX-512 and AMX:\n\n",
 }
 WHAT = {
     "nano": "Text and image to video, with guidance: every step runs the network twice.",
