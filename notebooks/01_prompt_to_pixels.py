@@ -83,7 +83,7 @@ times = sampler.flow_schedule(sampling.num_inference_steps, sampling.shift)
 condition = torch.zeros(*noise.shape[:-1], pipe.config.dit.input_channels - vae.latent_channels)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def velocity(x, t):
     x = torch.cat([x, condition], dim=-1)  # (1, T, h, w, 33)
     answers = []
