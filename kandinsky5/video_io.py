@@ -123,16 +123,17 @@ def write_video(
     metadata: dict[str, object] | None = None,
     compress: bool = True,
 ) -> None:
-    """Write uint8 RGB frames (F, H, W, 3) as an H.264 mp4, or one frame as a PNG if the path ends in .png.
+    """Write RGB frames (F, H, W, 3) as an H.264 mp4, or one frame as a PNG if the path ends in .png.
 
+    frames: uint8, or floats in [0, 1]; also a batch of one, as a pipeline returns it.
     quality: 10 is lossless to the eye (x264's CRF 18), 8 is good (22), 5 is small (28), 1 is rough (36).
     metadata: kept in the file for `read_metadata`, as JSON in the comment tag.
     compress: False writes a PNG faster and larger: of smooth pictures twenty times and three times.
     The same frames give the same bytes. A failure leaves an older file at `path` as it was, and nothing else.
-    Raises what `check_writable` raises, OSError if the disk is full, ValueError for odd sides in an mp4.
+    Raises what `check_writable` raises, OSError if the disk is full, ValueError for other frames and for odd sides in
+    an mp4.
     """
-    frames = torch.as_tensor(frames).cpu().numpy()
-    assert frames.dtype == np.uint8 and frames.ndim == 4 and len(frames), (frames.dtype, frames.shape)
+    frames = _as_frames(frames)
     check_writable(path, len(frames), fps, quality)
     # ASCII JSON (\u043a for к), so that no tag or tool on the way can spoil it
     comment = None if metadata is None else json.dumps(metadata)
@@ -141,6 +142,24 @@ def write_video(
             temporary.write_bytes(_encode_png(frames[0], comment, compress))
         else:
             _encode_mp4(temporary, frames, fps, quality, comment)
+
+
+def _as_frames(frames: torch.Tensor | np.ndarray) -> np.ndarray:
+    """uint8 (F, H, W, 3) of what `write_video` takes."""
+    if isinstance(frames, torch.Tensor):
+        frames = frames.detach().cpu()
+        frames = (frames.float() if frames.is_floating_point() else frames).numpy()  # NumPy has no bfloat16
+    array = np.asarray(frames)
+    array = array[0] if array.ndim == 5 and len(array) == 1 else array
+    if array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape or array.dtype.kind not in "uf":
+        raise ValueError(f"frames are {array.dtype} {array.shape}: give one video, uint8 or floats (F, H, W, 3)")
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN neither
+            raise ValueError(f"frames are floats from {array.min()} to {array.max()}: give 0 to 1, or uint8")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"frames are {array.dtype}: give uint8, or floats in [0, 1]")
+    return array
 
 
 def keep_frames(path: str | Path, frames: torch.Tensor | np.ndarray) -> str:

@@ -301,6 +301,50 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
     assert b" mbtree=0 " in options, "with it the bytes differ now and then, too rarely for this loop"
 
 
+def test_what_a_pipeline_returns_can_be_written(tmp_path):
+    frames = frames_of(3)
+    write_video(tmp_path / "expected.mp4", frames)
+    floats = torch.from_numpy(frames / 255).float()
+    readonly = frames.copy()
+    readonly.flags.writeable = False
+    backwards = np.ascontiguousarray(frames[::-1])[::-1]
+    for same in (frames[None], torch.from_numpy(frames)[None], floats, floats[None].numpy(), readonly, backwards):
+        write_video(tmp_path / "out.mp4", same)
+        assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "expected.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((2, 3, 16, 16, 3), np.uint8),
+        np.zeros((16, 16, 3), np.uint8),
+        np.zeros((1, 16, 16, 4), np.uint8),
+        np.zeros((0, 16, 16, 3), np.uint8),
+        np.zeros((1, 16, 16, 3), np.int64),
+        np.full((1, 16, 16, 3), 255.0),
+        np.full((1, 16, 16, 3), np.nan),
+    ],
+    ids=lambda frames: f"{frames.dtype}{frames.shape}",
+)
+def test_other_frames_are_refused_in_one_line(tmp_path, frames):
+    with pytest.raises(ValueError, match="frames are") as error:
+        write_video(tmp_path / "out.mp4", frames)
+    assert is_one_line(error.value)
+
+
+def test_settings_survive_tags_in_capitals(tmp_path):
+    """As in Matroska, which writes COMMENT."""
+    write_video(tmp_path / "out.mp4", frames_of(2), metadata=SETTINGS)
+    with av.open(str(tmp_path / "out.mp4")) as source, av.open(str(tmp_path / "out.mkv"), "w") as target:
+        target.metadata.update(source.metadata)
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    assert read_metadata(tmp_path / "out.mkv") == SETTINGS
+
+
 def test_quality_sets_the_size(tmp_path):
     sizes = []
     for quality in (1, 5, 8, 10):
