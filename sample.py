@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     cli.check_writable(output, request.num_frames, fps)
 
     pipe = Pipeline.load(folder, options.device, options.dtype)
-    notes.show(request, pipe, folder)
+    notes.show(request, pipe.config, pipe.text_encoder, folder)
     frames = pipe.generate(request)[0]  # (F, H, W, 3)
     metadata = replay.describe(request, pipe, options.checkpoint, options.image, fps=fps)
     cli.write(output, frames, fps, 8, metadata)

@@ -148,10 +148,10 @@ def fingerprint(folder: Path) -> str:
     (`weights_convert --verify` sees it). Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")
-    usual, ours = asdict(PipelineConfig()), asdict(config)  # a field that later versions add has its usual value
-    sizes = [
-        {field: value for field, value in ours[name].items() if value != usual[name].get(field)}
-        for name in (*MODELS, "text", "tiling")
+    parts = [getattr(config, name) for name in (*MODELS, "text", "tiling")]
+    sizes = [  # a field that later versions add has its default
+        {field: value for field, value in asdict(part).items() if value != asdict(type(part)()).get(field)}
+        for part in parts
     ]
     digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
     for name in MODELS:

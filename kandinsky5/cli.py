@@ -208,7 +208,7 @@ def sample(arguments: list[str] | None = None) -> int:
         show = None if place is None else preview.open_place(place)
 
         pipe = Pipeline.load(folder, **{name: settings[name] for name in LOAD})
-        notes.show(request, pipe, folder)
+        notes.show(request, pipe.config, pipe.text_encoder, folder)
         callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
         frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
         frames = frames.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)

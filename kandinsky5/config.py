@@ -24,6 +24,14 @@ Pay attention to the order of key actions shown in the scene.<|im_end|>
 <|im_start|>user
 {}<|im_end|>"""
 
+# What the authors' code reads instead where one frame is asked for.
+IMAGE_TEMPLATE = """\
+<|im_start|>system
+You are a promt engineer. Describe the image by detailing the color, shape, size, texture, quantity, text, spatial \
+relationships of the objects and background:<|im_end|>
+<|im_start|>user
+{}<|im_end|>"""
+
 NEGATIVE_PROMPT = (
     "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, "
     "walking backwards"
@@ -136,6 +144,11 @@ class TextConfig:
 
     template: str = TEMPLATE  # what Qwen reads, with the prompt at {}
     dropped_tokens: int = 129  # the template's tokens before the prompt: their features are dropped
+    image_template: str | None = None  # for a single frame; None: the same as for more
+    image_dropped_tokens: int = 0
+
+
+RELEASED_TEXT = TextConfig(image_template=IMAGE_TEMPLATE, image_dropped_tokens=41)
 
 
 @dataclass(frozen=True)
@@ -177,7 +190,7 @@ class PipelineConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     qwen: QwenConfig = field(default_factory=QwenConfig)
     clip: CLIPConfig = field(default_factory=CLIPConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text: TextConfig = RELEASED_TEXT
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tiling: Tiling = field(default_factory=Tiling)
     base: str | None = None  # folder, relative to this one, of the models and tokenizers that are not in it

@@ -113,6 +113,7 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("clip.start_token clip.end_token clip.vocab_size", lambda a, b, n: max(a, b) < n, "tokens are in the vocabulary"),
     ("clip.max_positions", lambda n: n >= 2, "there is room for the start and the end token"),
     ("text.template", lambda text: text.count("{}") == 1, "the prompt stands in it once, at {}"),
+    ("text.image_template", lambda text: text is None or text.count("{}") == 1, "the prompt stands in it once, at {}"),
     ("sampling.num_frames", lambda n: n <= 10_000, "at most 10,000 frames (seven minutes)"),
     ("sampling.height", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),
     ("sampling.width", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),

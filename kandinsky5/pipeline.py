@@ -173,7 +173,7 @@ class Pipeline:
         texts = [*request.prompts, *(request.negative_prompts if request.guided else ())]
         models = self.text_encoder.qwen, self.text_encoder.clip
         with bar(len(texts), "encoding", "text", show=progress) as shown, awake(*models):
-            features = self.text_encoder.encode(texts, request.max_sequence_length)
+            features = self.text_encoder.encode(texts, request.max_sequence_length, request.num_frames == 1)
             shown.update(len(texts))
         return features.repeat(request.num_videos_per_prompt)
 

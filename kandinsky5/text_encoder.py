@@ -54,23 +54,28 @@ class TextEncoder(nn.Module):
                     f"{name}_tokenizer/ knows {tokenizer.vocab_size} tokens, {name}.safetensors only "
                     f"{model.config.vocab_size}: these two do not belong together"
                 )
-        prefix = len(qwen_tokenizer.encode(config.template.split("{}")[0]))
-        if prefix != config.dropped_tokens:
-            # A wrong crop would eat the prompt's first words or leak the template's last, without any other sign.
-            raise ValueError(
-                f"the template has {prefix} tokens before the prompt, but {config.dropped_tokens} are dropped: "
-                "the tokenizer in qwen_tokenizer/, or text in config.json, is not what this checkpoint was made with"
-            )
+        for template, dropped in (self.template(), self.template(one_frame=True)):
+            prefix = len(qwen_tokenizer.encode(template.split("{}")[0]))
+            if prefix != dropped:
+                # A wrong crop would eat the prompt's first words or leak the template's last, without any other sign.
+                raise ValueError(
+                    f"the template has {prefix} tokens before the prompt, but {dropped} are dropped: the tokenizer in "
+                    "qwen_tokenizer/, or text in config.json, is not what this checkpoint was made with"
+                )
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], max_sequence_length: int = MAX_TOKENS) -> TextFeatures:
+    def encode(
+        self, prompts: list[str], max_sequence_length: int = MAX_TOKENS, one_frame: bool = False
+    ) -> TextFeatures:
         """Features of B prompts; each is cut after `max_sequence_length` Qwen tokens (and 77 of CLIP).
+
+        one_frame: the prompts are for videos of a single frame, which have a template of their own.
 
         A prompt in a batch gets what it gets alone: Qwen is causal and padding stands on the right, where the mask
         hides it from the DiT. The template's part before the prompt goes through Qwen once for all of them.
         """
-        device, dropped = self.qwen.embedding.weight.device, self.config.dropped_tokens
-        ids = [self.qwen_ids(prompt, max_sequence_length) for prompt in prompts]
+        device, dropped = self.qwen.embedding.weight.device, self.template(one_frame)[1]
+        ids = [self.qwen_ids(prompt, max_sequence_length, one_frame) for prompt in prompts]
         lengths = torch.tensor([len(i) for i in ids]) - dropped
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
@@ -83,10 +88,17 @@ class TextEncoder(nn.Module):
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
         return TextFeatures(text, mask.to(device), pooled)
 
-    def qwen_ids(self, prompt: str, max_sequence_length: int) -> list[int]:
+    def template(self, one_frame: bool = False) -> tuple[str, int]:
+        """What Qwen reads, with the prompt at {}, and how many of its tokens precede the prompt."""
+        config = self.config
+        if one_frame and config.image_template is not None:
+            return config.image_template, config.image_dropped_tokens
+        return config.template, config.dropped_tokens
+
+    def qwen_ids(self, prompt: str, max_sequence_length: int, one_frame: bool = False) -> list[int]:
         """Token ids of the template with the prompt in it, cut to `max_sequence_length` after the dropped ones."""
-        ids = self.qwen_tokenizer.encode(self.config.template.replace("{}", prompt))
-        return ids[: self.config.dropped_tokens + max_sequence_length]
+        template, dropped = self.template(one_frame)
+        return self.qwen_tokenizer.encode(template.replace("{}", prompt))[: dropped + max_sequence_length]
 
     def clip_ids(self, prompt: str) -> list[int]:
         """Start token, prompt, end token, and end tokens as padding: always 77 (CLIP's number of positions)."""

@@ -87,13 +87,16 @@ def keep_aspect_size(height: int, width: int, area: int, divisor: int) -> tuple[
 
 
 def resize_image(image: torch.Tensor | np.ndarray, height: int, width: int) -> torch.Tensor:
-    """uint8 (H, W, 3) -> uint8 (height, width, 3), bicubic, antialiased; unchanged if it has that size."""
+    """uint8 (H, W, 3) -> uint8 (height, width, 3), bilinear and antialiased on uint8, as the official code does it.
+
+    Unchanged if it has that size.
+    """
     image = torch.as_tensor(image)
     if image.shape[:2] == (height, width):
         return image
-    pixels = rearrange(image.float(), "H W C -> 1 C H W")
-    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)  # (1, 3, height, width)
-    return rearrange(pixels.round().clamp(0, 255).to(torch.uint8), "1 C H W -> H W C")
+    pixels = rearrange(image, "H W C -> 1 C H W")
+    pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)  # (1, 3, height, width)
+    return rearrange(pixels, "1 C H W -> H W C")
 
 
 def from_uint8(frames: torch.Tensor | np.ndarray) -> torch.Tensor:

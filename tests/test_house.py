@@ -14,7 +14,7 @@ STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("
 RUNTIME_WORDS = r"device\.type|is_cuda|is_cpu|is_grad_enabled|is_compiling|is_autocast|lru_cache|\binto=|inference_mode"
 
 # For each place the rooms of the package that it may import; a folder stands for what is in it.
-LEAVES = {"config", "config_file", "files", "screen", "video_io", "runtime.device"}
+LEAVES = {"config", "config_file", "files", "tensor_files", "screen", "video_io", "runtime.device"}
 MODELS = {*DEFINITIONS, "attention", "tokenizer", "checkpoint", *LEAVES}
 MAY_IMPORT = {
     **{name: {"attention", "nabla", "rope", "config"} for name in ("dit", "qwen", "clip", "rope", "nabla", "sampler")},
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "vae_tiling": {"vae", "config"},
     "text_encoder": {"clip", "qwen", "tokenizer", "config"},
     "runtime": {*MODELS, "runtime"},
-    "extras": {*MODELS, "runtime", "extras"},
+    "extras": {*MODELS, "runtime", "extras", "request"},
     "training": {*MODELS, "runtime", "training"},
     "weights_convert": {*MODELS, "runtime", "weights_convert", "cli"},
 }

@@ -10,7 +10,7 @@ import torch
 
 from kandinsky5.config import PRESETS
 from kandinsky5.request import Request
-from random_weights import SMALL, SMALL_DIT, SMALL_NABLA
+from random_weights import SMALL, SMALL_DIT, SMALL_NABLA, build_small_pipeline
 
 PIXELS = torch.zeros(32, 48, 3, dtype=torch.uint8)
 HUGE = 10**60
@@ -118,3 +118,12 @@ def test_magcache_is_imported_only_where_steps_are_skipped(monkeypatch):
     assert resolve().steps == 2
     with pytest.raises(ImportError):
         resolve(step_skipping=True)
+
+
+def test_a_single_frame_is_encoded_as_an_image(monkeypatch):
+    pipe, seen = build_small_pipeline(), []
+    encode = pipe.text_encoder.encode
+    monkeypatch.setattr(pipe.text_encoder, "encode", lambda *a: seen.append(a[2]) or encode(*a))
+    for num_frames in (1, 5):
+        pipe("a fox", num_frames=num_frames, num_inference_steps=1, output_type="latents", progress=False)
+    assert seen == [True, False]

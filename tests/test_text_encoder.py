@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kandinsky5.config import TEMPLATE
+from kandinsky5.config import IMAGE_TEMPLATE, TEMPLATE, TextConfig
 from kandinsky5.qwen import Qwen
 from kandinsky5.text_encoder import TextEncoder
 from random_weights import SMALL_QWEN, build_small_pipeline, randomise, relative_error
@@ -25,6 +25,23 @@ def test_template_is_that_of_spec_with_its_mistakes():
     assert lines[5].endswith("some kind of animation, video game or scren content.")
     assert lines[7] == "Pay attention to the order of key actions shown in the scene.<|im_end|>"
     assert lines[8:] == ["<|im_start|>user", "{}<|im_end|>"]
+
+
+def test_one_frame_is_read_with_the_image_template(encoder):
+    assert IMAGE_TEMPLATE.split("\n")[1].startswith(
+        "You are a promt engineer. Describe the image by detailing the color,"
+    )
+    other = TextEncoder(
+        TextConfig(IMAGE_TEMPLATE, dropped_tokens=41),
+        encoder.qwen,
+        encoder.clip,
+        encoder.qwen_tokenizer,
+        encoder.clip_tokenizer,
+    )
+    for ours, expected in zip(encoder.encode(PROMPTS, one_frame=True), other.encode(PROMPTS), strict=True):
+        assert ours.equal(expected)
+    assert not encoder.encode(PROMPTS).text.equal(other.encode(PROMPTS).text)
+    assert other.encode(PROMPTS, one_frame=True).text.equal(other.encode(PROMPTS).text)  # a model with one template
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -7,7 +7,7 @@ import sys
 
 from kandinsky5 import cli
 from kandinsky5.checkpoint import MODELS
-from kandinsky5.config import NANO_NAMES, PipelineConfig, TextConfig
+from kandinsky5.config import NANO_NAMES, RELEASED_TEXT, PipelineConfig
 from weights_convert import convert
 from weights_convert.inspect import as_table, inspect
 from weights_convert.write import Options
@@ -34,7 +34,7 @@ def run_to_diffusers(**options) -> None:
     """`convert.to_diffusers`, likewise."""
     config = convert.to_diffusers(**options)
     print(f"{options['dst']}: {config.name} in the Diffusers layout")
-    if config.text != TextConfig():
+    if config.text != RELEASED_TEXT:
         print(
             "Diffusers has no place for its prompt template: set it on their pipeline (docs/converting.md, Unreleased "
             "models in diffusers' pipelines)"

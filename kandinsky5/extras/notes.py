@@ -5,16 +5,15 @@ from pathlib import Path
 
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import PipelineConfig
-from kandinsky5.pipeline import Pipeline
 from kandinsky5.request import Request
 from kandinsky5.screen import say
 from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
 
 
-def show(request: Request, pipe: Pipeline, folder: Path) -> None:
-    """All notes on a request to the pipeline that was loaded from `folder`."""
-    note_other_size(request, folder, pipe.config)
-    note_long_prompt(request.prompts[0], pipe.text_encoder)
+def show(request: Request, config: PipelineConfig, text_encoder: TextEncoder, folder: Path) -> None:
+    """All notes on a request to a checkpoint in `folder`."""
+    note_other_size(request, folder, config)
+    note_long_prompt(request.prompts[0], text_encoder)
 
 
 def note_other_size(request: Request, folder: Path, config: PipelineConfig) -> None:
