@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky5 import attention as attentions
 from kandinsky5 import checkpoint, vae_tiling, video_io
@@ -27,7 +27,7 @@ from kandinsky5.runtime import fast, memory
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
-from kandinsky5.runtime.offload import awake, check_mode, rest
+from kandinsky5.runtime.offload import awake, check_mode, find_place, rest
 from kandinsky5.sampler import euler_sample, guided_velocity, normalise_first_frames
 from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -98,12 +98,12 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the models run, with offloading too; what comes out of the pipeline is on the CPU."""
-        return _place(self.dit)[0]
+        return find_place(self.dit)[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the DiT; the latents of the sampler are float32 always."""
-        return _place(self.dit)[1]
+        return find_place(self.dit)[1]
 
     def __repr__(self) -> str:
         models = {"DiT": self.dit, "VAE": self.vae, "Qwen": self.text_encoder.qwen, "CLIP": self.text_encoder.clip}
@@ -181,7 +181,7 @@ class Pipeline:
         """The clean first latent frame of each video, (B, 1, H/8, W/8, 16) float32; None without images."""
         if request.images is None:
             return None
-        device, dtype = _place(self.vae)
+        device, dtype = find_place(self.vae)
         video = video_io.from_uint8(torch.stack(request.images)[:, None]).to(device, dtype)  # (P or 1, 3, 1, H, W)
         with awake(self.vae):
             posteriors = [vae_tiling.encode(self.vae, one, self.config.tiling) for one in video.split(1)]
@@ -201,7 +201,7 @@ class Pipeline:
 
         Raises ValueError for NaN, and for what a callback may not return.
         """
-        device, dtype = _place(self.dit)
+        device, dtype = find_place(self.dit)
         noise = noise.to(device)
         condition = self.build_condition(noise, first_frame)
         # With guidance a step asks for 2B velocities. Short passes go as one, which saves the time of starting each
@@ -266,7 +266,7 @@ class Pipeline:
         if latents.ndim != 5 or 0 in latents.shape or latents.shape[-1] != self.config.vae.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
         takes = f"takes {self._check_memory(tuple(latents.shape), output_type) / 1e9:.1f} GB"
-        device, dtype = _place(self.vae)
+        device, dtype = find_place(self.vae)
         z = (latents.to(device) / self.config.vae.scaling_factor).to(dtype)
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
@@ -285,7 +285,7 @@ class Pipeline:
         if output_type == "latents":
             return 0
         offloaded = hasattr(self.vae, "resting")
-        place = _place(self.vae)
+        place = find_place(self.vae)
         return memory.check_decoding(self.config, shape, self.vae.parameters(), *place, output_type, offloaded)
 
     @contextlib.contextmanager
@@ -343,11 +343,3 @@ def check_finite(x: Tensor, what: str) -> None:
 
 def _to_cpu(x: Tensor) -> Tensor:
     return x if x.is_meta else x.cpu()
-
-
-def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in which precision a model computes, also one that rests, is wrapped, or has some weights in others."""
-    weights = [p for name, p in model.named_parameters() if name.endswith("patch_embedder.weight")]
-    weight = next(p for p in (*weights, *model.parameters()) if p.is_floating_point())
-    works_on = (vars(module).get("works_on") for module in model.modules())
-    return next((device for device in works_on if device is not None), weight.device), weight.dtype

@@ -48,9 +48,12 @@ def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, 
     return model
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where `model` runs, resting or not."""
-    return vars(model).get("works_on") or next(model.parameters()).device
+def find_place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in which precision a model computes, also one that rests, is wrapped, or has some weights in others."""
+    weights = [p for name, p in model.named_parameters() if name.endswith("patch_embedder.weight")]
+    weight = next(p for p in (*weights, *model.parameters()) if p.is_floating_point())
+    works_on = (vars(module).get("works_on") for module in model.modules())
+    return next((device for device in works_on if device is not None), weight.device), weight.dtype
 
 
 @contextlib.contextmanager
