@@ -223,11 +223,8 @@ class Pipeline:
 
         dit = skip_steps(self.dit, request.skips, together)
         skipped = f"{sum(map(all, request.skips))} skipped" if request.skips else None
-        with (
-            bar(request.steps, "sampling", "step", skipped, show=progress) as shown,
-            awake(self.dit),
-            keep_freed_memory(device),
-        ):
+        shown = bar(request.steps, "sampling", "step", skipped, show=progress)
+        with shown, awake(self.dit), keep_freed_memory(device):
             after_step = watch_steps(request.steps, callback, shown.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
         if first_frame is not None and self.config.sampling.normalise_first_frames:
