@@ -5,6 +5,7 @@ A terminal may be closed, full, or gone (`| head`), a service has none, and some
 
 import itertools
 import sys
+import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, TextIO
 
@@ -47,7 +48,9 @@ class Forgiving:
 
 def bar(total: int, desc: str, unit: str, postfix: str | None = None, show: bool = True) -> "tqdm":
     """A progress bar on stderr, or as a widget in a notebook."""
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():  # a notebook without ipywidgets gets a bar of text: no reason for a warning
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=desc, unit=unit, postfix=postfix, disable=not show, file=Forgiving(sys.stderr))
 

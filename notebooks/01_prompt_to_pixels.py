@@ -60,8 +60,8 @@ sampling, vae = pipe.config.sampling, pipe.config.vae
 F, H, W = sampling.num_frames, sampling.height, sampling.width
 shape = ((F - 1) // vae.time_factor + 1, H // vae.space_factor, W // vae.space_factor, vae.latent_channels)
 noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))[None]
-print(f"{F} frames of {H} × {W} pixels: {F * H * W * 3:,} numbers")
-print(f"latents (B, T, h, w, C) = {tuple(noise.shape)}: {noise.numel():,} numbers")
+print(f"{F} frames of {H} × {W} pixels: {F * H * W * 3:,} values")
+print(f"latents (B, T, h, w, C) = {tuple(noise.shape)}: {noise.numel():,} values")
 
 # %% [markdown]
 # ## Stage 3: from noise to latents

@@ -222,7 +222,7 @@ for block, row in zip(blocks, axes, strict=True):
         if t == query[0]:
             ax.add_patch(plt.Rectangle((query[2] - 0.5, query[1] - 0.5), 1, 1, fill=False, ec="#ff4040", lw=2))
     label(row[0], f"block {block}")
-figure.colorbar(shown, ax=axes, label="weight (1/80 if all alike)", shrink=0.6, extend="max")
+figure.colorbar(shown, ax=axes, label="weight (1/80 if uniform)", shrink=0.6, extend="max")
 figure.suptitle(f"Self-attention of the token in the red square, t = {times[15]:.2f}")
 plt.show()
 

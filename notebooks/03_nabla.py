@@ -49,7 +49,7 @@ when = torch.empty_like(tile_order)
 when[tile_order] = torch.arange(len(tile_order))  # of each token: when it comes
 
 
-def film(order, scale=8, step=12):
+def animation(order, scale=8, step=12):
     """order (T, H, W): when each token comes → frames in which the tokens that have come are coloured."""
     order = torch.cat([torch.nn.functional.pad(frame, (0, 2), value=10**6) for frame in order], dim=1)  # side by side
     colours = torch.tensor(plt.get_cmap("viridis")(order.clamp(max=numbers.numel()) / numbers.numel())[..., :3])
@@ -60,7 +60,7 @@ def film(order, scale=8, step=12):
     return torch.stack(frames)  # (F, H, W, 3)
 
 
-play({"row by row: frame 0, frame 1": film(numbers.view(grid)), "tile order": film(when.view(grid))}, fps=12, height=150)
+play({"row by row: frame 0, frame 1": animation(numbers.view(grid)), "tile order": animation(when.view(grid))}, fps=12, height=150)
 
 # %% [markdown]
 # The same as a still, with the last token of each tile numbered:
@@ -188,7 +188,7 @@ panels = right.subplots(2, 2).flatten()
 
 
 def on_the_video(values, columns=6):
-    """A row of the map (tiles,) → its frames as 2 × 2 tiles, six frames beside each other, (H, W)."""
+    """A row of the map (tiles,) → its frames as 2 × 2 tiles, six frames next to each other, (H, W)."""
     frames = torch.nn.functional.pad(values.float().view(tiles), (0, 1, 0, 1), value=torch.nan)
     rows = [torch.cat(list(row), dim=1) for row in frames.split(columns)]
     return torch.cat(rows, dim=0)[:-1, :-1]
@@ -266,7 +266,7 @@ shares = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 
 
 def at_random(tile_map):
-    """As many tiles in each row as `tile_map` has, chosen by chance."""
+    """As many tiles in each row as `tile_map` has, chosen at random."""
     order = torch.rand(tile_map.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=-1).argsort(dim=-1)
     return order < tile_map.sum(dim=-1, keepdim=True)
 
@@ -291,7 +291,7 @@ for b, (q, k, v, _) in enumerate(recorded):
         chance.append(error(block_sparse_attention(q, k, v, at_random(tile_map), fused=True), full))
     left.plot(kept, errors, "o-", color=COLOURS[b], ms=4, label=f"block {b}")
     left.plot(kept, chance, ":", color=COLOURS[b], lw=1)
-left.plot([], [], "k:", label="tiles by chance")
+left.plot([], [], "k:", label="random tiles")
 left.set(title="Error", xlabel="share of tiles that is computed", ylabel="‖sparse − full‖ / ‖full‖", yscale="log", xlim=(0, 1))
 left.legend(fontsize=8)
 
@@ -305,7 +305,7 @@ right.plot([float(case.float().mean()) for case in cases], by_tiles, "o-", label
 dense = 1000 * seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
 right.axhline(dense, color=COLOURS[1], ls="--", label="PyTorch's fused kernel, all tiles")
 pooling = 1000 * seconds(lambda: nabla.block_map(q, k, grid, config))
-right.axhline(pooling, color=COLOURS[2], ls=":", label="making the map")
+right.axhline(pooling, color=COLOURS[2], ls=":", label="computing the map")
 right.set(
     title=f"Time of {q.shape[1]} heads, {q.shape[2]:,} tokens, one CPU thread",
     xlabel="share of tiles that is computed",

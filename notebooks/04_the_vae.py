@@ -51,7 +51,7 @@ video = draw(Scene("black", things))
 posterior = vae.encode(video)
 back = vae.decode(posterior.mean)
 print("video", tuple(video.shape), "→ mean and logvar", tuple(posterior.mean.shape), "→ video", tuple(back.shape))
-print(f"{video.numel() / posterior.mean.numel():.0f} times fewer numbers; PSNR {psnr(back, video):.1f} dB")
+print(f"{video.numel() / posterior.mean.numel():.0f} times fewer values; PSNR {psnr(back, video):.1f} dB")
 print(f"standard deviation of the latents: across the clip {posterior.mean.std():.2f}, of the noise the encoder adds "
       f"{torch.exp(posterior.logvar / 2).mean():.3f}")  # fmt: skip
 original, decoded = (video_io.to_uint8(v)[0] for v in (video, back.clamp(-1, 1)))

@@ -65,7 +65,7 @@ class Toy(nn.Module):
 def loss(seed):
     random = generator(seed)
     x_0, classes = draw_moons(512, random)
-    classes[torch.rand(512, generator=random) < 0.15] = 2  # not told
+    classes[torch.rand(512, generator=random) < 0.15] = 2  # no class
     t, noise = FlowTimes("uniform").sample(512, random), torch.randn(512, 2, generator=random)
     predicted = toy_in_training(torch.lerp(x_0, noise, t[:, None]), t, classes)
     return flow_loss(predicted, noise - x_0, torch.ones(512, 1)), {}
@@ -104,8 +104,8 @@ def toy_velocity(classes, guidance_scale=1.0):
     """(x, t) → guided velocity of the toy, for `euler_sample`."""
 
     def velocity(x, t):
-        told, not_told = (toy(x, t.expand(len(x)), c) for c in (classes, torch.full_like(classes, 2)))
-        return guided_velocity(told, not_told, guidance_scale)
+        conditional, unconditional = (toy(x, t.expand(len(x)), c) for c in (classes, torch.full_like(classes, 2)))
+        return guided_velocity(conditional, unconditional, guidance_scale)
 
     return velocity
 
@@ -207,7 +207,7 @@ for ax, scale in zip(axes, scales, strict=True):
     ax.scatter(*x_0[classes == 0].T, s=5, color="0.8")
     ax.scatter(*ends.T, s=4, color=COLOURS[2])
     ax.set(title=f"w = {scale}", xlim=(-3.4, 2.9), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
-axes[0].set_ylabel("asked: class 0")
+axes[0].set_ylabel("class 0")
 plt.show()
 
 # %% [markdown]
@@ -287,7 +287,7 @@ for ax, (name, settings) in zip(axes, sweeps.items(), strict=True):
     ax.plot(shares, "o-", color=COLOURS[0])
     ax.set(xlabel=name, ylim=(0, 1.02))
     ax.set_xticks(range(len(shares)), list(settings))
-axes[0].set_ylabel("share of prompts obeyed")
+axes[0].set_ylabel("share of prompts followed")
 plt.show()
 
 # %% [markdown]

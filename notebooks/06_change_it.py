@@ -19,13 +19,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from show import grid, label, picture, play
 
-from kandinsky5 import Pipeline, dit, video_io
+from kandinsky5 import Pipeline, video_io
 from kandinsky5.attention import dense_attention
 from kandinsky5.nano import world
-from kandinsky5.rope import apply_rope
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training.flow import FlowTimes, flow_batch, flow_loss, predict
@@ -52,9 +50,9 @@ def guard(test, right, **wrong):
 # ## 1 · A new attention rule
 #
 # Suppose that video tokens need not see the whole clip, only frames at most `reach` latent frames away.
-# `near_frames_attention` computes only these scores; with T frames and a small reach, (2·reach + 1)/T of them. It goes
-# into a subclass of the DiT's `Attention`, so that the weights stay the same and text and cross-attention are not
-# affected.
+# `near_frames_attention` computes only these scores; with T frames and a small reach, (2·reach + 1)/T of them. Each
+# attention module of the DiT computes through its attribute `attend`, so that is what the new rule replaces; weights,
+# text blocks and cross-attention are not affected.
 
 
 # %%
@@ -69,27 +67,16 @@ def near_frames_attention(q, k, v, num_frames, reach):
     return torch.cat(out, dim=2)
 
 
-class NearFrames(dit.Attention):
-    """Self-attention of video tokens under the new rule; weights as in `dit.Attention`."""
-
-    reach = 1
-
-    def forward(self, x, context, rotations=None, mask=None, nabla_config=None, grid=None):
-        q, k, v = (rearrange(to(x), "B L (N D) -> B N L D", D=self.head_dim) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = apply_rope(self.q_norm(q), rotations), apply_rope(self.k_norm(k), rotations)
-        out = near_frames_attention(q, k, v, grid[0], self.reach)
-        return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
-
-
 def with_near_frames(model, reach):
-    """A copy of a DiT in which the video's self-attention follows the new rule, with the weights that it has."""
+    """A copy of a DiT in which the video's self-attention follows the new rule."""
+
+    def attend_near(q, k, v, mask=None, nabla=None, grid=None):  # as `attention.attend`
+        return near_frames_attention(q, k, v, grid[0], reach)
+
     model = copy.deepcopy(model)
     for block in model.visual_blocks:
-        old = block.self_attention
-        new = NearFrames(model.config.dim, model.config.head_dim).to(old.to_q.weight.dtype)
-        new.load_state_dict(old.state_dict())
-        new.reach, block.self_attention = reach, new
-    return model.eval()
+        block.self_attention.attend = attend_near
+    return model
 
 
 # %% [markdown]
@@ -122,7 +109,8 @@ def test_frames_out_of_reach_have_no_influence(rule):
 def test_full_reach_is_the_old_model(change):
     old = copy.deepcopy(pipe.dit).float()
     inputs = torch.randn(1, 5, 8, 8, 33), torch.randn(1, 6, 128), torch.randn(1, 128), torch.tensor([0.7])
-    assert torch.allclose(change(old, 4)(*inputs), old(*inputs), atol=1e-4)
+    new = change(old, 4)
+    assert torch.allclose(new(*inputs, rope_scale=(1, 1, 1)), old(*inputs, rope_scale=(1, 1, 1)), atol=1e-4)
 
 
 def with_new_weights(model, reach):
@@ -142,7 +130,7 @@ guard(
     near_frames_attention,
     a_frame_too_many=lambda q, k, v, T, reach: near_frames_attention(q, k, v, T, reach + 1),
 )
-guard(test_full_reach_is_the_old_model, with_near_frames, weights_left_behind=with_new_weights)
+guard(test_full_reach_is_the_old_model, with_near_frames, other_weights=with_new_weights)
 
 # %% [markdown]
 # **What happens?** Prompt and noise are the same; the network was trained to see everything. With reach 0 each latent
@@ -224,7 +212,8 @@ inputs[0][..., 16:32] = 0
 def test_untrained_it_changes_nothing(change):
     model = change(pipe.dit)
     with given_path(model, somewhere):
-        assert model(*inputs).equal(copy.deepcopy(pipe.dit).float()(*inputs))
+        old = copy.deepcopy(pipe.dit).float()
+        assert model(*inputs, rope_scale=(1, 1, 1)).equal(old(*inputs, rope_scale=(1, 1, 1)))
 
 
 def test_bump_is_where_the_point_is(bumps):
@@ -236,7 +225,7 @@ def test_bump_is_where_the_point_is(bumps):
 def test_new_weights_can_learn(change):
     model = change(pipe.dit)
     with given_path(model, somewhere):
-        model(*inputs).square().mean().backward()
+        model(*inputs, rope_scale=(1, 1, 1)).square().mean().backward()
     gradient = model.patch_embedder.weight.grad
     assert gradient is not None and gradient.unflatten(1, (-1, 33))[..., CHANNEL].abs().sum() > 0
 
@@ -268,7 +257,7 @@ guard(
 # %% [markdown]
 # **Train it.** The data are 256 clips of one object that moves from one point to a second and on to a third, drawn and
 # encoded first. Captions: "a blue square moves". 300 steps, most of them close to the noise, where the layout is
-# decided. This takes a minute or two.
+# decided. This takes a few minutes.
 
 
 # %%
@@ -295,7 +284,6 @@ with torch.no_grad():
 latents = torch.cat(z).permute(0, 2, 3, 4, 1).float() * pipe.config.vae.scaling_factor  # (256, 5, 8, 8, 16)
 words = ["", *sorted(set(said))]  # the empty prompt, for guidance
 features = TextFeatures(*(x.float() if x.is_floating_point() else x for x in pipe.text_encoder.encode(words)))
-features = TextFeatures(*(x.clone() for x in features))
 rows_of_words = torch.tensor([words.index(text) for text in said])
 
 
@@ -455,8 +443,8 @@ guard(
 )
 
 # %% [markdown]
-# **What happens?** `solver=` takes a function with the signature of `sampler.euler_sample`. For a fair
-# comparison count the network's *evaluations*, not steps. Left: the distance to the result of 128 steps of Heun.
+# **What happens?** The pipeline takes any function with the signature of `sampler.euler_sample` as its `solver`. For
+# a fair comparison count the network's *evaluations*, not steps. Left: the distance to the result of 128 steps of Heun.
 # Right: where along the path that distance arises, for 32 evaluations each.
 
 # %%
