@@ -190,7 +190,7 @@ def check_fit(weights: Weights, wanted: Mapping[str, Tensor]) -> None:
 
 
 def check_layout(folder: Path) -> None:
-    """ValueError, with the command to run, where `folder` is no native checkpoint folder."""
+    """ValueError, with the command to run, if `folder` is no native checkpoint folder."""
     place = folder if folder.is_dir() else folder.parent
     has_config = (place / "config.json").is_file()
     is_part = has_config and not any(place.glob("dit.safetensors*"))  # such as transformer/
@@ -225,8 +225,8 @@ def save_checkpoint(
     """Write a native checkpoint folder that `Pipeline.load` reads.
 
     models: "dit", "vae", "qwen" and "clip"; tokenizers: the folders of "qwen" and "clip", whose files are copied.
-    Where config.base is set, some of them or all but the DiT may be left to that folder.
-    Everything is written into a folder beside it that is renamed at the end. FileExistsError if `folder` exists.
+    If config.base is set, that folder may hold some of them, or all but the DiT.
+    All is written to a temporary folder next to it, which is renamed at the end. FileExistsError if `folder` exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -238,7 +238,9 @@ def save_checkpoint(
         for name, model in models.items():
             save_weights(model.state_dict(), partial / f"{name}.safetensors")
         for name, source in tokenizers.items():
-            shutil.copytree(source, partial / f"{name}_tokenizer")
+            (partial / f"{name}_tokenizer").mkdir()
+            for path in find_files(Path(source)):
+                shutil.copyfile(path, partial / f"{name}_tokenizer" / path.name)
         save_config(config, partial / "config.json")
         partial.chmod(0o755)
         partial.rename(folder)
@@ -248,6 +250,6 @@ def save_checkpoint(
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file: beside it first, then renamed, so that `path` is never half there."""
+    """Write tensors to one safetensors file, atomically: `path` is never half there."""
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)

@@ -61,7 +61,8 @@ def from_json(kind, value, key: str = ""):
             if abs(value) <= sys.float_info.max:  # NaN is not
                 return float(value)
         elif type(value) is option or origin is typing.Literal and value in inside:
-            return value
+            if option is not int or abs(value) < 2**64:
+                return value
     raise ValueError(f"{key or 'it'} is {reprlib.repr(value)} and should be {_in_words(kind)}")
 
 

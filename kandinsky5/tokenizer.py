@@ -26,6 +26,7 @@ REMEDY = "tokenizers come with the checkpoint: convert or copy it again (python 
 LARGEST_FILE = 50_000_000  # bytes; Qwen's tokenizer.json has 11 MB
 LARGEST_ID = 2**24  # an embedding of so many rows would be larger than the models
 LONGEST_TEXT = 100_000  # characters; the models read 256 tokens of a prompt, and the library slows down with the square
+LONGEST_REPLACEMENT = 64  # bytes of one character, normalised; of one in Unicode 33
 STEPS = 8  # of a normaliser; CLIP's has three
 
 
@@ -191,19 +192,19 @@ def load_vocabulary_and_merges(folder: Path) -> Tokenizer:
     merges = load_merges(folder / "merges.txt", vocabulary)
     with library_errors(f"{folder} cannot be read as a tokenizer"):
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>" if is_clip else ""))
-    if is_clip:
-        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
-    else:
-        backend.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
-    # use_regex, GPT-2's own split, comes on top for CLIP: felt only where <|ENDOFTEXT|> stands in capitals
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_clip)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    # not normalized: special tokens are found in the text as typed, before NFC and lower-casing
-    known = [AddedToken(token, normalized=False) for token in special_tokens if token in vocabulary]
-    backend.add_special_tokens(known)
+        if is_clip:
+            backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+            split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
+        else:
+            backend.normalizer = normalizers.NFC()
+            split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+        # use_regex, GPT-2's own split, comes on top for CLIP: felt only where <|ENDOFTEXT|> stands in capitals
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_clip)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        backend.decoder = decoders.ByteLevel()
+        # not normalized: special tokens are found in the text as typed, before NFC and lower-casing
+        known = [AddedToken(token, normalized=False) for token in special_tokens if token in vocabulary]
+        backend.add_special_tokens(known)
     return build_bpe(backend)
 
 
@@ -212,6 +213,11 @@ def load_sentencepiece(path: Path) -> Tokenizer:
     pieces (`<s>`, `</s>`, …) out: the text is split at those first. ValueError for a file that is none."""
     data = read_bytes(path, LARGEST_FILE)
     with library_errors(f"{path} is not a SentencePiece model"):
+        specs = [spec for number, spec in read_fields(data) if number == 3]  # of the normaliser
+        for charsmap in [inner for spec in specs for number, inner in read_fields(spec) if number == 2]:
+            trie = int.from_bytes(charsmap[:4], "little")  # its size; behind it the replacements, one after the other
+            if any(len(text) > LONGEST_REPLACEMENT for text in charsmap[4 + trie :].split(b"\0")):
+                raise ValueError("its normaliser replaces a character by a long text")
         model = SentencePieceProcessor(model_proto=data)
         vocabulary = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
         control = sorted((piece for piece, i in vocabulary.items() if model.is_control(i)), key=len, reverse=True)
@@ -219,6 +225,31 @@ def load_sentencepiece(path: Path) -> Tokenizer:
 
     encode = functools.partial(_encode_pieces, model, vocabulary, set(control), at_control)
     return Tokenizer(encode, model.decode, vocabulary)
+
+
+def read_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and content of the texts and messages in a message of protobuf."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        if key & 7 == 2:
+            size = varint()
+            yield key >> 3, data[at : at + size]
+            at += size
+        elif key & 7 == 0:
+            varint()
+        else:
+            at += 8 if key & 7 == 1 else 4
 
 
 def _encode_pieces(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky5 import Pipeline, checkpoint
 from kandinsky5.checkpoint import fingerprint, save_checkpoint
-from kandinsky5.config import PRESETS, PRO, DiTConfig, find_preset
+from kandinsky5.config import PRO, DiTConfig, find_preset
 from kandinsky5.config_file import load_config, save_config
 from random_weights import (
     SMALL,
-    SMALL_DIT,
-    SMALL_NABLA,
     build_small_models,
     build_small_pipeline,
     relative_error,
@@ -49,7 +48,7 @@ def test_round_trip(saved):
     assert (frames[0] - frames[1]).abs().max() <= 1
 
 
-def test_models_that_are_not_in_a_folder_come_from_its_base(saved, tmp_path):
+def test_missing_models_come_from_the_base(saved, tmp_path):
     config, models = replace(SMALL, base=os.path.relpath(saved, tmp_path / "variant")), build_small_models()
     torch.nn.init.ones_(models["dit"].final_layer.linear.weight)
     save_checkpoint(tmp_path / "variant", config, {"dit": models["dit"]}, {})
@@ -68,7 +67,7 @@ def test_half_precision_leaves_the_float32_islands(saved):
 
 
 @pytest.mark.parametrize("offload", [None, "model", "blocks"])
-def test_float32_islands_that_are_stored_in_half_precision_are_not_copied(copy, offload):
+def test_islands_stored_in_half_precision_are_not_copied(copy, offload):
     """They stay views of the file, and the numbers are those of copies in float32."""
     stored = {name: weight.bfloat16() for name, weight in load_file(copy / "dit.safetensors").items()}
     save_file(stored, copy / "dit.safetensors")
@@ -118,7 +117,7 @@ def test_shards_are_read_through_their_index(saved, copy):
         Pipeline.load(copy)
 
 
-def test_weights_that_do_not_fit_are_named_with_both_shapes(copy):
+def test_weights_that_do_not_fit_show_both_shapes(copy):
     config = replace(load_config(copy / "config.json"), dit=replace(PRO, text_dim=16, pooled_dim=24))
     (copy / "config.json").unlink()
     save_config(config, copy / "config.json")
@@ -150,56 +149,67 @@ def test_damaged_weight_files(saved, copy, damage):
 
 
 def test_other_layouts_name_the_command_to_run(tmp_path, saved):
-    with pytest.raises(ValueError, match="is neither a folder nor a preset"):
+    with pytest.raises(ValueError, match="'nothing'"):
         Pipeline.load("nothing")
-    with pytest.raises(ValueError, match="there is no checkpoint folder .*nothing"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'nothing'}"):
         Pipeline.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="holds no config.json.*weights_convert from-diffusers"):
+    with pytest.raises(ValueError, match="weights_convert from-diffusers"):
         Pipeline.load(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=f"weights_convert from-diffusers {tmp_path}"):
         Pipeline.load(tmp_path)
-    with pytest.raises(ValueError, match=f"is one file of a checkpoint: give its folder, {saved}"):
+    with pytest.raises(ValueError, match=f"{saved}$"):
         Pipeline.load(saved / "config.json")
     (tmp_path / "release" / "model").mkdir(parents=True)
     file = tmp_path / "release" / "model" / "lite.safetensors"
     file.touch()
     for official in (tmp_path / "release", file):
-        with pytest.raises(ValueError, match=f"in the official layout.*weights_convert from-official --dit {file}"):
+        with pytest.raises(ValueError, match=f"weights_convert from-official --dit {file}"):
             Pipeline.load(official)
 
 
-def test_presets_without_weights_say_so():
-    with pytest.raises(ValueError, match="weights of preset 't2v-lite-sft-5s' are not part of this package"):
+def test_presets_without_weights_are_refused_and_spelling_helped():
+    with pytest.raises(ValueError, match="t2v-lite-sft-5s"):
         Pipeline.load("t2v-lite-sft-5s")
-    with pytest.raises(ValueError, match="did you mean t2v-lite-sft-5s"):
+    with pytest.raises(ValueError, match="t2v-lite-sft-5s"):
         find_preset("t2v-light-sft-5s")
-    with pytest.raises(ValueError, match="the presets are t2v-lite"):
+    with pytest.raises(ValueError, match="t2v-lite"):
         find_preset("zzz")
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), replace(SMALL, dit=replace(SMALL_DIT, nabla=SMALL_NABLA))])
-def test_config_round_trip(config, tmp_path):
-    save_config(config, tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == config
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.uint16, torch.int64])
+@pytest.mark.parametrize("offload", [None, "model"])
+def test_weights_that_are_not_floats_are_refused(dtype, offload, copy):
+    weights = load_file(copy / "vae.safetensors")
+    (copy / "vae.safetensors").unlink()
+    save_file({n: x.to(dtype) for n, x in weights.items()}, copy / "vae.safetensors")
+    with pytest.raises(ValueError, match="vae.safetensors"):
+        Pipeline.load(copy, offload=offload)
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "config.json"),
-        ("[]", "config.json"),
-        ('{"dit": {"depth": 3}}', "DiTConfig has no field depth; its fields are dim, ff_dim"),
-        ('{"sampling": {"shift": "five"}}', r"\(sampling.shift is 'five' and should be a finite number\): correct it"),
-    ],
-)
-def test_damaged_configs(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_config(tmp_path / "config.json")
+def test_one_integer_tensor_is_enough_to_be_refused(copy):
+    weights = load_file(copy / "clip.safetensors")
+    (copy / "clip.safetensors").unlink()
+    save_file(weights | {"norm.bias": weights["norm.bias"].to(torch.int16)}, copy / "clip.safetensors")
+    with pytest.raises(ValueError, match="norm.bias.*I16"):
+        Pipeline.load(copy)
 
 
-def test_fingerprint_is_that_of_the_content_wherever_it_lies(saved, copy):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_and_device_change_nothing(saved, dtype):
+    usual = Pipeline.load(saved, "cpu", torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            loaded = Pipeline.load(saved, "cpu", torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in ((loaded.dit, usual.dit), (loaded.vae, usual.vae), (loaded.text_encoder, usual.text_encoder)):
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+            assert x.dtype == y.dtype and x.device == y.device and x.equal(y)
+
+
+def test_fingerprint_ignores_place_name_and_defaults(saved, copy):
     config = load_config(copy / "config.json")
     (copy / "config.json").unlink()
     defaults = replace(config.sampling, shift=2.0, num_inference_steps=7, negative_prompt="rain")
@@ -243,7 +253,17 @@ def test_fingerprint_is_the_same_with_the_converters_hashes(saved, copy):
     assert fingerprint(copy) == fingerprint(saved)
 
 
-def test_fingerprint_stays_when_a_field_with_a_default_is_added(saved, monkeypatch):
+def test_fingerprint_ignores_litter_in_tokenizer_folders(saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    for name in (".DS_Store", "Thumbs.db", "._tokenizer.json", "desktop.ini", "notes.txt", "vocab.json.bak"):
+        (folder / "qwen_tokenizer" / name).write_text("litter")
+    (folder / "clip_tokenizer" / ".ipynb_checkpoints").mkdir()
+    (folder / "clip_tokenizer" / "a.folder").mkdir()
+    os.mkfifo(folder / "clip_tokenizer" / "a.pipe")
+    assert fingerprint(folder) == fingerprint(saved)
+
+
+def test_fingerprint_ignores_new_fields_with_defaults(saved, monkeypatch):
     before = fingerprint(saved)
     plain = checkpoint.asdict
 
@@ -284,5 +304,5 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_an_existing_folder_is_left_alone(saved):
-    with pytest.raises(FileExistsError, match="exists: name a new folder"):
+    with pytest.raises(FileExistsError, match="small"):
         checkpoint.save_checkpoint(saved, SMALL, build_small_models(), {"qwen": saved, "clip": saved})

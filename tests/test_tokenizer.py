@@ -1,8 +1,9 @@
-"""Ids against transformers' (stored) and sentencepiece's own; what is refused, and how."""
+"""Ids against transformers' (stored) and sentencepiece's own; broken and hostile files."""
 
 import functools
 import io
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import sentencepiece
 from tokenizers import pre_tokenizers
 
-from kandinsky5.tokenizer import Tokenizer
+from kandinsky5.tokenizer import Tokenizer, find_files
 from tokenizer_data import fingerprint, load_goldens, tokenizer_folder
 
 QWEN, CLIP = "qwen2.5", "clip-vit-large-patch14"
@@ -41,7 +42,7 @@ def test_ids_are_those_of_transformers(name, title):
 
 
 @pytest.mark.parametrize("name", [QWEN, CLIP])
-def test_tokenizer_json_gives_the_ids_of_vocab_and_merges_and_neither_cuts_nor_pads_nor_adds(name, tmp_path):
+def test_tokenizer_json_gives_the_same_ids_without_padding(name, tmp_path):
     write_tokenizer_json(tmp_path, name)
     whole_file = Tokenizer.load(tmp_path)
     for title, (text, golden) in load_goldens(name).items():
@@ -51,16 +52,16 @@ def test_tokenizer_json_gives_the_ids_of_vocab_and_merges_and_neither_cuts_nor_p
     assert whole_file.vocab_size == load(name).vocab_size
 
 
-def test_tokenizer_json_comes_first_and_a_broken_one_is_not_passed_over(tmp_path):
+def test_tokenizer_json_comes_first_even_if_broken(tmp_path):
     folder = shutil.copytree(tokenizer_folder(CLIP), tmp_path / "clip")
     write_tokenizer_json(folder, QWEN)
     assert Tokenizer.load(folder).vocab_size == 151665
-    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="tokenizer.json is a git-lfs pointer"):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json"):
         Tokenizer.load(folder)
 
 
-def test_template_before_the_prompt_is_129_tokens_only_with_the_authors_spelling():
+def test_the_authors_spelling_gives_129_template_tokens():
     assert len(load(QWEN).encode(TEMPLATE_PREFIX)) == 129
     assert len(load(QWEN).encode(TEMPLATE_PREFIX.replace("promt", "prompt"))) == 128
     for prompt in ["A fox", " a fox", "лиса", "狐", "\u0301", "🦊", "", "12", "<|im_end|>"]:
@@ -79,7 +80,7 @@ def test_special_tokens_have_the_released_ids():
         qwen.token_id("<|startoftext|>")
 
 
-def test_special_tokens_without_added_tokens_json_are_the_same(tmp_path):
+def test_special_tokens_do_not_need_added_tokens_json(tmp_path):
     folder = shutil.copytree(tokenizer_folder(QWEN), tmp_path / "qwen")
     (folder / "added_tokens.json").unlink()
     bare = Tokenizer.load(folder)
@@ -88,7 +89,7 @@ def test_special_tokens_without_added_tokens_json_are_the_same(tmp_path):
     assert bare.vocab_size == 151665
 
 
-def test_added_tokens_json_may_name_fewer_tokens_or_leave_a_gap(tmp_path):
+def test_added_tokens_may_be_fewer_or_leave_a_gap(tmp_path):
     write_tiny(tmp_path, added={"<|im_end|>": 300, "<mine>": 400})
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode("ab<mine><|im_end|>") == [256, 400, 300]
@@ -96,7 +97,7 @@ def test_added_tokens_json_may_name_fewer_tokens_or_leave_a_gap(tmp_path):
     assert tokenizer.vocab_size == 401
 
 
-def test_decode_gives_qwen_text_back_and_clip_text_lower_cased_with_spaces():
+def test_decode_gives_text_back_in_clip_lower_cased():
     for title, (text, _) in load_goldens(QWEN).items():
         if title != "special token and a mark":  # decoded, ">" and the mark stand side by side and compose
             decoded = load(QWEN).decode(load(QWEN).encode(text))
@@ -109,7 +110,7 @@ def test_half_a_surrogate_pair_is_refused():
         load(CLIP).encode("fox \ud83e")
 
 
-def test_sentencepiece_ids_are_the_librarys_with_special_pieces_recognised(tmp_path):
+def test_sentencepiece_ids_are_the_librarys_and_control_ids(tmp_path):
     train_sentencepiece(tmp_path / "tokenizer.model")
     ours = Tokenizer.load(tmp_path)
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -132,45 +133,121 @@ def test_sentencepiece_without_control_pieces(tmp_path):
     assert Tokenizer.load(tmp_path).encode("<s>the fox") == library.encode("<s>the fox")
 
 
-NO_TOKENIZER = {  # files → what is said of them
-    "nothing there": ({}, r"looked for tokenizer\.json, vocab\.json .*; found nothing"),
-    "no merges": ({"vocab.json": "{}", "notes": ""}, r"with merges\.txt.*; found notes, vocab\.json"),
-    "two models": ({"a.model": "", "b.model": ""}, r"one SentencePiece \*\.model; found a\.model, b\.model"),
-    "model of another kind": ({"tokenizer.model": "x"}, r"tokenizer\.model is not a SentencePiece model"),
+NO_TOKENIZER = {  # files, and what the message names
+    "nothing there": ({}, "nothing"),
+    "no merges": ({"vocab.json": "{}", "notes": ""}, "notes, vocab.json"),
+    "two models": ({"a.model": "", "b.model": ""}, "a.model, b.model"),
+    "model of another kind": ({"tokenizer.model": "x"}, "tokenizer.model"),
 }
 BROKEN = {  # the same for files put over those of a small valid tokenizer
-    "tokenizer.json cut off": ({"tokenizer.json": '{"model":\n {'}, r"tokenizer\.json cannot be read"),
-    "vocab.json cut off": ({"vocab.json": '{"a": 0,\n'}, r"vocab\.json"),
-    "vocab.json not UTF-8": ({"vocab.json": b'{"\xff": 0}'}, r"vocab\.json"),
-    "vocab.json a list": ({"vocab.json": "[1]"}, r"vocab\.json"),
-    "vocab.json with other ids": ({"vocab.json": '{"a": "0"}'}, r"vocab\.json"),
-    "vocab.json of words": ({"vocab.json": '{"a": 0}'}, r"vocab\.json .*: 255 bytes are missing"),
-    "added_tokens.json cut off": ({"added_tokens.json": "{"}, r"added_tokens\.json"),
-    "one id twice": ({"added_tokens.json": '{"<mine>": 7}'}, r"two tokens of .* share an id"),
-    "merge of unknown tokens": ({"merges.txt": "#version: 0.2\na b\nab c\n"}, r"line 3, 'ab c', does not"),
-    "merge of one": ({"merges.txt": "a b\nab\n"}, r"merges\.txt line 2, 'ab', does not fit"),
-    "merge of three": ({"merges.txt": "a b c\n"}, r"merges\.txt line 1, 'a b c', does not fit"),
-    "merges.txt not UTF-8": ({"merges.txt": b"\xff \xfe\n"}, r"merges\.txt line 1, .* does not fit"),
+    "tokenizer.json cut off": ({"tokenizer.json": '{"model":\n {'}, "tokenizer.json"),
+    "tokenizer.json a list": ({"tokenizer.json": "[]"}, "tokenizer.json"),
+    "tokenizer.json of lone surrogates": ({"tokenizer.json": '{"\\ud800": 1}'}, "tokenizer.json"),
+    "git-lfs pointer": ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
+    "vocab.json cut off": ({"vocab.json": '{"a": 0,\n'}, "vocab.json"),
+    "vocab.json not UTF-8": ({"vocab.json": b'{"\xff": 0}'}, "vocab.json"),
+    "vocab.json a list": ({"vocab.json": "[1]"}, "vocab.json"),
+    "vocab.json with other ids": ({"vocab.json": '{"a": "0"}'}, "vocab.json"),
+    "vocab.json of huge ids": ({"vocab.json": '{"a": 18446744073709551616}'}, "vocab.json"),
+    "vocab.json of words": ({"vocab.json": '{"a": 0}'}, "vocab.json is not byte-level: 255"),
+    "a token twice": ({"vocab.json": '{"a": 0, "a": 1}'}, "'a'"),
+    "added_tokens.json cut off": ({"added_tokens.json": "{"}, "added_tokens.json"),
+    "added_tokens.json deep": ({"added_tokens.json": "[" * 100_000 + "]" * 100_000}, "added_tokens.json"),
+    "one id twice": ({"added_tokens.json": '{"<mine>": 7}'}, "added_tokens.json"),
+    "merge of unknown tokens": ({"merges.txt": "#version: 0.2\na b\nab c\n"}, "line 3, 'ab c'"),
+    "merge of one": ({"merges.txt": "a b\nab\n"}, "merges.txt line 2, 'ab'"),
+    "merge of three": ({"merges.txt": "a b c\n"}, "merges.txt line 1, 'a b c'"),
+    "merges.txt not UTF-8": ({"merges.txt": b"\xff \xfe\n"}, "merges.txt line 1"),
+    "merges.txt in one line": ({"merges.txt": "a" * 10**6}, "merges.txt line 1"),
 }
 
 
 @pytest.mark.parametrize("case", [*NO_TOKENIZER, *BROKEN])
-def test_what_is_no_tokenizer_is_refused_in_one_line_with_a_remedy(case, tmp_path):
+def test_what_is_no_tokenizer_is_refused_by_name(case, tmp_path):
     if case in BROKEN:
         write_tiny(tmp_path)
         assert Tokenizer.load(tmp_path).encode("cab") == [66, 256]
-    files, message = {**NO_TOKENIZER, **BROKEN}[case]
+    files, words = {**NO_TOKENIZER, **BROKEN}[case]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError) as caught:
         Tokenizer.load(tmp_path)
-    assert "\n" not in str(error.value)
-    assert str(tmp_path) in str(error.value)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 1000 and str(tmp_path) in message and words in message, message
 
 
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
+
+
+def regex(pattern: str) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"pre_tokenizer": split}
+
+
+def replacing(*contents: str) -> dict:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": content} for content in contents]
+    return {"normalizer": {"type": "Sequence", "normalizers": steps}}
+
+
+HOSTILE = {  # what is changed in a valid tokenizer.json
+    "catastrophic": regex("(a+)+$"),
+    "catastrophic 2": regex("(a|aa)+$"),
+    "catastrophic 3": regex("a*a*a*a*a*a*a*a*$"),
+    "no regular expression": regex("("),
+    "words without [UNK]": {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}},
+    "a piece without id": {"model": {"type": "Unigram", "vocab": [["b", 0.0]], "unk_id": None}},
+    "long replacement": replacing("a" * 1000),
+    "many replacements": replacing(*"bcdefghijk"),
+    "a long prefix": {"normalizer": {"type": "Prepend", "prepend": "b" * 10**6}},
+    "a table of replacements": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    "deep normaliser": {"normalizer": {"type": "Sequence", "normalizers": [[]]}},
+    "a model of another kind": {"model": {"type": "Markov"}},
+    "huge ids": {"added_tokens": [{"id": 10**19, "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_tokenizer_json_is_one_line(case, tmp_path, capfd):
+    """The library panics, prints and hangs: when it is loaded, or at the first text."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model} | HOSTILE[case]))
+    with pytest.raises(ValueError) as caught:
+        Tokenizer.load(tmp_path).encode("a" * 60 + "b")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_long_text_is_refused():
+    with pytest.raises(ValueError, match="1,000,000 characters"):
+        load(CLIP).encode("a " * 500_000)
+
+
+def test_line_ends_and_byte_order_marks_change_nothing(tmp_path):
+    folder = Path(shutil.copytree(tokenizer_folder(CLIP), tmp_path / "clip"))
+    for name in ("vocab.json", "merges.txt"):
+        content = (folder / name).read_bytes().replace(b"\n", b"\r\n")
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert Tokenizer.load(folder).encode("a red fox") == load(CLIP).encode("a red fox")
+
+
+def test_only_the_files_that_are_read_count(tmp_path):
+    write_tiny(tmp_path)
+    before = find_files(tmp_path)
+    for name in (".DS_Store", "Thumbs.db", "._tokenizer.json", ".x.model", "desktop.ini", "tokenizer_config.json"):
+        (tmp_path / name).write_text("x")
+    for name in (".ipynb_checkpoints", "tokenizer.json", "x.model"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "added_tokens.json")
+    assert before == find_files(tmp_path) == [tmp_path / "vocab.json", tmp_path / "merges.txt"]
+
+
+def test_a_sentencepiece_model_that_inflates_is_refused(tmp_path):
+    (tmp_path / "rules.tsv").write_text("61\t" + " ".join(["62"] * 5000) + "\n")  # a becomes 5,000 times b
+    train_sentencepiece(tmp_path / "a.model", normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+    with pytest.raises(ValueError, match="a.model"):
+        Tokenizer.load(tmp_path)
 
 
 def write_tiny(folder: Path, added: dict[str, int] | None = None) -> None:

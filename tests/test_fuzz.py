@@ -1,0 +1,200 @@
+"""Each kind of file that is read, mutated: nothing but ValueError or OSError with one printable line may come of it.
+
+A fixed seed and a few dozen mutations per kind by default; `pytest -m fuzz` makes a few thousand.
+"""
+
+import functools
+import io
+import json
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from converted import diffusers
+from kandinsky5 import files
+from kandinsky5.checkpoint import SHIPPED
+from kandinsky5.config_file import load_config
+from kandinsky5.extras import magcache
+from kandinsky5.tensor_files import read_index, read_safetensors
+from kandinsky5.tokenizer import Tokenizer
+from weights_convert import convert
+from weights_convert.read import read_weights
+
+WORDS = [
+    b"null",
+    b"true",
+    b"-1",
+    b"1e999",
+    b"1" * 30,
+    b'"\\ud800"',
+    b"[" * 200,
+    b"{}",
+    b'"a"',
+    b"\x1b]0;x\x07",
+    b"[8]",
+    b"\0",
+]
+
+
+def mutate(data: bytes, choose: random.Random, protected: int = 0) -> bytes:
+    """`data` with a few bytes changed, cut out, doubled, or replaced by words that JSON and our formats know."""
+    changed = bytearray(data)
+    for _ in range(choose.randint(1, 4)):
+        at, size = choose.randrange(protected, len(changed) + 1), choose.randint(1, 20)
+        kind = choose.randrange(5)
+        if kind == 0 and at < len(changed):
+            changed[at] = choose.randrange(256)
+        elif kind == 1:
+            del changed[at : at + size]
+        elif kind == 2:
+            changed[at:at] = changed[at : at + size]
+        elif kind == 3:
+            changed[at : at + size] = choose.choice(WORDS)
+        else:
+            changed = changed[: max(at, protected + 1)] if choose.random() < 0.3 else changed
+    return bytes(changed)
+
+
+def header(data: bytes, choose: random.Random) -> bytes:
+    """A safetensors file with only its header mutated, and mostly of the right length."""
+    length = int.from_bytes(data[:8], "little")
+    text = mutate(data[8 : 8 + length], choose)
+    return (
+        (len(text) if choose.random() < 0.9 else choose.randrange(2**40)).to_bytes(8, "little")
+        + text
+        + data[8 + length :]
+    )
+
+
+def numbers(data: bytes, choose: random.Random) -> bytes:
+    """A JSON document with one value somewhere inside replaced."""
+    document = json.loads(data)
+    at = document
+    while isinstance(at, dict | list) and at:
+        key = choose.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        if not isinstance(at[key], dict | list) or not at[key] or choose.random() < 0.2:
+            at[key] = choose.choice(
+                [None, -1, 0, 2**40, 10**400, 0.5, 1e308, "", "\ud800", [], {}, [[1]], "a" * 20_000]
+            )
+            break
+        at = at[key]
+    return json.dumps(document).encode()
+
+
+def describe(path: Path) -> None:
+    """What the converter does with a DiT's weights and config before it writes."""
+    source = convert.read_source("dit", path.parent)
+    convert.describe_model("dit", source.sizes, "x")
+
+
+def encode(path: Path) -> None:
+    Tokenizer.load(path.parent).encode("a red fox, 24 fps <|im_end|>")
+
+
+def read_values(path: Path) -> None:
+    for stored in read_weights(path).tensors.values():
+        list(stored.chunks())
+
+
+@functools.cache
+def pickle(**options) -> bytes:
+    file = io.BytesIO()
+    state = {f"blocks.{i}.weight": torch.zeros(4, 3) for i in range(4)}
+    torch.save({"state_dict": state, "step": 3}, file, **options)
+    return file.getvalue()
+
+
+def small_tensors() -> bytes:
+    return save({f"blocks.{i}.weight": torch.zeros(4, i + 1) for i in range(4)}, {"format": "pt"})
+
+
+def small_index() -> bytes:
+    return json.dumps(
+        {"metadata": {}, "weight_map": {f"blocks.{i}.weight": "x.safetensors" for i in range(4)}}
+    ).encode()
+
+
+def vocabulary() -> bytes:
+    return (SHIPPED / "nano" / "clip_tokenizer" / "tokenizer.json").read_bytes()
+
+
+def ratios() -> bytes:
+    return (magcache.FOLDER / "nano.json").read_bytes()
+
+
+def their_config() -> bytes:
+    return (diffusers() / "transformer" / "config.json").read_bytes()
+
+
+def our_config() -> bytes:
+    return (SHIPPED / "nano" / "config.json").read_bytes()
+
+
+def merges() -> bytes:
+    return b"#version: 0.2\na b\nab c\n"
+
+
+# name of the file, its content, how it is mutated, what reads it, and how costly that is
+Case = tuple[str, Callable[[], bytes], Callable[[bytes, random.Random], bytes], Callable[[Path], object], int]
+KINDS: dict[str, Case] = {
+    "safetensors header": ("x.safetensors", small_tensors, header, read_safetensors, 1),
+    "index": ("x.safetensors.index.json", small_index, mutate, read_index, 1),
+    "config.json": ("config.json", our_config, mutate, load_config, 1),
+    "values of config.json": ("config.json", our_config, numbers, load_config, 1),
+    "Diffusers config.json": ("config.json", their_config, numbers, describe, 4),
+    "ratios": ("x.json", ratios, mutate, magcache.load, 1),
+    "values of ratios": ("x.json", ratios, numbers, magcache.load, 1),
+    "JSON": ("x.json", small_index, mutate, files.read_json, 1),
+    "tokenizer.json": ("tokenizer.json", vocabulary, mutate, encode, 8),
+    "values of tokenizer.json": ("tokenizer.json", vocabulary, numbers, encode, 8),
+    "merges.txt": ("merges.txt", merges, mutate, encode, 2),
+    "pickle in a zip": ("x.pt", pickle, mutate, read_values, 1),
+    "old pickle": ("x.pt", lambda: pickle(_use_new_zipfile_serialization=False), mutate, read_values, 1),
+}
+
+
+def hang(*_) -> None:
+    raise AssertionError("it hangs")
+
+
+def fuzz(kind: str, count: int, folder: Path) -> int:
+    """Mutate and read `count` times; how often it was refused. Fails on any other end."""
+    name, content, change, read, cost = KINDS[kind]
+    choose, refused = random.Random(f"{kind} 1"), 0
+    original, before = content(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    handler = signal.signal(signal.SIGPROF, hang)
+    if name == "config.json" and read is describe:
+        (folder / "x.safetensors").symlink_to(diffusers() / "transformer" / "diffusion_pytorch_model.safetensors")
+    if name == "merges.txt":
+        tokens = json.loads(vocabulary())["model"]["vocab"]
+        (folder / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
+    for number in range(max(count // cost, 1)):
+        (folder / name).write_bytes(change(original, choose))
+        signal.setitimer(signal.ITIMER_PROF, 10)  # of processor time: a hang
+        try:
+            read(folder / name)
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 4000, f"{kind} {number}: {error}"
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, handler)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+    return refused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_files_are_read_or_refused(kind, tmp_path):
+    assert fuzz(kind, 60, tmp_path) > 0
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_mutated_files_are_read_or_refused(kind, tmp_path):
+    assert fuzz(kind, 4000, tmp_path) > 100
