@@ -254,8 +254,8 @@ def cell(value: float | None) -> str:
 
 
 def nano() -> list[str]:
-    """The judge's verdict on the models of the package; a file judge_nano-float32.json becomes a column."""
-    names = [*NANO_PRESETS, *(["nano-float32"] if (JUDGE / "judge_nano-float32.json").exists() else [])]
+    """The judge's verdict on the models of the package."""
+    names = ["nano", "nano-float32", *(name for name in NANO_PRESETS if name != "nano")]
     results = [judged(f"judge_{name}") for name in names]
     asked = {key: result["sets"][key]["clips"] for result in results for key in result["sets"]}
     rows = [("", *(f"`{name}`" for name in names))]
