@@ -27,6 +27,7 @@ from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.single_frame import forget_the_past, single_frame
 from kandinsky5.nano.stages import RESUMES, check_folder
 from kandinsky5.nano.world import SHAPES, Scene, coverage, draw_scene, sample_scene
+from kandinsky5.runtime import fast
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.training.loop import generator, train
 from kandinsky5.training.modes import autocast
@@ -213,6 +214,7 @@ def test(vae: VAE, folder: Path, step: int, count: int = 24) -> dict[str, float]
     """PSNR on unseen clips and single frames, and the share of reconstructed clips that the judge finds right."""
     scenes = [sample_scene([TEST_SEED, i], "all") for i in range(count)]
     vae = copy.deepcopy(vae).to(choose_dtype("auto", torch.device("cpu")))  # as it will be used
+    fast.install(vae)
     truth = np.stack([draw_scene(scene) for scene in scenes])  # (B, F, H, W, 3)
     results, frames = reconstruct(vae, truth), reconstruct(vae, truth[:, :1])
     right = [score(judge_clip(clip), describe(scene))["all"] for clip, scene in zip(results, scenes, strict=True)]
