@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from einops import rearrange
 
-from kandinsky5.files import check_writable, free_name, parse_json, replacing
+from kandinsky5.files import check_regular, check_writable, free_name, parse_json, read_bytes, replacing
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
 # is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
@@ -35,6 +35,7 @@ IMAGE_SIGNATURES: dict[Literal["mjpeg", "png", "webp"], bytes] = {
     "png": rb"\x89PNG\r\n\x1a\n",
     "webp": rb"RIFF....WEBP",
 }
+LARGEST_IMAGE = 2**28  # bytes of a file: a photo of 200 megapixels has about 100 MB
 LONGEST_COMMENT = 2**21  # characters of settings: six for each of a prompt of 100,000, and as many again
 # The axes to flip (0: rows, 1: columns) for EXIF orientations 1 to 4; 5 to 8 are the same after a transpose.
 ORIENTATION_FLIPS = ((), (1,), (0, 1), (0,))
@@ -47,7 +48,7 @@ def read_image(path: str | Path) -> torch.Tensor:
     8-bit RGB. Raises ValueError for a file that is none of these, is damaged or stops early.
     """
     with _reading(path, "give a whole JPEG, PNG or WebP file"):
-        data = Path(path).read_bytes()
+        data = read_bytes(path, LARGEST_IMAGE)
         rgba = _decode_image(data).to_ndarray(format="rgba", interpolation=SMOOTH)
     rgb, alpha = torch.from_numpy(rgba).float().split([3, 1], dim=-1)  # (H, W, 3), (H, W, 1)
     rgb = ((rgb * alpha + 255 * (255 - alpha)) / 255).round().to(torch.uint8)
@@ -194,7 +195,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
     """The `metadata` that `write_video` stored in the mp4 or PNG at `path`; ValueError if there is none."""
     with _reading(path, "give an .mp4 or .png that sample.py wrote"):
         if Path(path).suffix.lower() == ".png":
-            tags = dict(_decode_image(Path(path).read_bytes()).metadata)
+            tags = dict(_decode_image(read_bytes(path, LARGEST_IMAGE)).metadata)
         else:
             with _open_video(path) as container:
                 tags = dict(container.metadata)
@@ -244,7 +245,7 @@ def _exif_orientation(data: bytes) -> int:
 
 def _open_video(path: str | Path) -> av.container.InputContainer:
     # "file:", or a name such as a:b.mp4 would be taken for a network address
-    return av.open(f"file:{path}", metadata_errors="replace")
+    return av.open(f"file:{check_regular(path)}", metadata_errors="replace")
 
 
 def _encode_mp4(path: Path, frames: np.ndarray, fps: float, quality: float, comment: str | None) -> None:

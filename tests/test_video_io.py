@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 import struct
 
@@ -144,6 +145,15 @@ def test_what_is_no_image_or_video_is_a_one_line_error(tmp_path, read, content):
     with pytest.raises(ValueError, match="cannot read") as error:
         read(path)
     assert is_one_line(error.value, path, "give a")
+
+
+@pytest.mark.parametrize("read", [read_image, read_video, read_metadata])
+def test_devices_and_pipes_are_refused_at_once(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in ("/dev/zero", tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(ValueError, match="cannot read") as error:
+            read(path)
+        assert is_one_line(error.value, path)
 
 
 # --- sizes and ranges

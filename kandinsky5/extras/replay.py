@@ -22,6 +22,7 @@ from kandinsky5 import video_io
 from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.config import NANO_NAMES
 from kandinsky5.config_file import from_json, load_config
+from kandinsky5.files import read_bytes
 from kandinsky5.request import Request
 from kandinsky5.runtime.device import choose_device, is_native
 from kandinsky5.screen import printable, say
@@ -195,4 +196,4 @@ def _portable(path: str) -> str:
 
 
 def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()
