@@ -144,7 +144,7 @@ def fingerprint(folder: Path) -> str:
 
     SHA-256 of the values in config.json that differ from the defaults, the tokenizers' files, and of each tensor its
     name, precision, shape and first 16 kB. So other weights, more training or a merged adapter are seen. Not seen is a
-    change that spares all these beginnings: a few rows of an embedding, edited in place, or a damaged disk
+    change that spares all these beginnings: a few rows of an embedding edited in place, or a damaged disk
     (`weights_convert --verify` sees it). Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")

@@ -1,4 +1,4 @@
-"""Checkpoints of other layouts to the native one and back; the only place that knows other people's names."""
+"""Convert checkpoints of other layouts to the native one and back; only this package knows other people's names."""
 
 from weights_convert.convert import from_diffusers, from_official, to_diffusers
 from weights_convert.inspect import inspect

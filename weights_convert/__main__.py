@@ -8,6 +8,7 @@ import sys
 from kandinsky5 import cli
 from kandinsky5.checkpoint import MODELS
 from kandinsky5.config import NANO_NAMES, RELEASED_TEXT, PipelineConfig
+from kandinsky5.screen import printable
 from weights_convert import convert
 from weights_convert.inspect import as_table, inspect
 from weights_convert.write import Options
@@ -15,9 +16,13 @@ from weights_convert.write import Options
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0 if it worked, 2 after one line on stderr if not, 130 if interrupted."""
+    return cli.run(lambda: run(arguments), stopped="run it again with --resume to keep the finished files")
+
+
+def run(arguments: list[str] | None) -> None:
+    """Parse the command line and call its function."""
     options = vars(build_parser().parse_args(arguments))
-    command = options.pop("run")
-    return cli.run(lambda: command(**options), stopped="run it again with --resume to keep the finished files")
+    options.pop("run")(**options)
 
 
 def run_from_diffusers(**options) -> None:
@@ -33,7 +38,7 @@ def run_from_official(**options) -> None:
 def run_to_diffusers(**options) -> None:
     """`convert.to_diffusers`, likewise."""
     config = convert.to_diffusers(**options)
-    print(f"{options['dst']}: {config.name} in the Diffusers layout")
+    print(f"{printable(options['dst'])}: {config.name} in the Diffusers layout")
     if config.text != RELEASED_TEXT:
         print(
             "Diffusers has no place for its prompt template: set it on their pipeline (docs/converting.md, Unreleased "
@@ -48,13 +53,13 @@ def run_inspect(path: str, as_json: bool) -> None:
 
 
 def print_config(config: PipelineConfig, options: dict) -> None:
-    """What was written, how it samples by default, and, if that was not said, which presets it may be."""
+    """What was written, how it samples by default, and without --preset which presets it may be."""
     if options["only"] not in (None, "dit"):
-        print(f"{options['dst']}: {options['only']} converted")
+        print(f"{printable(options['dst'])}: {options['only']} converted")
         return
     sampling, attention = config.sampling, "NABLA" if config.dit.nabla else "full attention"
     print(
-        f"{options['dst']}: {config.name}, {' and '.join(config.tasks)}, {attention}; by default "
+        f"{printable(options['dst'])}: {config.name}, {' and '.join(config.tasks)}, {attention}; by default "
         f"{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, shift {sampling.shift:g}"
     )
     if not options["preset"] and config.name not in NANO_NAMES:
@@ -66,7 +71,7 @@ def print_config(config: PipelineConfig, options: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The four commands; each leaves the function that runs it in `run`."""
+    """The commands; each leaves the function that runs it in `run`."""
     parser = argparse.ArgumentParser(prog="python -m weights_convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -82,35 +87,39 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--vae", metavar="PATH", help="Tencent's pytorch_model.pt, or a Diffusers VAE folder")
     command.add_argument("--qwen", metavar="PATH", help="Hugging Face folder of Qwen2.5-VL, or one file")
     command.add_argument("--clip", metavar="PATH", help="Hugging Face folder of CLIP ViT-L/14, or one file")
-    command.add_argument("--qwen-tokenizer", metavar="DIR", help="if it does not lie with the weights")
-    command.add_argument("--clip-tokenizer", metavar="DIR", help="if it does not lie with the weights")
+    command.add_argument("--qwen-tokenizer", metavar="DIR", help="if it is not next to the weights")
+    command.add_argument("--clip-tokenizer", metavar="DIR", help="if it is not next to the weights")
     add_common(command, run_from_official)
     command.add_argument(
-        "--preset", metavar="NAME", help="which release this is: its task, NABLA, shift, steps, guidance"
+        "--preset", metavar="NAME", help="which release this is: sets task, NABLA, shift, steps, guidance"
     )
 
     command = commands.add_parser("to-diffusers", help="native folder → Diffusers layout")
-    command.add_argument("src", metavar="SRC", help="native folder, or a model of the package: nano")
+    command.add_argument("src", metavar="SRC", help="native folder, or a bundled model: nano")
     add_common(command, run_to_diffusers)
 
     command = commands.add_parser("inspect", help="what a file or folder is")
-    command.add_argument("path", metavar="PATH", help="or a model of the package: nano")
+    command.add_argument("path", metavar="PATH", help="file or folder, or a bundled model: nano")
     command.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
     command.set_defaults(run=run_inspect)
     return parser
 
 
 def add_common(command: argparse.ArgumentParser, run) -> None:
-    """DST and the options of all three conversions; `run` is called with all that the command was given."""
+    """DST and the options of all three conversions; `run` is called with the parsed options."""
     command.add_argument("dst", metavar="DST", help="folder to write; it must not exist yet")
     command.add_argument("--only", choices=MODELS, help="convert this model alone")
-    command.add_argument("--base", metavar="DIR", help="folder in DST's layout that the models not converted come from")
-    command.add_argument("--dtype", choices=convert.DTYPES, help="cast to this precision (default: as it is)")
+    command.add_argument("--base", metavar="DIR", help="folder in DST's layout that has the other models")
+    command.add_argument("--dtype", choices=convert.DTYPES, help="cast to this precision (default: as stored)")
     command.add_argument("--cast-all", action="store_true", help="cast the DiT's float32 parts too")
     command.add_argument(
         "--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default: 5GB"
     )
-    command.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep files of an interrupted run that are what would be written",
+    )
     command.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 hashes")
     command.add_argument("--quiet", action="store_false", dest="progress", help="no progress bar")
     command.set_defaults(run=run)
@@ -121,7 +130,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     size = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2].upper()] if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write for example 5GB or 500MB")
     return int(size)
 
 

@@ -2,11 +2,10 @@
 
     from_diffusers, from_official → native folder (kandinsky5/checkpoint.py) → to_diffusers
 
-`tables.py` has the names, `sizes.py` the configs, `write.py` the way a folder comes into being.
+`tables.py` has the names, `sizes.py` the configs, `write.py` writes the folder.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,31 +21,32 @@ from kandinsky5.files import check_inside, read_json, write_json
 from kandinsky5.qwen import Qwen
 from kandinsky5.screen import listed, printable, say
 from kandinsky5.tensor_files import FLOATS, Weights
-from kandinsky5.tokenizer import Tokenizer, find_files
+from kandinsky5.tokenizer import find_files
 from kandinsky5.vae import VAE
 from weights_convert import tables
 from weights_convert.diffusers_files import (
-    TASKS,
+    NATIVE_CONFIG,
+    copy_tokenizer,
     read_shift,
+    read_tasks,
     write_model_index,
     write_scheduler,
-    write_tokenizer_configs,
+    write_tokenizer_config,
 )
 from weights_convert.read import read_weights
 from weights_convert.sizes import ModelConfig, build_config, to_their_config
 from weights_convert.write import Options, Part, write_folder
 
 CLASSES = {"dit": DiT, "vae": VAE, "qwen": Qwen, "clip": CLIPText}
-# Where the Diffusers layout keeps what the native one keeps at the top, and what its weight files are called.
+# Subfolder and file name of each model in the Diffusers layout.
 FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "text_encoder_2"}
 STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "qwen": "model", "clip": "model"}
 TOKENIZERS = {"qwen": "tokenizer", "clip": "tokenizer_2"}
-NATIVE_CONFIG = "kandinsky5.json"  # our config.json, kept in the folders that `to_diffusers` writes
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 class Source(NamedTuple):
-    """One model as it was found: tensors by their Diffusers names, sizes, and the folder of its tokenizer if any."""
+    """One model as found: tensors by their Diffusers names, sizes, and the folder of its tokenizer if it has one."""
 
     weights: Weights
     sizes: ModelConfig
@@ -63,19 +63,17 @@ def from_diffusers(
 ) -> PipelineConfig:
     """Write the native checkpoint folder `dst` from `src`, a folder in the Diffusers layout (`save_pretrained`).
 
-    preset: whose steps, guidance, size and rope_scale to sample with by default; else those of `SamplingConfig`.
+    preset: sample with its steps, guidance, shift, size and rope_scale by default; else with those of `SamplingConfig`.
     only: "dit", "vae", "qwen" or "clip"; then `src` may also be the folder or file of this model alone.
     base: native folder that all other models come from (their files are shared, not copied).
-    options: the fields of `write.Options`. ValueError, in one line, for anything that is missing or does not fit.
+    options: fields of `write.Options`. ValueError, in one line, for anything that is missing or does not fit.
     """
     src, models = Path(src), _chosen(only)
     whole = (src / "model_index.json").is_file()
     if not whole and not only:
         if not src.exists():
-            raise ValueError(f"there is no {src}: check the path")
-        raise ValueError(
-            f"{src} is not in the Diffusers layout (no model_index.json); for one model alone, say which: --only"
-        )
+            raise ValueError(f"{src} does not exist: check the path")
+        raise ValueError(f"{src} has no model_index.json, so it is no Diffusers folder; --only converts one model")
     sources = {}
     for model in models:
         tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
@@ -109,8 +107,8 @@ def from_official(
 
     dit: one safetensors file; vae: Tencent's pytorch_model.pt or a Diffusers folder; qwen, clip: Hugging Face folders
     or single files. Tokenizers lie there too, or in `qwen_tokenizer`, `clip_tokenizer`.
-    A bare DiT file says nothing of task, shift and NABLA: these come from `preset`. The rest is as in
-    `from_diffusers`, a ValueError too.
+    A bare DiT file does not record task, shift and NABLA: these come from `preset`. Otherwise as `from_diffusers`,
+    ValueErrors included.
     """
     given = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}
     paths = {model: Path(path) for model, path in given.items() if path}
@@ -118,8 +116,8 @@ def from_official(
     models = [model for model in _chosen(only) if model in paths or not base]
     if missing := [f"--{model}" for model in models if model not in paths]:
         raise ValueError(
-            f"{', '.join(missing)} is not given: give all four models, or a native folder that has the others "
-            "(--base), or say which one to convert alone (--only)"
+            f"{', '.join(missing)} is missing: give all four models, a native folder that has the others (--base), or "
+            "the one model to convert (--only)"
         )
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
     config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst))
@@ -132,9 +130,9 @@ def from_official(
 def to_diffusers(
     src: str | Path, dst: str | Path, only: str | None = None, base: str | Path | None = None, **options
 ) -> PipelineConfig:
-    """Write a folder in the Diffusers layout from the native folder `src`, or the package's model of that name.
+    """Write a folder in the Diffusers layout from the native folder `src`, or the bundled model of that name.
 
-    only: this model alone, in its subfolder. base: folder in the Diffusers layout that all the rest comes from.
+    only: this model alone, in its subfolder. base: folder in the Diffusers layout that provides all the rest.
     The native folder has neither Qwen's vision tower nor its lm_head. Without `base`, the Qwen written here has a
     vision tower of no layers and its embedding for a head: enough for these pipelines, which give it text alone.
     ValueError, in one line, for anything that is missing or does not fit.
@@ -142,7 +140,7 @@ def to_diffusers(
     src, dst, settings = find_shipped(src), Path(dst), Options(**options)
     if not (src / "config.json").is_file():
         there = (src / "model_index.json").is_file()
-        what = "in the Diffusers layout already" if there else "no native checkpoint folder"
+        what = "already in the Diffusers layout" if there else "not a native checkpoint folder"
         raise ValueError(f"{src} is {what}: give a folder that from-diffusers or from-official wrote")
     config = load_config(src / "config.json")
     folders = {part: find_part(src, part, config.base) for part in (*MODELS, *(f"{m}_tokenizer" for m in TOKENIZERS))}
@@ -168,7 +166,7 @@ def to_diffusers(
             tokenizer = folders.get(f"{model}_tokenizer", src) / f"{model}_tokenizer"
             if model in TOKENIZERS and not base and tokenizer.is_dir():
                 copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
-                write_tokenizer_configs(model, folder / TOKENIZERS[model])
+                write_tokenizer_config(model, folder / TOKENIZERS[model])
         if base or not only:
             write_scheduler(config.sampling.shift, folder / "scheduler" / "scheduler_config.json")
             write_model_index(config.tasks, folder / "model_index.json", base)
@@ -183,7 +181,7 @@ def write_native(
 ) -> None:
     """Write `sources` and `config`; the other models' files are those of the native folder `base`.
 
-    ValueError where a tokenizer is missing, or the models do not belong together.
+    ValueError if a tokenizer is missing, or the models do not belong together.
     """
     parts, linked = [], {}
     for model, source in sources.items():
@@ -193,11 +191,11 @@ def write_native(
     tokenizers = {model: source.tokenizer for model, source in sources.items() if source.tokenizer}
     for model in TOKENIZERS.keys() - tokenizers if len(sources) == len(MODELS) else ():
         raise ValueError(
-            f"no tokenizer lies with {sources[model].weights.source}: say where it is (--{model}-tokenizer)"
+            f"no tokenizer next to {sources[model].weights.source}: give its folder with --{model}-tokenizer"
         )
     if base:
         if config.base:
-            raise ValueError(f"{base} (--base) itself takes models from {config.base!r}: give a complete folder")
+            raise ValueError(f"{base} (--base) itself needs models of {config.base!r}: give a complete folder")
         ours = tuple(f"{model}{end}" for model in sources for end in (".safetensors", "-")) + ("config.json",)
         ours += tuple(f"{model}_tokenizer" for model in tokenizers)
         linked = list_files(Path(base), lambda place: not place.parts[0].startswith(ours))
@@ -215,7 +213,7 @@ def write_native(
 
 
 def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> Source:
-    """A model's folder or file in any layout but the native. tokenizer: its folder, if that is not the same one."""
+    """A model's folder or file in any layout but the native one. tokenizer: its folder, if that is another one."""
     weights = read_weights(path)
     try:
         weights = weights._replace(tensors=tables.respell(model, weights.tensors))
@@ -224,14 +222,14 @@ def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> 
     config = find_config(path)
     shapes = {name: stored.shape for name, stored in weights.tensors.items()}
     sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
-    beside = path if path.is_dir() else path.parent
-    if model in TOKENIZERS and not tokenizer and find_files(beside):
-        tokenizer = beside
+    folder = path if path.is_dir() else path.parent
+    if model in TOKENIZERS and not tokenizer and find_files(folder):
+        tokenizer = folder
     return Source(weights, sizes, Path(tokenizer) if tokenizer else None)
 
 
 def find_config(path: Path) -> Path | None:
-    """The config.json in a folder of weights, or beside a file of them."""
+    """The config.json in a folder of weights, or next to a file of them."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     return config if config.is_file() else None
 
@@ -245,8 +243,8 @@ def build_part(
     stem: str,
     options: Options,
 ) -> Part:
-    """Give every tensor of our model its place in the output. The two functions turn our name of it into that of the
-    source and that of the output. ValueError, with the full list, for tensors that are missing, unknown or misshapen.
+    """Match every tensor of our model with one of the source. The two functions turn our name of a tensor into its name
+    in the source and in the output. ValueError that lists tensors that are missing, unknown or of another shape.
     """
     shapes, islands = describe_model(model, sizes, str(weights.source))
     names = {ours: name_there(ours) for ours in shapes}
@@ -271,7 +269,7 @@ def build_part(
 
 
 def describe_model(model: str, sizes: ModelConfig, where: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes of our model's tensors, in its order; and which stay in float32 in half precision.
+    """Names and shapes of our model's tensors, in its order; and which stay in float32 when it is cast.
 
     ValueError for sizes that no model can have.
     """
@@ -287,22 +285,22 @@ def describe_model(model: str, sizes: ModelConfig, where: str) -> tuple[dict[str
 
 
 def dropped(model: str, weights: Weights) -> list[str]:
-    """The tensors that are left out on purpose (`tables.DROPPED`), such as Qwen's vision tower."""
+    """The tensors that are dropped on purpose (`tables.DROPPED`), such as Qwen's vision tower."""
     return [name for name in weights.tensors if name.startswith(tables.DROPPED[model])]
 
 
 def tell_dropped(model: str, weights: Weights) -> None:
-    """Say what is left out, and how large it is."""
+    """Print what is dropped, and how large it is."""
     for start in tables.DROPPED[model]:
         sizes = [stored.nbytes for name, stored in weights.tensors.items() if name.startswith(start)]
         if sizes:
             count = f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB"
-            say(f"left out of {printable(weights.source)}: {start}* ({count})")
+            say(f"dropped from {printable(weights.source)}: {start}* ({count})")
 
 
 def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> PipelineConfig:
-    """`config` with all that a preset says: name, task, attention and sampling. ValueError for other sizes, or where
-    the task is known to be another.
+    """`config` with name, task, attention and sampling of a preset. ValueError for other sizes, or if the task is known
+    to be another one.
 
     The preset wins over the checkpoint's own NABLA and shift: one download serves an -sd and an -hd preset.
     """
@@ -319,40 +317,6 @@ def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> 
 def presets_like(config: PipelineConfig) -> list[str]:
     """The presets that a checkpoint may be: same DiT, same attention, same task."""
     return [name for name, preset in PRESETS.items() if (preset.dit, preset.tasks) == (config.dit, config.tasks)]
-
-
-def read_tasks(src: Path) -> tuple[str, ...]:
-    """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class.
-
-    Both where our own config lies beside it and says so: model_index.json names one.
-    """
-    class_name = read_json(src / "model_index.json").get("_class_name")
-    if not isinstance(class_name, str) or class_name not in TASKS:
-        raise ValueError(f"{src / 'model_index.json'} is for {class_name!r}; this code knows {' and '.join(TASKS)}")
-    task = TASKS[class_name]
-    ours = load_config(src / NATIVE_CONFIG).tasks if (src / NATIVE_CONFIG).is_file() else ()
-    return ours if task in ours else (task,)
-
-
-# What diffusers wants next to the files of a tokenizer.
-PROCESSOR_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
-
-def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copy a tokenizer's files; ValueError if it cannot be read, or if one of them is a link that leaves the folder."""
-    Tokenizer.load(src)
-    dst.mkdir()
-    others = [src / file for file in PROCESSOR_FILES if (src / file).is_file()]
-    for path in (*find_files(src), *others):
-        shutil.copyfile(check_inside(path, src), dst / path.name)
 
 
 def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:

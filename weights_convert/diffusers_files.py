@@ -1,8 +1,11 @@
-"""The small files of a Diffusers folder, for checkpoints that go back there."""
+"""The small files of a Diffusers folder: model_index.json, scheduler and tokenizers, read and written."""
 
+import shutil
 from pathlib import Path
 
-from kandinsky5.files import read_json, write_json
+from kandinsky5.config_file import load_config
+from kandinsky5.files import check_inside, read_json, write_json
+from kandinsky5.tokenizer import Tokenizer, find_files
 
 TASKS = {"Kandinsky5T2VPipeline": "t2v", "Kandinsky5I2VPipeline": "i2v"}
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -15,48 +18,72 @@ COMPONENTS = {
     "transformer": ["diffusers", "Kandinsky5Transformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
 }
-# Only where the native folder's tokenizers came without any: what their savers would have written.
-TOKENIZER_CONFIGS: dict[str, dict[str, dict]] = {
-    "qwen": {
-        "tokenizer_config.json": {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "pad_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
-            "unk_token": None,
-            "bos_token": None,
-            "model_max_length": 131072,
-        },
-    },
+NATIVE_CONFIG = "kandinsky5.json"  # our config.json, kept in the folders that `to_diffusers` writes
+# For native folders whose tokenizers have none: what their savers would have written.
+TOKENIZER_CONFIGS: dict[str, dict[str, str | int | None]] = {
+    "qwen": {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None, "bos_token": None, "eos_token": "<|im_end|>"},
     "clip": {
-        "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer",
-            "pad_token": "<|endoftext|>",
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
-            "model_max_length": 77,
-        },
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": "<|endoftext|>",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
     },
 }
+LENGTHS = {"qwen": 131072, "clip": 77}
 
 
 def write_model_index(tasks: tuple[str, ...], path: Path, base: str | Path | None = None) -> None:
-    """Which class each subfolder is for; with `base`, as that folder says."""
+    """Which class each subfolder is for; with `base`, as in that folder."""
     pipelines = [name for name, task in TASKS.items() if task in tasks]
     components = read_json(Path(base) / "model_index.json") if base else COMPONENTS
     write_json(path, {**components, "_class_name": pipelines[0]})
 
 
 def write_scheduler(shift: float, path: Path) -> None:
-    """The scheduler_config.json of a flow model; of what it says only the shift differs between checkpoints."""
+    """The scheduler_config.json of a flow model; only the shift differs between checkpoints."""
     write_json(path, {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": shift})
 
 
-def write_tokenizer_configs(model: str, folder: Path) -> None:
-    """TOKENIZER_CONFIGS of "qwen" or "clip", as far as `folder` has no such files of its own."""
-    for file, content in TOKENIZER_CONFIGS[model].items():
-        if not (folder / file).exists():
-            write_json(folder / file, content)
+def write_tokenizer_config(model: str, folder: Path) -> None:
+    """TOKENIZER_CONFIGS of "qwen" or "clip", if `folder` has no such file of its own."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        common = {"pad_token": "<|endoftext|>", "model_max_length": LENGTHS[model]}
+        write_json(path, TOKENIZER_CONFIGS[model] | common)
+
+
+# What diffusers wants next to the files of a tokenizer.
+PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def copy_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files; ValueError if it cannot be read, or if one of them is a link that leaves the folder."""
+    Tokenizer.load(src)
+    dst.mkdir()
+    others = [src / file for file in PROCESSOR_FILES if (src / file).is_file()]
+    for path in (*find_files(src), *others):
+        shutil.copyfile(check_inside(path, src), dst / path.name)
+
+
+def read_tasks(src: Path) -> tuple[str, ...]:
+    """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class.
+
+    Both if our own config lies next to it and has both: model_index.json names one.
+    """
+    class_name = read_json(src / "model_index.json").get("_class_name")
+    if not isinstance(class_name, str) or class_name not in TASKS:
+        raise ValueError(f"{src / 'model_index.json'} is for {class_name!r}; this code knows {' and '.join(TASKS)}")
+    task = TASKS[class_name]
+    ours = load_config(src / NATIVE_CONFIG).tasks if (src / NATIVE_CONFIG).is_file() else ()
+    return ours if task in ours else (task,)
 
 
 def read_shift(path: Path) -> float:
@@ -72,7 +99,7 @@ def read_shift(path: Path) -> float:
     return float(shift)
 
 
-# What else would change the times of the steps, and the value that does not.
+# What else would change the times of the steps, and the value that changes nothing.
 SCHEDULE = {
     "use_dynamic_shifting": False,
     "shift_terminal": None,

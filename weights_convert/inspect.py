@@ -13,7 +13,8 @@ from kandinsky5.files import read_json
 from kandinsky5.screen import listed, printable
 from kandinsky5.tensor_files import Weights
 from weights_convert import tables
-from weights_convert.convert import FOLDERS, describe_model, find_config, read_tasks
+from weights_convert.convert import FOLDERS, describe_model, find_config
+from weights_convert.diffusers_files import read_tasks
 from weights_convert.read import read_weights
 from weights_convert.sizes import ModelConfig, build_config
 
@@ -25,7 +26,7 @@ MARKS = {
     "clip": "position_embedding.weight",
 }
 
-# Beside model/, where the authors' download script puts the other three.
+# Next to model/, where the authors' download script puts the other three.
 OFFICIAL_FOLDERS = ("vae", "text_encoder", "text_encoder2")
 
 
@@ -33,8 +34,8 @@ def inspect(path: str | Path) -> dict:
     """What `path` is, in plain values: {"path", "layout", "tasks", "models": [one dict for each]}.
 
     path: a folder in the native, the Diffusers or the official layout, the folder of one model, one file of weights, or
-        the name of a model of the package.
-    ValueError where it is none of these, or damaged.
+        the name of a bundled model.
+    ValueError if it is none of these, or damaged.
     """
     path, tasks = find_shipped(path), None
     if not path.exists():
@@ -56,7 +57,7 @@ def inspect(path: str | Path) -> dict:
 
 
 def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: ModelConfig | None = None) -> dict:
-    """One row. sizes: what a native config.json says; else the config.json with the weights and the weights say it."""
+    """One row. sizes: of a native config.json; else from the config.json next to the weights, and shapes."""
     model, names, weights = recognise(read_weights(path))
     config = find_config(path)
     if sizes is None and config and names == "native":
@@ -94,7 +95,9 @@ def recognise(weights: Weights) -> tuple[str, str, Weights]:
             try:
                 tensors = {tables.theirs(model, name): stored for name, stored in weights.tensors.items()}
             except KeyError as error:
-                raise ValueError(f"{weights.source} has tensors that a native {model} has not: {error}") from error
+                raise ValueError(
+                    f"{weights.source} has tensors that a native {model} does not have: {error}"
+                ) from error
             return model, "native", weights._replace(tensors=tensors)
         tensors = tables.respell(model, weights.tensors)
         if tables.theirs(model, mark) in tensors:
@@ -115,7 +118,7 @@ def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, at
 
 
 def as_table(report: dict) -> str:
-    """The report for people."""
+    """The report as a table."""
     rows = [("model", "file", "names", "stored as", "parameters", "sizes", "presets")]
     folder = report["path"] if Path(report["path"]).is_dir() else Path(report["path"]).parent
     for row in report["models"]:
@@ -136,11 +139,11 @@ def as_table(report: dict) -> str:
 
 
 def summary(row: dict) -> str:
-    """The sizes that people tell models apart by."""
+    """The sizes that tell models apart."""
     sizes = row["sizes"]
     if row["model"] == "dit":
         attention = f"NABLA {sizes['nabla']['P']:g}" if sizes["nabla"] else "full attention"
-        attention = attention if row["attention known"] else "attention not said"
+        attention = attention if row["attention known"] else "attention unknown"
         return f"dim {sizes['dim']}, {sizes['num_text_blocks']} + {sizes['num_visual_blocks']} blocks, {attention}"
     if row["model"] == "vae":
         return f"channels {', '.join(map(str, sizes['channels']))}"

@@ -1,16 +1,16 @@
 """The sizes of the models: from other people's config.json files, and from the tensors themselves.
 
-What both say must agree; what the config.json does not say comes from the tensors, and what neither says from the
-defaults of `kandinsky5.config`, which are those of the released models.
+Both must agree; what config.json leaves out comes from the tensors, and what neither has from the defaults of
+`kandinsky5.config`, which are those of the released models.
 """
 
-import math
 import typing
 from dataclasses import asdict
 from typing import Any
 
 from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig
 from kandinsky5.config_file import check_values, flatten, from_json
+from weights_convert.shapes import SEE, Shapes
 
 # Our field: their key. Each row is read in both directions.
 KEYS = {
@@ -58,7 +58,7 @@ KEYS = {
         "end_token": "eos_token_id",
     },
 }
-# What else is read of theirs, and of which type it is.
+# Their other keys that are read, and their types.
 OTHER_KEYS: dict[str, dict[str, type]] = {
     "dit": {
         "attention_type": str,
@@ -131,17 +131,17 @@ TABLES = ("text_config", "text_config_dict", "rope_parameters", "rope_scaling")
 def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
     """The sizes of one model. config: their config.json, or {}; shapes: of their tensors, by their names.
 
-    ValueError where the two contradict each other, or the config asks for what our models do not compute.
+    ValueError if the two contradict each other, or the config asks for what our models do not compute.
     """
-    said = read_config(model, config, where)
+    given = read_config(model, config, where)
     certain, family = SEE[model](Shapes(model, shapes, where))
     for field, value in certain.items():
-        if said.get(field, value) != value:
+        if given.get(field, value) != value:
             raise ValueError(
-                f"{where}: config.json says {KEYS[model][field]} = {said[field]}, its tensors have {value}: "
+                f"{where}: config.json says {KEYS[model][field]} = {given[field]}, its tensors have {value}: "
                 "use the config.json that belongs to these weights"
             )
-    sizes = CONFIGS[model](**{**family, **certain, **said})
+    sizes = CONFIGS[model](**{**family, **certain, **given})
     theirs = {f"{model}.{field}": key for field, key in KEYS[model].items()}
     try:
         check_values(flatten({model: asdict(sizes)}), lambda field: theirs.get(field, field))
@@ -152,20 +152,20 @@ def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], w
 
 def read_config(model: str, config: dict, where: str) -> dict:
     """Our fields as far as their config.json gives them; ValueError for what our models do not compute."""
-    said = read_values(model, config, where)
-    fields = {field: said[key] for field, key in KEYS[model].items() if key in said}
+    given = read_values(model, config, where)
+    fields = {field: given[key] for field, key in KEYS[model].items() if key in given}
     if model == "dit":
-        fields["nabla"] = read_nabla(said, where)
+        fields["nabla"] = read_nabla(given, where)
     if model == "vae" and config:
-        fields["halves_time"] = read_halvings(said, where)
-    if {"head_dim", "hidden_size", "num_attention_heads"} <= said.keys():
-        if said["head_dim"] * said["num_attention_heads"] != said["hidden_size"]:
+        fields["halves_time"] = read_halvings(given, where)
+    if {"head_dim", "hidden_size", "num_attention_heads"} <= given.keys():
+        if given["head_dim"] * given["num_attention_heads"] != given["hidden_size"]:
             raise ValueError(
-                f"{where}: config.json says head_dim {said['head_dim']}; this code computes hidden_size / heads"
+                f"{where}: config.json says head_dim {given['head_dim']}; this code computes hidden_size / heads"
             )
     if model == "clip" and config:
         # Old configs have 0 and 2, which were never CLIP's: transformers reads them as the last two of the vocabulary.
-        vocabulary, old = said.get("vocab_size", CLIPConfig.vocab_size), said.get("eos_token_id", 2) == 2
+        vocabulary, old = given.get("vocab_size", CLIPConfig.vocab_size), given.get("eos_token_id", 2) == 2
         if old:
             fields["end_token"] = vocabulary - 1
         if "start_token" not in fields or old and fields["start_token"] == 0:
@@ -184,7 +184,7 @@ def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
         tables += [read_value(dict, table[name], name, where) for name in TABLES if table.get(name) is not None]
     types = typing.get_type_hints(CONFIGS[model])
     kinds = {key: types[field] for field, key in KEYS[model].items()} | OTHER_KEYS[model]
-    said: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for table in tables:
         for key, ours in FIXED[model].items():
             found = table.get(key)
@@ -199,9 +199,9 @@ def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
                     raise ValueError(
                         f"{where}: config.json says {key} is {table[key]!r}; it must be more than 0: correct it"
                     )
-                if said.setdefault(key, value) != value:
-                    raise ValueError(f"{where}: config.json says {key} twice, {said[key]!r:.100} and {value!r:.100}")
-    return said
+                if given.setdefault(key, value) != value:
+                    raise ValueError(f"{where}: config.json says {key} twice, {given[key]!r:.100} and {value!r:.100}")
+    return given
 
 
 def read_value(kind, value, key: str, where: str):
@@ -215,8 +215,8 @@ def read_value(kind, value, key: str, where: str):
 def to_their_config(model: str, sizes) -> dict:
     """The config.json that diffusers or transformers builds a model of these sizes from."""
     config = {key: getattr(sizes, field) for field, key in KEYS[model].items()}
-    said = ("act_fn", "mid_block_add_attention", "hidden_act", "use_sliding_window")
-    config |= {key: FIXED[model][key][0] for key in said if key in FIXED[model]}
+    given = ("act_fn", "mid_block_add_attention", "hidden_act", "use_sliding_window")
+    config |= {key: FIXED[model][key][0] for key in given if key in FIXED[model]}
     if model == "dit" and sizes.nabla:
         wT, wH, wW = sizes.nabla.window
         window = {"attention_wT": wT, "attention_wH": wH, "attention_wW": wW}
@@ -235,7 +235,7 @@ def to_their_config(model: str, sizes) -> dict:
     if model == "qwen":
         third = sizes.head_dim // 2 * 3 // 8
         section = [sizes.head_dim // 2 - 2 * third, third, third]  # 16, 24, 24 for heads of 128
-        # What is not there is made as small as it can be: no vision layers, and the embedding as the head.
+        # What we do not have is made as small as possible: no vision layers, and the embedding as the head.
         vision = {
             "model_type": "qwen2_5_vl_vision",
             "depth": 0,
@@ -255,32 +255,32 @@ def to_their_config(model: str, sizes) -> dict:
     return {**CLASS_KEYS[model], **config}
 
 
-def read_nabla(said: dict[str, Any], where: str) -> NablaConfig | None:
-    """NABLA's settings in the DiT's config.json, None for full attention; ValueError where they are incomplete."""
-    kind = said.get("attention_type", "regular")
+def read_nabla(given: dict[str, Any], where: str) -> NablaConfig | None:
+    """NABLA's settings in the DiT's config.json, None for full attention; ValueError if they are incomplete."""
+    kind = given.get("attention_type", "regular")
     if kind == "regular":
         return None
     for key, value, ours in (
         ("attention_type", kind, "nabla"),
-        ("attention_add_sta", said.get("attention_add_sta", True), True),
-        ("attention_method", said.get("attention_method", "topcdf"), "topcdf"),
+        ("attention_add_sta", given.get("attention_add_sta", True), True),
+        ("attention_method", given.get("attention_method", "topcdf"), "topcdf"),
     ):
         if value != ours:
             raise ValueError(f"{where}: config.json says {key} = {value!r:.100}; this code computes only {ours!r}")
-    missing = [key for key in NABLA_KEYS if key not in said]
+    missing = [key for key in NABLA_KEYS if key not in given]
     if missing:
         raise ValueError(f"{where}: config.json says attention_type = 'nabla' but no {', '.join(missing)}")
-    if said["attention_P"] > 1:
-        raise ValueError(f"{where}: config.json says attention_P = {said['attention_P']}; it is a share, at most 1")
-    return NablaConfig(P=said["attention_P"], window=tuple(said[f"attention_w{axis}"] for axis in "THW"))
+    if given["attention_P"] > 1:
+        raise ValueError(f"{where}: config.json says attention_P = {given['attention_P']}; it is a share, at most 1")
+    return NablaConfig(P=given["attention_P"], window=tuple(given[f"attention_w{axis}"] for axis in "THW"))
 
 
-def read_halvings(said: dict[str, Any], where: str) -> tuple[bool, ...]:
+def read_halvings(given: dict[str, Any], where: str) -> tuple[bool, ...]:
     """`VAEConfig.halves_time` from the compression ratios. In diffusers the first stages halve space, and the last of
-    all but the very last halve time. ValueError where some would halve time alone, which none of ours does."""
-    space = said.get("spatial_compression_ratio", 8)
-    time = said.get("temporal_compression_ratio", said.get("time_compression_ratio", 4))
-    first = len(said.get("block_out_channels", VAEConfig.channels)) - time.bit_length()
+    all but the very last halve time. ValueError if some would halve time alone, which none of ours does."""
+    space = given.get("spatial_compression_ratio", 8)
+    time = given.get("temporal_compression_ratio", given.get("time_compression_ratio", 4))
+    first = len(given.get("block_out_channels", VAEConfig.channels)) - time.bit_length()
     halves_time = tuple(stage >= first for stage in range(space.bit_length() - 1))
     if (2 ** len(halves_time), 2 ** sum(halves_time)) != (space, time):
         raise ValueError(
@@ -288,98 +288,3 @@ def read_halvings(said: dict[str, Any], where: str) -> tuple[bool, ...]:
             "code computes powers of two, where no stage halves time alone, such as 8 and 4"
         )
     return halves_time
-
-
-class Shapes:
-    """Shapes by name, with a plain error where a name is missing."""
-
-    def __init__(self, model: str, shapes: dict[str, tuple[int, ...]], where: str):
-        self.model, self.shapes, self.where = model, shapes, where
-
-    def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
-        """The shape of one tensor; ValueError if there is none, or none with so many axes."""
-        shape = self.shapes.get(name)
-        if shape is None:
-            raise ValueError(f"{self.where} has no tensor {name}: these are not the weights of a {self.model}")
-        if len(shape) != axes or 0 in shape:
-            raise ValueError(f"{self.where}: {name} has the shape {shape}: these are not the weights of a {self.model}")
-        return shape
-
-    def number(self, template: str) -> int:
-        """How many of "blocks.{}.norm.weight" there are, counted from 0."""
-        return next(n for n in range(len(self.shapes) + 1) if template.format(n) not in self.shapes)
-
-
-# Each returns what the tensors say for certain, and what they say if the model is one of the released family.
-
-
-def see_dit(shapes: Shapes) -> tuple[dict, dict]:
-    """The fields of `DiTConfig`; in the family one head has 1/4 of its channels for T and 3/8 for H and W each."""
-    dim, patch_in = shapes.of("visual_embeddings.in_layer.weight")
-    patch_out = shapes.of("out_layer.out_layer.weight")[0]
-    time_dim, pooled_dim = shapes.of("pooled_text_embeddings.in_layer.weight")
-    (head_dim,) = shapes.of("visual_transformer_blocks.0.self_attention.query_norm.weight", axes=1)
-    certain = {
-        "dim": dim,
-        "ff_dim": shapes.of("visual_transformer_blocks.0.feed_forward.in_layer.weight")[0],
-        "time_dim": time_dim,
-        "num_text_blocks": shapes.number("text_transformer_blocks.{}.feed_forward.in_layer.weight"),
-        "num_visual_blocks": shapes.number("visual_transformer_blocks.{}.feed_forward.in_layer.weight"),
-        "text_dim": shapes.of("text_embeddings.in_layer.weight")[1],
-        "pooled_dim": pooled_dim,
-    }
-    # A patch of v places is v·(2c + 1) numbers going in (v·c without visual_cond) and v·c coming out.
-    visual_cond = patch_in != patch_out
-    places = patch_in - 2 * patch_out if visual_cond else 4
-    side = math.isqrt(max(places, 1))
-    family = {
-        "rope_axes": (head_dim - 2 * (head_dim * 3 // 8), head_dim * 3 // 8, head_dim * 3 // 8),
-        "patch_size": (1, side, side),
-        "in_channels": patch_out // side**2,
-        "out_channels": patch_out // side**2,
-        "visual_cond": visual_cond,
-    }
-    return certain, family
-
-
-def see_vae(shapes: Shapes) -> tuple[dict, dict]:
-    """The fields of `VAEConfig`, as far as tensors show them."""
-    first = "encoder.down_blocks.{}.resnets.0.conv1.conv.weight"
-    stages = shapes.number(first)
-    certain = {
-        "channels": tuple(shapes.of(first.format(stage), axes=5)[0] for stage in range(stages)),
-        "blocks_per_stage": shapes.number("encoder.down_blocks.0.resnets.{}.conv1.conv.weight"),
-        "image_channels": shapes.of("encoder.conv_in.conv.weight", axes=5)[1],
-        "latent_channels": shapes.of("post_quant_conv.weight", axes=5)[0],
-    }
-    return certain, {}
-
-
-def see_qwen(shapes: Shapes) -> tuple[dict, dict]:
-    """The fields of `QwenConfig`; in the family a head has 128 channels."""
-    vocab_size, dim = shapes.of("model.embed_tokens.weight")
-    certain = {
-        "vocab_size": vocab_size,
-        "dim": dim,
-        "num_layers": shapes.number("model.layers.{}.input_layernorm.weight"),
-        "ff_dim": shapes.of("model.layers.0.mlp.gate_proj.weight")[0],
-    }
-    kv_dim = shapes.of("model.layers.0.self_attn.k_proj.weight")[0]
-    return certain, {"num_heads": max(dim // 128, 1), "num_kv_heads": max(kv_dim // 128, 1)}
-
-
-def see_clip(shapes: Shapes) -> tuple[dict, dict]:
-    """The fields of `CLIPConfig`; in the family a head has 64 channels, and the last two tokens are start and end."""
-    vocab_size, dim = shapes.of("text_model.embeddings.token_embedding.weight")
-    certain = {
-        "vocab_size": vocab_size,
-        "dim": dim,
-        "num_layers": shapes.number("text_model.encoder.layers.{}.layer_norm1.weight"),
-        "ff_dim": shapes.of("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        "max_positions": shapes.of("text_model.embeddings.position_embedding.weight")[0],
-    }
-    family = {"num_heads": max(dim // 64, 1), "start_token": vocab_size - 2, "end_token": vocab_size - 1}
-    return certain, family
-
-
-SEE = {"dit": see_dit, "vae": see_vae, "qwen": see_qwen, "clip": see_clip}
