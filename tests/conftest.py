@@ -14,7 +14,7 @@ seen: dict[tuple, Tokenizer] = {}
 def pytest_collection_modifyitems(config, items):
     """What takes long runs only where its marker is asked for."""
     for item in items:
-        for name in ("large", "stages", "fuzz"):
+        for name in ("large", "stages", "fuzz", "compiled"):
             if item.get_closest_marker(name) and name not in config.getoption("-m"):
                 item.add_marker(pytest.mark.skip(reason=f"takes long: pytest -m {name}"))
 

@@ -52,14 +52,14 @@ def test_missing_models_come_from_the_base(saved, tmp_path):
     config, models = replace(SMALL, base=os.path.relpath(saved, tmp_path / "variant")), build_small_models()
     torch.nn.init.ones_(models["dit"].final_layer.linear.weight)
     save_checkpoint(tmp_path / "variant", config, {"dit": models["dit"]}, {})
-    variant, base = Pipeline.load(tmp_path / "variant"), Pipeline.load(saved)
+    variant, base = (Pipeline.load(folder, dtype="bfloat16") for folder in (tmp_path / "variant", saved))
     assert variant.dit.final_layer.linear.weight.eq(1).all() and not base.dit.final_layer.linear.weight.eq(1).any()
     assert relative_error(*(p.vae.decoder.conv_in.weight for p in (variant, base))) == 0
     assert variant.text_encoder.encode(["a fox"]).text.equal(base.text_encoder.encode(["a fox"]).text)
 
 
 def test_half_precision_leaves_the_float32_islands(saved):
-    pipe = Pipeline.load(saved)
+    pipe = Pipeline.load(saved, dtype="bfloat16")
     kinds = {name: p.dtype for name, p in pipe.dit.named_parameters()}
     assert kinds["visual_blocks.0.modulation.linear.weight"] == kinds["time_embedder.linear_in.bias"] == torch.float32
     assert kinds["visual_blocks.0.self_attention.to_q.weight"] == torch.bfloat16
@@ -71,7 +71,7 @@ def test_islands_stored_in_half_precision_are_not_copied(copy, offload):
     """They stay views of the file, and the numbers are those of copies in float32."""
     stored = {name: weight.bfloat16() for name, weight in load_file(copy / "dit.safetensors").items()}
     save_file(stored, copy / "dit.safetensors")
-    pipe, wide = Pipeline.load(copy, offload=offload), Pipeline.load(copy)
+    pipe, wide = (Pipeline.load(copy, dtype="bfloat16", offload=mode) for mode in (offload, None))
     for name, parameter in wide.dit.named_parameters():
         assert parameter.dtype == torch.bfloat16
         if "modulation" in name or "time_embedder" in name:

@@ -51,6 +51,16 @@ def build(nabla=None, dtype=torch.float32):
     return dit, vae
 
 
+def test_blocks_of_a_kind_share_a_graph_for_all_sizes():
+    dit, vae = build()
+    sizes = [((3, 10, 6), 7), ((2, 12, 8), 9)]
+    expected = [run(dit, *size) for size in sizes]
+    compile_models(dit, vae, backend="aot_eager")
+    assert all(relative_error(run(dit, *size), v) < 1e-6 for size, v in zip(sizes, expected, strict=True))
+    assert graphs() == 2 and not counters["graph_break"]
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 def test_two_kinds_of_blocks_are_two_graphs_for_all_sizes(dtype, tolerance):
     """Grids below and above the 512 tokens where bf16 goes in chunks. A batch of several counts as another kind."""
@@ -65,6 +75,7 @@ def test_two_kinds_of_blocks_are_two_graphs_for_all_sizes(dtype, tolerance):
     assert not counters["graph_break"]
 
 
+@pytest.mark.compiled
 def test_nabla_is_two_graphs_too():
     sizes = [((3, 32, 32), 7), ((2, 48, 32), 9), ((5, 32, 64), 5)]
     dit, vae = build(SMALL_NABLA)
@@ -74,6 +85,7 @@ def test_nabla_is_two_graphs_too():
     assert graphs() == 2 and not counters["graph_break"]
 
 
+@pytest.mark.compiled
 def test_blocks_compute_through_the_kernel_that_is_named(monkeypatch):
     dit, vae = build()
     compile_models(dit, vae, "dense", backend="aot_eager")
@@ -90,6 +102,7 @@ def test_attention_is_one_operation_with_all_that_it_is_given():
         assert relative_error(compiled("auto", q, k, v, **options), attention.attend(q, k, v, **options)) < 1e-6
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("piece", [0, 20 * 32 * 32])  # all in pieces of two frames; some, of several
 def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
     monkeypatch.setattr("kandinsky5.runtime.fast_vae.PIECE", piece)
@@ -106,6 +119,7 @@ def test_the_decoder_is_compiled_once_for_all_sizes(piece, monkeypatch):
     assert graphs() == count > 0
 
 
+@pytest.mark.compiled
 def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(kandinsky5.runtime.compile.compile_models, "__defaults__", ("auto", "aot_eager"))
     monkeypatch.setattr("kandinsky5.runtime.fast_vae.PIECE", 0)  # so that the decoder, too, runs what is compiled
@@ -121,6 +135,7 @@ def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
     assert graphs() == count > 2
 
 
+@pytest.mark.compiled
 def test_generated_code_computes_the_same():
     """Inductor itself, on the smallest of DiTs. Without a compiler on the machine there is nothing to test."""
     try:
