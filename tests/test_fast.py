@@ -11,12 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kandinsky5.dit import DiT, Float32Linear, Norm, modulate
 from kandinsky5.runtime import fast
 from kandinsky5.runtime import fast_vae as module
+from kandinsky5.runtime.device import is_native
 from kandinsky5.runtime.fast_vae import FastCausalConv3d as CausalConv3d
 from kandinsky5.runtime.fast_vae import FastGroupNorm as GroupNorm
 from kandinsky5.runtime.fast_vae import FastUpsample as Upsample
 from kandinsky5.runtime.fast_vae import conv_normalised
 from kandinsky5.vae import VAE, repeat
 from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error
+
+native_bf16 = pytest.mark.skipif(
+    not is_native(torch.bfloat16, torch.device("cpu")), reason="this processor emulates bfloat16, with other layouts"
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,7 @@ def test_the_whole_fast_vae_is_the_whole_plain_one(vae, thresholds, monkeypatch)
         assert relative_error(ours, theirs) < 1e-5
 
 
+@native_bf16
 def test_fast_decoding_in_bf16_is_as_exact_as_plain_decoding(monkeypatch):
     """Merged kernels cost an eighth more error, norm and SiLU rounded once win it back; the mean of several models."""
     ratios = []
@@ -165,6 +171,7 @@ def test_statistics_frame_by_frame_are_those_of_the_video(dtype, tolerance):
     assert relative_error(ours, exact[:, :, 2:4]) < tolerance
 
 
+@native_bf16
 @pytest.mark.parametrize("pairs_from", [0, 10**9])
 def test_in_half_precision_every_convolution_gets_and_gives_channels_last(pairs_from, vae, monkeypatch):
     """One that did not would make all later ones copy. And the error of bf16 is what it is in the plain layout."""
