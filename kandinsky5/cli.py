@@ -1,11 +1,7 @@
 """Commands: the console command `kandinsky5`, and for all of them one place that prints errors and picks exit codes.
 
-    kandinsky5 sample …      = python sample.py …            make a video
-    kandinsky5 convert …     = python -m weights_convert …   convert checkpoints
-    kandinsky5 judge …       = python -m kandinsky5.nano.judge …
-    kandinsky5 magcache …    = python -m kandinsky5.extras.magcache …
-
-Nothing here imports PyTorch before the command line is known to be sound.
+`kandinsky5 sample` is what `python sample.py` is, with the options that the minimal script leaves out. Nothing here
+imports PyTorch before the command line is known to be sound.
 """
 
 import argparse
