@@ -91,7 +91,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {name!r} stands twice in one object")
+        raise ValueError(f"the key {name!r} occurs twice in one object")
     return values
 
 

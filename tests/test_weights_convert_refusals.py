@@ -34,6 +34,11 @@ def overlap(header):
     header[first]["data_offsets"][1] += 4
 
 
+def share(header):
+    names = [f"visual_transformer_blocks.{i}.self_attention.query_norm.weight" for i in (0, 1)]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+
+
 def without_a_tensor(folder: Path, file: Path) -> None:
     state = load_file(file)
     del state["visual_transformer_blocks.1.cross_attention.key_norm.weight"]
@@ -69,6 +74,7 @@ REFUSED = {
     "empty": (put(BROKEN, b""), BROKEN),
     "web page": (put(BROKEN, b"<html>404</html>"), BROKEN),
     "overlapping": (edit(overlap), BROKEN),
+    "sharing bytes": (edit(share), BROKEN),
     "dtype of another size": (edit(lambda h: h[BIAS].update(dtype="F64")), BIAS),
     "unknown dtype": (edit(lambda h: h[BIAS].update(dtype="X7")), BIAS),
     "dtype a table": (edit(lambda h: h[BIAS].update(dtype={"a": 1})), BIAS),

@@ -115,13 +115,14 @@ def test_another_run_keeps_nothing(again, tmp_path):
 
 
 def test_files_of_another_base_do_not_stay(tmp_path, monkeypatch):
+    src = diffusers()
     first, second = (Path(shutil.copytree(native(), tmp_path / name)) for name in ("first", "second"))
     (first / "qwen_tokenizer" / "only_here.txt").write_text("first")
     texts = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, "sync")
-        from_diffusers(diffusers(), tmp_path / "dst", only="dit", base=first, progress=False)
-    from_diffusers(diffusers(), tmp_path / "dst", only="dit", base=second, resume=True, progress=False)
+        from_diffusers(src, tmp_path / "dst", only="dit", base=first, progress=False)
+    from_diffusers(src, tmp_path / "dst", only="dit", base=second, resume=True, progress=False)
     assert not (tmp_path / "dst" / "qwen_tokenizer" / "only_here.txt").exists()
     assert {path: path.read_bytes() for path in texts} == texts
 
@@ -197,7 +198,7 @@ def run_and_die(dst: Path, step: int | None) -> int:
 
 def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
     """So that a power cut leaves no complete-looking folder with empty files in it."""
-    on_disk, renamed = set(), []
+    src, on_disk, renamed = native(), set(), []
     monkeypatch.setattr(os, "fsync", lambda handle: on_disk.add((os.fstat(handle).st_ino, os.fstat(handle).st_size)))
     rename = os.rename
 
@@ -207,7 +208,7 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch
         renamed.append(target)
 
     monkeypatch.setattr(os, "rename", checked)
-    to_diffusers(native(), tmp_path / "dst", **DIT)
+    to_diffusers(src, tmp_path / "dst", **DIT)
     assert renamed == [tmp_path / "dst"] and (tmp_path.stat().st_ino, tmp_path.stat().st_size) in on_disk
 
 
@@ -218,20 +219,23 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    src = native()
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="0.0 GB"):
-        to_diffusers(native(), tmp_path / "dst", progress=False)
+        to_diffusers(src, tmp_path / "dst", progress=False)
     assert names_in(tmp_path) == []
 
 
 def test_a_disk_that_fails_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    src = native()
+
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write, "write_all", full)
     with pytest.raises(OSError, match="No space left"):
-        to_diffusers(native(), tmp_path / "dst", **DIT)
+        to_diffusers(src, tmp_path / "dst", **DIT)
     assert names_in(tmp_path) == []
 
 

@@ -18,18 +18,10 @@ LARGEST = 2_000_000  # bytes of the pickle itself, without the tensors; that of 
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put them, best first
 NAMES = {str(dtype).removeprefix("torch."): ours for ours, dtype in DTYPES.items()}  # "bfloat16": "BF16"
 STORAGES = {
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-}
+    "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+}  # fmt: skip
 
 
 class Storage(NamedTuple):
