@@ -33,10 +33,13 @@ def load(name: str) -> Pipeline:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_clips_show_what_the_prompts_say(name):
-    sets, steps = ("seen, English", "held out, Russian", "two objects"), 16 if "16" in name else 10
-    results = [r for one in sets for r in evaluate.evaluate(load(name), one, 1, num_inference_steps=steps)]
-    assert sum(result["answers"]["all"] for result in results) >= 2, results
+def test_clips_show_what_their_own_prompts_say(name):
+    """And not what the other prompts say, so the test can fail."""
+    captions = [evaluate.sample_prompt(one, 0)[1] for one in ("seen, English", "held out, Russian", "two objects")]
+    steps, texts = 16 if "16" in name else 10, [caption.text for caption in captions]
+    clips = load(name)(texts, num_inference_steps=steps, progress=False).numpy()
+    right = [[judge.score(judge.judge_clip(clip), caption)["all"] for caption in captions] for clip in clips]
+    assert sum(right[i][i] for i in range(3)) >= 2 and not any(right[i][i - 1] or right[i][i - 2] for i in range(3))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -46,7 +49,7 @@ def test_a_given_image_moves_as_the_prompt_says(name):
 
 
 def test_the_vae_reconstructs_clips_at_30_db():
-    results = list(evaluate.evaluate(load("nano"), "VAE", 4))
+    results = list(evaluate.evaluate(load("nano"), "VAE", 3))
     assert np.mean([result["psnr"] for result in results]) >= 30, results
     assert all(result["answers"]["all"] for result in results), results
 
@@ -99,13 +102,3 @@ def test_variants_differ_from_the_evaluation_in_one_setting(name, setting, value
 
 def test_the_bundled_weights_take_at_most_30_mb():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 30e6
-
-
-def test_clips_are_wrong_for_other_prompts():
-    """The tests above can fail: nano's clips, scored against the captions of other scenes."""
-    captions = [evaluate.sample_prompt("seen, English", i)[1] for i in range(3)]
-    clips = load("nano")([caption.text for caption in captions], num_inference_steps=10, progress=False).numpy()
-    reports = [judge.judge_clip(clip) for clip in clips]
-    assert sum(judge.score(report, caption)["all"] for report, caption in zip(reports, captions, strict=True)) >= 2
-    for i, report in enumerate(reports):
-        assert not any(judge.score(report, caption)["all"] for caption in captions[:i] + captions[i + 1 :])
