@@ -33,10 +33,22 @@ def load_golden_pipeline(dtype: torch.dtype = torch.float32, plain: bool = False
     """
     pipe = Pipeline.load(Path(convert_golden().name) / "native", device="cpu", dtype=dtype)
     if plain:
-        fast.remove(pipe.dit, pipe.vae)
-        attention.remove(pipe.dit)
-        attention.remove(pipe.text_encoder)
+        make_plain(pipe)
     return pipe
+
+
+def make_plain(pipe: Pipeline) -> None:
+    """Undo `make_fast`, in place."""
+    fast.remove(pipe.dit, pipe.vae)
+    attention.remove(pipe.dit)
+    attention.remove(pipe.text_encoder)
+
+
+def make_fast(pipe: Pipeline) -> None:
+    """Install the forms and kernels that Pipeline.load installs, in place."""
+    fast.install(pipe.dit, pipe.vae)
+    attention.install(pipe.dit, "auto")
+    attention.install(pipe.text_encoder, "auto")
 
 
 @functools.cache  # once per process, into a folder of its own

@@ -6,6 +6,7 @@ ours are loaded, so that only one side is in memory.
 """
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("diffusers", reason="the parity suite needs the extra: pip i
 
 import cases  # noqa: E402
 import theirs as reference  # noqa: E402
+from golden_data import make_fast, make_plain  # noqa: E402
 from kandinsky5 import Pipeline  # noqa: E402
 from kandinsky5.config_file import load_config  # noqa: E402
 from small_diffusers import save_small_checkpoint  # noqa: E402
@@ -81,6 +83,15 @@ def theirs(request, source, converted, dtype, device) -> dict:
 @pytest.fixture(scope="session")
 def ours(theirs, converted, dtype, device) -> Pipeline:
     return Pipeline.load(converted, device=device, dtype=dtype)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def either(request, ours) -> Iterator[Pipeline]:
+    """With the definitions, and with the forms and kernels that Pipeline.load installs; the weights are loaded once."""
+    if request.param == "plain":
+        make_plain(ours)
+    yield ours
+    make_fast(ours)
 
 
 @pytest.fixture

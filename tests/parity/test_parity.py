@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cases
+from kandinsky5.runtime.fast import FORMS
 from random_weights import relative_error
 
 COMPONENTS = [name for name in cases.OURS if name not in cases.FRAME_CASES]
@@ -18,10 +19,16 @@ def test_the_references_are_gone_when_ours_are_there(ours):
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_component(name, ours, theirs, dtype, record):
-    inputs, expected = cases.build_inputs(ours.config)[name], theirs[name]
-    error = relative_error(cases.compute(name, ours, inputs), expected)
-    record(name, str(dtype).removeprefix("torch."), error, cases.TOLERANCE[dtype])
+def test_component(name, either, theirs, dtype, record):
+    """Computed by the definitions and by the fast forms."""
+    inputs, expected = cases.build_inputs(either.config)[name], theirs[name]
+    error = relative_error(cases.compute(name, either, inputs), expected)
+    record(
+        f"{name}, {'fast' if type(either.dit) in FORMS.values() else 'plain'}",
+        str(dtype).removeprefix("torch."),
+        error,
+        cases.TOLERANCE[dtype],
+    )
     assert expected.std() > 1e-3, "the reference's result is constant: this comparison would prove nothing"
     assert error <= cases.TOLERANCE[dtype]
 
