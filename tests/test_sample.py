@@ -23,6 +23,7 @@ from kandinsky5.checkpoint import fingerprint
 from kandinsky5.cli import dispatch
 from kandinsky5.cli import run as run_cli
 from kandinsky5.config_file import save_config
+from kandinsky5.runtime.device import choose_device, choose_dtype
 from random_weights import SMALL, SMALL_DIT, SMALL_NABLA
 
 # --- what is written
@@ -60,7 +61,7 @@ def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(c
         "checkpoint": "small",
         "fingerprint": fingerprint(here / "small"),
         "model": "small",
-        "dtype": "bfloat16",
+        "dtype": str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch."),
         "device": "cpu" if not torch.cuda.is_available() else "cuda",
         "attention": "auto",
         "compile": False,
@@ -313,7 +314,7 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
 def test_a_video_that_will_not_fit_is_refused_before_the_first_step(cli, refused, monkeypatch):
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: 7 * 10**8)
     large = [*FOX, "--height", "512", "--width", "512"]
-    monkeypatch.setattr("kandinsky5.sampler.euler_sample", lambda *arguments: pytest.fail("steps were made"))
+    monkeypatch.setattr(kandinsky5.Pipeline, "sample", lambda *arguments: pytest.fail("steps were made"))
     refused(large, "decoding 5 frames of 512x512 takes about", "0.7 GB are free", "--tile-space", "--num-frames")
 
 
