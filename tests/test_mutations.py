@@ -82,6 +82,18 @@ MUTATIONS = [Mutation(*row) for row in (
      fast_vae._merge, "if odd else", "if not odd else"),
     ("upsampling reads even rows only", "vae_decode",
      fast_vae.conv_of_repeated, "slice(odd_row, odd_row + H + 1)", "slice(0, H + 1)"),
+    ("fast encoder without its middle blocks", "vae_encode",
+     fast_vae.FastEncoder.forward, "self.mid(x)", "x"),
+    ("fast decoder without its middle blocks", "vae_decode",
+     fast_vae.FastDecoder.forward, "self.mid(self.conv_in(lay_out(z)))", "self.conv_in(lay_out(z))"),
+    ("fast residual block without its shortcut", "vae_decode",
+     fast_vae.FastResidualBlock.forward, "add_in_pieces(y, x, self.shortcut)", "y"),
+    ("fast conv padded on both sides in time", "vae_encode_time",
+     fast_vae.FastCausalConv3d.forward, "_pad(x, past=2)", "F.pad(x, (1, 1, 1, 1, 1, 1), mode='replicate')"),
+    ("epsilon of frames normalised one by one 1e-5", "vae_decode",
+     fast_vae.FastGroupNorm.activate, "eps=self.eps", "eps=1e-5"),
+    ("epsilon of a whole clip's norm 1e-5", "vae_decode_time",
+     fast_vae.FastGroupNorm.activate_all, "self.eps", "1e-5"),
     # the diffusion transformer
     ("shift and scale swapped", "dit",
      fast.modulate_in_one_pass, "weight, bias, eps", "bias, weight, eps"),
@@ -97,6 +109,8 @@ MUTATIONS = [Mutation(*row) for row in (
      fast.FastFinalLayer.forward, "shift, scale = ", "scale, shift = "),
     ("cached rotations of another grid", "dit",
      fast.FastDiT.rotate_video, "config, grid, tuple", "config, (grid[0], grid[2], grid[1]), tuple"),
+    ("cached rotations of the text's first token for all", "dit",
+     fast.FastDiT.rotate_text, "_keep_text(config, length, device)", "_keep_text(config, 1, device).expand(length, -1)"),
     ("shift and scale of the definition swapped", "dit_mask",
      dit.modulate, "* (1 + scale) + shift", "* (1 + shift) + scale"),
     ("scale of the definition without the 1", "dit_mask",
@@ -228,9 +242,9 @@ MUTATIONS = [Mutation(*row) for row in (
      vae.VAE.decode, "self.post_quant_conv(z)", "z"),
     ("mean and log-variance swapped", "vae_encode",
      vae.Posterior.from_moments, "mean, logvar = moments", "logvar, mean = moments"),
-    ("the posterior's mean in place of a sample", "i2v",
+    ("the posterior's mean instead of a sample", "i2v",
      vae.Posterior.sample, "self.mean + torch.exp(0.5 * self.logvar) * noise", "self.mean"),
-    ("variance in place of standard deviation", "i2v",
+    ("variance instead of standard deviation", "i2v",
      vae.Posterior.sample, "0.5 * self.logvar", "self.logvar"),
 
     # its tiling
@@ -284,7 +298,7 @@ MUTATIONS = [Mutation(*row) for row in (
      qwen.SwiGLU.forward, "F.silu(self.gate(x)) * self.linear_in(x)", "self.gate(x) * F.silu(self.linear_in(x))"),
 
     # CLIP
-    ("GELU in place of quick GELU", "clip",
+    ("GELU instead of quick GELU", "clip",
      clip.CLIPBlock.forward, "y * torch.sigmoid(1.702 * y)", "nn.functional.gelu(y)"),
     ("pooled at the last end token", "clip",
      clip.CLIPText.forward, "(ids == self.config.end_token).int().argmax(dim=1)", "ids.shape[1] - 1"),
@@ -368,6 +382,10 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_attention.test_kernel_that_a_name_stands_for(
          "auto", "cpu", torch.bfloat16, 511, False, "sdpa"),
      attention.choose_kernel, ">= LONG", ">= 0"),
+    ("long queries never in chunks",
+     lambda patch, folder: test_attention.test_kernel_that_a_name_stands_for(
+         "auto", "cpu", torch.bfloat16, 512, False, "chunked"),
+     attention.choose_kernel, ">= LONG", "< 0"),
     ("tiles gathered on CUDA",
      lambda patch, folder: test_attention.test_kernel_that_a_name_stands_for(
          "auto", "cuda", torch.bfloat16, 512, True, "flex"),
@@ -391,7 +409,7 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_text_encoder.test_features_are_those_of_one_pass_over_template_and_prompt(
          build_small_pipeline().text_encoder, ["\na fox", "a dog"]),
      text_encoder.TextEncoder.encode, "min(len(os.path.commonprefix(ids)), dropped)", "dropped"),
-    ("a model that stays awake",
+    ("a model that stays on the device",
      lambda patch, folder: test_offload.test_only_what_works_is_awake(save_small_checkpoint(folder / "small"), "model"),
      offload.awake, 'model.to("meta")', "pass"),
     ("the compiler's operation without the mask",
@@ -418,7 +436,7 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_offload.test_the_same_numbers_with_and_without(
          save_small_checkpoint(folder / "small"), torch.float32),
      offload.run_streamed, "blocks[i + 1], slots", "blocks[i], slots"),
-    ("the next block fetched into the place of the one that works",
+    ("the next block fetched into the slot of the running one",
      lambda patch, folder: test_offload.test_cast_weights_take_turns_in_two_places(folder),
      offload.run_streamed, "slots[(i + 1) % 2]", "slots[0]"),
 ]
