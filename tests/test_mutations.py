@@ -110,7 +110,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("cached rotations of another grid", "dit",
      fast.FastDiT.rotate_video, "config, grid, tuple", "config, (grid[0], grid[2], grid[1]), tuple"),
     ("cached rotations of the text's first token for all", "dit",
-     fast.FastDiT.rotate_text, "_keep_text(config, length, device)", 
+     fast.FastDiT.rotate_text, "_keep_text(config, length, device)",
      "_keep_text(config, 1, device).expand(length, -1)"),
     ("shift and scale of the definition swapped", "dit_mask",
      dit.modulate, "* (1 + scale) + shift", "* (1 + shift) + scale"),
