@@ -24,8 +24,13 @@ class TextFeatures(NamedTuple):
     """What the DiT is told about B prompts."""
 
     text: Tensor  # (B, S, 3584), padded on the right to the longest prompt
-    mask: Tensor  # (B, S) bool, True for real tokens
+    lengths: Tensor  # (B,) on the CPU: how many tokens of each are real
     pooled: Tensor  # (B, 768)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, S) bool, True for real tokens."""
+        return (torch.arange(self.text.shape[1]) < self.lengths[:, None]).to(self.text.device)
 
     def repeat(self, count: int) -> "TextFeatures":
         """Each prompt `count` times in a row: (B, …) → (B·count, …), all three in the same order."""
@@ -33,9 +38,8 @@ class TextFeatures(NamedTuple):
 
     def select(self, start: int, stop: int) -> "TextFeatures":
         """The prompts start … stop − 1, padded only to the longest of them."""
-        text, mask, pooled = (x[start:stop] for x in self)
-        longest = int(mask.sum(dim=1).max()) if not mask.is_meta else mask.shape[1]
-        return TextFeatures(text[:, :longest], mask[:, :longest], pooled)
+        text, lengths, pooled = (x[start:stop] for x in self)
+        return TextFeatures(text[:, : int(lengths.max())], lengths, pooled)
 
 
 class TextEncoder(nn.Module):
@@ -63,7 +67,6 @@ class TextEncoder(nn.Module):
                     "qwen_tokenizer/, or text in config.json, is not what this checkpoint was made with"
                 )
 
-    @torch.no_grad()
     def encode(
         self, prompts: list[str], max_sequence_length: int = MAX_TOKENS, one_frame: bool = False
     ) -> TextFeatures:
@@ -77,7 +80,6 @@ class TextEncoder(nn.Module):
         device, dropped = self.qwen.embedding.weight.device, self.template(one_frame)[1]
         ids = [self.qwen_ids(prompt, max_sequence_length, one_frame) for prompt in prompts]
         lengths = torch.tensor([len(i) for i in ids]) - dropped
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
         common = min(len(os.path.commonprefix(ids)), dropped)
         cache: Cache = {}
@@ -86,7 +88,7 @@ class TextEncoder(nn.Module):
         rest = pad_sequence([torch.tensor(i[common:]) for i in ids], batch_first=True).to(device)
         text = self.qwen(rest, cache=cache)[:, dropped - common :]  # (B, S, 3584)
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
-        return TextFeatures(text, mask.to(device), pooled)
+        return TextFeatures(text, lengths, pooled)
 
     def template(self, one_frame: bool = False) -> tuple[str, int]:
         """What Qwen reads, with the prompt at {}, and how many of its tokens precede the prompt."""

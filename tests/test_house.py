@@ -11,7 +11,10 @@ PACKAGE = ROOT / "kandinsky5"
 DEFINITIONS = ("dit", "vae", "vae_tiling", "nabla", "rope", "qwen", "clip", "sampler", "text_encoder")
 STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
 # What depends on where and how the model runs, and not on what it computes.
-RUNTIME_WORDS = r"device\.type|is_cuda|is_cpu|is_grad_enabled|is_compiling|is_autocast|lru_cache|\binto=|inference_mode"
+RUNTIME_WORDS = (
+    r"device\.type|\.device [=!]=|is_cuda|is_cpu|is_meta|dtype [=!]=|dtype (?:not )?in\b|is_grad_enabled|no_grad|"
+    r"inference_mode|autocast|is_compiling|lru_cache|\binto="
+)
 
 # For each place the rooms of the package that it may import; a folder stands for what is in it.
 LEAVES = {"config", "config_file", "files", "tensor_files", "screen", "video_io", "runtime.device"}

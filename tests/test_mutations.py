@@ -317,7 +317,8 @@ MUTATIONS = [Mutation(*row) for row in (
     ("prompt for CLIP without its start token", "pooled",
      text_encoder.TextEncoder.clip_ids, "[start, *", "[*"),
     ("padding not masked", "t2v",
-     text_encoder.TextEncoder.encode, "< lengths[:, None]", "< lengths.max().expand(len(ids), 1)"),
+     text_encoder.TextFeatures.mask.fget, "< self.lengths[:, None]",
+     "< self.lengths.max().expand(len(self.lengths), 1)"),
 
     # sampler and pipeline
     ("guidance away from the prompt", "t2v",
@@ -505,12 +506,17 @@ def forget_tables() -> None:
 def replace_code(monkeypatch: pytest.MonkeyPatch, function: Callable, right: str, wrong: str) -> None:
     """Compile the source of `function` with `right` replaced, and put that in it, for all who have imported it."""
     forget_tables()  # nothing built before the change is to be used after it
-    function = inspect.unwrap(getattr(function, "__func__", function))  # below @classmethod and @inference_mode
+    function = unwrapped(function)
     source = textwrap.dedent(inspect.getsource(function))
     found = source.count(right)
     assert found == 1, f"{function.__qualname__} has {found} times {right!r}, not once: update the row of MUTATIONS"
     compiled = {}
     inside_class = "class _:\n" + textwrap.indent(source.replace(right, wrong), " ")  # super() asks for one
     exec(inside_class, dict(vars(sys.modules[function.__module__])), compiled)
-    changed = vars(compiled["_"])[function.__name__]
-    monkeypatch.setattr(function, "__code__", inspect.unwrap(getattr(changed, "__func__", changed)).__code__)
+    monkeypatch.setattr(function, "__code__", unwrapped(vars(compiled["_"])[function.__name__]).__code__)
+
+
+def unwrapped(function: Callable | classmethod | property) -> Callable:
+    """What is below @classmethod, @property and @torch.no_grad()."""
+    function = getattr(function, "fget", function)
+    return inspect.unwrap(getattr(function, "__func__", function))

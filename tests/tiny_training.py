@@ -29,7 +29,7 @@ def random_dit() -> DiT:
 def tiny_features(batch: int, seed: int = 0, length: int = 3) -> TextFeatures:
     random = generator([seed])
     text, pooled = torch.randn(batch, length, 8, generator=random), torch.randn(batch, 8, generator=random)
-    return TextFeatures(text, torch.ones(batch, length, dtype=torch.bool), pooled)
+    return TextFeatures(text, torch.full((batch,), length), pooled)
 
 
 def train(*arguments, **options):

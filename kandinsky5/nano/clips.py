@@ -39,6 +39,7 @@ def draw_videos(scenes: list[Scene], num_frames: int = 17, size: int = 64) -> Te
     return video_io.from_uint8(np.stack([draw_scene(scene, num_frames, size, size) for scene in scenes]))
 
 
+@torch.no_grad()
 def draw_batch(
     seed: list[int],
     dit: DiT,

@@ -92,5 +92,5 @@ def drop_condition(features: TextFeatures, dropped: Tensor, empty: TextFeatures)
     S, n = features.text.shape[1], empty.text.shape[1]
     assert n <= S, (n, S)
     text = torch.where(dropped[:, None, None], F.pad(empty.text, (0, 0, 0, S - n)), features.text)
-    mask = torch.where(dropped[:, None], F.pad(empty.mask, (0, S - n)), features.mask)
-    return TextFeatures(text, mask, torch.where(dropped[:, None], empty.pooled, features.pooled))
+    lengths = torch.where(dropped.cpu(), empty.lengths, features.lengths)
+    return TextFeatures(text, lengths, torch.where(dropped[:, None], empty.pooled, features.pooled))
