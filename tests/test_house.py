@@ -15,6 +15,7 @@ RUNTIME_WORDS = (
     r"device\.type|\.device [=!]=|is_cuda|is_cpu|is_meta|dtype [=!]=|dtype (?:not )?in\b|is_grad_enabled|no_grad|"
     r"inference_mode|autocast|is_compiling|lru_cache|\binto="
 )
+EXCEPTIONS = {"dit": ["dtype in"]}  # a Float32Linear stays in float32 when its model is cast to half precision
 
 # For each place the rooms of the package that it may import; a folder stands for what is in it.
 LEAVES = {"config", "config_file", "files", "tensor_files", "screen", "video_io", "runtime.device"}
@@ -54,7 +55,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_definitions_do_not_ask_how_they_run(name):
-    assert re.findall(RUNTIME_WORDS, code(PACKAGE / f"{name}.py")) == []
+    assert re.findall(RUNTIME_WORDS, code(PACKAGE / f"{name}.py")) == EXCEPTIONS.get(name, [])
 
 
 @pytest.mark.parametrize("place", MAY_IMPORT)
