@@ -8,8 +8,7 @@ its row says how many tiles it keeps).
 import torch
 from torch import Tensor, nn
 
-from kandinsky5 import attention
-from kandinsky5.runtime import fast
+from kandinsky5.runtime import fast, kernels
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
 from random_weights import randomise
@@ -27,7 +26,7 @@ def build(side: str, name: str, config, dtype: torch.dtype) -> nn.Module:
     if side != "ours":
         return build_theirs(name, config, ours.state_dict())
     fast.install(ours)  # as Pipeline.load does
-    attention.install(ours, "auto")
+    kernels.install(ours, "auto")
     return ours
 
 

@@ -34,6 +34,7 @@ from kandinsky5 import attention, nabla
 from kandinsky5.config import NablaConfig
 from kandinsky5.files import replacing, write_text
 from kandinsky5.nabla import TILE
+from kandinsky5.runtime import kernels
 from kandinsky5.runtime.heap import keep_freed_memory
 
 HEADS, HEAD_DIM, KEPT = 4, 64, 16
@@ -41,9 +42,9 @@ TOKENS = [2**i for i in range(10, 17)]
 FIT_FROM = 8192
 METHODS = {
     "dense": lambda q, k, v, block_map: attention.dense_attention(q, k, v),
-    "chunked": lambda q, k, v, block_map: attention.chunked_attention(q, k, v),
+    "chunked": lambda q, k, v, block_map: kernels.chunked_attention(q, k, v),
     "SDPA": lambda q, k, v, block_map: F.scaled_dot_product_attention(q, k, v),
-    "block-sparse": attention.block_sparse_attention,
+    "block-sparse": kernels.block_sparse_attention,
     "NABLA's map": lambda q, k, v, block_map: build_map(q, k),
 }
 UNITS = {"seconds": "s", "peak": "MB"}

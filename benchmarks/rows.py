@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kandinsky5 import Pipeline, attention, checkpoint, nabla, vae_tiling
+from kandinsky5 import Pipeline, checkpoint, nabla, vae_tiling
 from kandinsky5.config import (
     NEGATIVE_PROMPT,
     CLIPConfig,
@@ -35,7 +35,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.extras import preview
 from kandinsky5.files import write_json
 from kandinsky5.pipeline import ONE_PASS
-from kandinsky5.runtime import fast, offload
+from kandinsky5.runtime import fast, kernels, offload
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.heap import keep_freed_memory
 from weights_convert import tables
@@ -163,7 +163,7 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
     if side == "theirs":
         return dit_forward("ours", config, grid, peaked=5.3, steps=3)
     forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.3, steps=3)
-    build_map, shares = attention.map_head_by_head, []
+    build_map, shares = kernels.map_head_by_head, []
 
     def block_map(*arguments) -> Tensor:
         kept = build_map(*arguments)
@@ -173,7 +173,7 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
         return kept
 
     def run() -> Tensor:
-        with mock.patch.object(attention, "map_head_by_head", block_map):
+        with mock.patch.object(kernels, "map_head_by_head", block_map):
             return forward()
 
     return run
@@ -186,11 +186,11 @@ def attention_long(side: str, tiny: bool, folder: Path) -> Work:
     shape = (3, 1, heads, math.prod(grid), 64)
     q, k, v = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
     if side == "theirs":
-        return lambda: attention.attend_through("auto", q, k, v)
+        return lambda: kernels.attend_through("auto", q, k, v)
     window = nabla.build_window(grid, NablaConfig().window, torch.device("cpu"))  # (L/64, L/64)
     share = max(0.0, 0.15 - window.float().mean().item()) / (1 - window.float().mean().item() + 1e-9)
     kept = (torch.rand(1, heads, *window.shape, generator=generator) < share) | window
-    return lambda: attention.block_sparse_attention(q, k, v, kept)
+    return lambda: kernels.block_sparse_attention(q, k, v, kept)
 
 
 def guidance_short(side: str, tiny: bool, folder: Path) -> Work:
@@ -234,7 +234,7 @@ def streaming(side: str, tiny: bool, folder: Path) -> Work:
         weights = checkpoint.map_weights(dit, file.parent, "dit", torch.bfloat16)
         offload.rest(dit, weights, torch.device("cpu"), "blocks")
     fast.install(dit)
-    attention.install(dit, "auto")
+    kernels.install(dit, "auto")
 
     def run() -> Tensor:
         with keep_freed_memory(inputs["x"].device), offload.awake(dit):

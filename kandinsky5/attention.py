@@ -1,38 +1,22 @@
-"""The one door to attention: the definition, and the kernels that compute the same with less time or memory.
-
-    attend                    the definition, softmax(q kᵀ / √D) v: what a model computes unless something is installed
-    install                   lets a model compute through a kernel instead, chosen by name
-      choose_kernel             which of the following a name stands for
-      dense_attention           the equation, with an optional mask
-      F.scaled_dot_product_…    PyTorch's fused kernels
-      chunked_attention         the equation for a few hundred queries at a time: faster than fused on a CPU in bf16
-      block_sparse_attention    NABLA: only the kept tiles of keys for each tile of queries; any device, no compiler
-      flex                      the same through compiled flex_attention, on CUDA
+"""Attention as it is defined: softmax(q kᵀ / √D) v, over all keys, those under a mask, or those that NABLA keeps.
 
 q (B, N, L, D), k and v (B, N, S, D). `mask` is bool and True where a key may be seen (a bf16 mask that is added
-to the scores masks nothing). `block_map` is NABLA's bool (B, N, L/64, L/64), with tokens in tile order.
+to the scores masks nothing). Models compute through the function that they hold as their attribute `attend`: this one,
+or a kernel that computes the same with less time or memory (runtime/kernels.py).
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky5 import nabla as nabla_map
 from kandinsky5.config import NablaConfig
 from kandinsky5.nabla import TILE
 
-Attend = Callable[..., Tensor]  # the signature of `attend`; models hold one as the attribute `attend`
-
-KERNELS = ("auto", "sdpa", "chunked", "flex", "dense")
-SCORES = 2**20  # scores held at a time on a CPU: 2 MB in bf16, which stay in the cache
-TILE_PAIRS = 2**21  # tile pairs indexed per chunk in block_sparse_attention: 16 bytes per kept pair
-LONG = 512  # queries from which chunks pay; text stays below
+Attend = Callable[..., Tensor]  # the signature of `attend`
 
 
 def attend(
@@ -61,183 +45,3 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 def expand_block_map(block_map: Tensor) -> Tensor:
     """bool (B, N, L/64, L/64) over tiles → bool (B, N, L, L) over tokens."""
     return repeat(block_map, "B N Q K -> B N (Q q) (K k)", q=TILE, k=TILE)
-
-
-# ---------------------------------------------------------------------------------------------- kernels by name
-
-
-def install(model: nn.Module, kernel: str) -> None:
-    """Let every attention of `model` compute through this one of KERNELS, in place; "auto" is the fastest.
-
-    Errors in bf16 against float64 (8 heads of 64, 4,992 random tokens): fused 0.0022, chunked 0.0045, because its
-    scores are rounded to bf16. "sdpa" never uses chunks: slower on a CPU and, in bf16, closer. With NABLA it gathers
-    the kept tiles and needs no compiler, on CUDA too. Raises ValueError for another name.
-    """
-    check_kernel(kernel)
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = functools.partial(attend_through, kernel)  # type: ignore[assignment]
-
-
-def remove(model: nn.Module) -> None:
-    """Undo `install`: every attention of `model` computes as it is defined."""
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = attend  # type: ignore[assignment]
-
-
-def check_kernel(kernel: str, device: torch.device | None = None) -> None:
-    """Raise ValueError unless this is one of KERNELS, and can be used on `device`."""
-    if kernel == "flex" and device is not None and device.type not in ("cuda", "meta"):
-        raise ValueError(f"attention flex is compiled for CUDA, not for {device.type}: choose auto")
-    if kernel not in KERNELS:
-        raise ValueError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
-
-
-def choose_kernel(name: str, device: str, dtype: torch.dtype, length: int, has_map: bool) -> str:
-    """The kernel that one of KERNELS stands for: "dense", "sdpa" or "chunked"; with a block map "dense", "gathered",
-    "gathered sdpa" (the gathered tiles through PyTorch's kernel) or "flex".
-
-    device: "cpu", "cuda", …; length: number of queries. On the meta device no data can select tiles: "dense".
-    """
-    if name == "dense" or device == "meta":
-        return "dense"
-    if has_map:
-        if name == "flex" or name == "auto" and device == "cuda":
-            return "flex"
-        return "gathered" if device == "cpu" and name != "sdpa" else "gathered sdpa"
-    if name == "chunked" or name == "auto" and device == "cpu" and dtype == torch.bfloat16 and length >= LONG:
-        return "chunked"
-    return "sdpa"
-
-
-def attend_through(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    nabla: NablaConfig | None = None,
-    grid: tuple[int, int, int] | None = None,
-) -> Tensor:
-    """`attend`, all shapes as there, through the kernel that `name` stands for."""
-    block_map = None
-    if nabla is not None:
-        assert grid is not None and mask is None, "tiles need the grid of the tokens, and no model masks them"
-        block_map = map_head_by_head(q, k, grid, nabla)  # (B, N, L/64, L/64)
-    kernel = choose_kernel(name, q.device.type, q.dtype, q.shape[2], block_map is not None)
-    if block_map is not None:
-        if kernel == "flex":
-            tile = {"BLOCK_M": TILE, "BLOCK_N": TILE}  # the kernel's own default of 128 refuses such blocks
-            return _compiled_flex_attention()(q, k, v, block_mask=build_block_mask(block_map), kernel_options=tile)
-        if kernel != "dense":
-            return block_sparse_attention(q, k, v, block_map, fused=kernel == "gathered sdpa")
-        mask = expand_block_map(block_map)
-    if kernel == "dense":
-        return dense_attention(q, k, v, mask)
-    if kernel == "chunked":
-        return chunked_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def map_head_by_head(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
-    """`nabla.block_map` for one head at a time, since sorting takes some twenty bytes per pair of tiles.
-
-    q, k (B, N, L, D) in tile order → bool (B, N, L/64, L/64).
-    """
-    window = _keep_window(grid, config.window, q.device)  # (L/64, L/64)
-    heads = zip(q.split(1, dim=1), k.split(1, dim=1), strict=True)  # (B, 1, L, D) each
-    maps = [nabla_map.select_mass(nabla_map.pooled_attention(q_n, k_n), config.P) | window for q_n, k_n in heads]
-    return torch.cat(maps, dim=1)
-
-
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # cached tensors may be used in training, so they must not be inference tensors
-def _keep_window(grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
-    """`nabla.build_window`, cached for all blocks and steps; do not modify in place."""
-    return nabla_map.build_window(grid, window, device)
-
-
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`dense_attention` for chunks of the queries: SCORES scores exist at a time, or those of 256 queries of one head.
-
-    q (B, N, L, D), k, v (B, N, S, D), mask that expands to (B, N, L, S) → (B, N, L, D).
-    """
-    B, N, L, _ = q.shape
-    S, rows = k.shape[2], min(L, 256)
-    heads = max(1, SCORES // (rows * S))
-    mask = mask.expand(B, N, L, S) if mask is not None else None  # a view
-    q, k, v = (x.contiguous() for x in (q, k, v))  # else copied for each chunk
-    out = torch.empty_like(q)
-    for b, n, i in itertools.product(range(B), range(0, N, heads), range(0, L, rows)):
-        some, here = (b, slice(n, n + heads)), (b, slice(n, n + heads), slice(i, i + rows))
-        scores = _scaled_scores(q[here], k[some])  # (heads, rows, S)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[here], -torch.inf)
-        out[here] = _softmax(scores) @ v[some]
-    return out
-
-
-def _scaled_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q kᵀ / √D for (heads, L, D) and (heads, S, D), scaled before it is rounded to the precision of q."""
-    return torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension; on a CPU in the memory of `scores`, still in the cache, unless gradients need them."""
-    in_place = scores.device.type == "cpu" and not torch.is_grad_enabled()
-    return torch.softmax(scores, dim=-1, out=scores if in_place else None)
-
-
-def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, fused: bool = False) -> Tensor:
-    """Exact softmax attention over the kept tiles; q, k, v (B, N, L, D) in tile order → (B, N, L, D).
-
-    Tiles of queries that keep equally many, of whatever head, are computed together: their kept tiles of keys and
-    values are gathered, and what is left is a batch of small attentions, SCORES scores at a time. Memory grows as L
-    does, but for the map itself, of a byte for each 64 × 64 of scores. Each tile keeps at least one.
-    fused: through PyTorch's kernel, as "sdpa" says.
-    """
-    B, N, L, D = q.shape
-    per_head = L // TILE
-    q, k, v = (x.reshape(B * N * per_head, TILE, D) for x in (q, k, v))  # tiles, head after head
-    out = torch.empty_like(q)
-    at_once = max(1, TILE_PAIRS // per_head**2) * per_head  # rows of the map, those of a few heads
-    numbers, rows = torch.arange(len(q), device=q.device), block_map.reshape(-1, per_head)
-    for some, kept in zip(numbers.split(at_once), rows.split(at_once), strict=True):
-        counts = kept.sum(dim=-1)
-        for count in counts.unique().tolist():
-            alike = counts == count
-            first = some[alike] // per_head * per_head  # of the head's tiles
-            chosen = kept[alike].nonzero()[:, 1].view(-1, count) + first[:, None]  # key tiles of each query tile
-            size = max(1, SCORES // (TILE * TILE * count))
-            for where, tiles in zip(some[alike].split(size), chosen.split(size), strict=True):
-                keys, values = (x.index_select(0, tiles.flatten()).view(len(tiles), -1, D) for x in (k, v))
-                if fused:
-                    queries, keys, values = (x[:, None] for x in (q[where], keys, values))  # one head
-                    out[where] = F.scaled_dot_product_attention(queries, keys, values)[:, 0]
-                else:
-                    out[where] = _softmax(_scaled_scores(q[where], keys)) @ values
-    return out.view(B, N, L, D)
-
-
-def build_block_mask(block_map: Tensor):
-    """PyTorch's BlockMask made of a bool (B, N, L/64, L/64) map.
-
-    All kept tiles are "full" blocks, which the compiled kernel computes without looking inside. Uncompiled,
-    flex_attention ignores blocks and applies `mask_mod` to every pair of tokens, so that must say the same.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    def same_as_map(b, n, q, k):
-        return block_map[b, n, q // TILE, k // TILE]
-
-    count = block_map.sum(dim=-1, dtype=torch.int32)
-    index = block_map.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return BlockMask.from_kv_blocks(torch.zeros_like(count), index, count, index, BLOCK_SIZE=TILE, mask_mod=same_as_map)
-
-
-@functools.cache
-def _compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)

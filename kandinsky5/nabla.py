@@ -3,7 +3,7 @@
 Full attention over L video tokens costs L². Most of its mass lies on few tiles, so NABLA first looks at the
 video coarsely: tokens are grouped into tiles of 8×8 in one frame, queries and keys are averaged over each tile,
 and a small softmax over tiles says where the mass is. The tiles that hold a share P of it are kept, and a window
-of near neighbours in any case. Attention over the kept tiles is then exact (attention.py).
+of near neighbours in any case. Attention over the kept tiles is then exact (runtime/kernels.py computes only these).
 
     tokens (T, H, W) ──to_tiles──> tile order ──pool──> softmax over tiles ──select_mass──┐
                                                                                          OR ──> block_map

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky5 import attention as attentions
 from kandinsky5 import checkpoint, vae_tiling, video_io
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PipelineConfig
@@ -23,7 +22,7 @@ from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
 from kandinsky5.qwen import Qwen
 from kandinsky5.request import Image, Request
-from kandinsky5.runtime import fast, memory
+from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
@@ -62,7 +61,7 @@ class Pipeline:
         device: "auto" is CUDA if there is a GPU, else the CPU, where weight files are mapped and not copied; "meta"
             checks names and shapes and loads nothing.
         dtype: "auto" is bfloat16 where the device computes in it natively, else float32.
-        attention: how the DiT computes it, one of `kandinsky5.attention.KERNELS`.
+        attention: how the DiT computes it, one of `kandinsky5.runtime.kernels.KERNELS`.
         offload: "model" keeps only the running model on the device, "blocks" only its running block (`offload.py`).
         compile: use torch.compile (`compile.py`); the first video takes a minute or more, and all differ by rounding.
         tile_space: let the VAE work in tiles of 256 pixels: less memory, not quite the same pixels (`vae_tiling.py`).
@@ -70,7 +69,7 @@ class Pipeline:
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        attentions.check_kernel(attention, device)
+        kernels.check_kernel(attention, device)
         check_mode(offload)
         folder = checkpoint.find_checkpoint(folder_or_preset)
         config = load_config(folder / "config.json")
@@ -89,8 +88,8 @@ class Pipeline:
         tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         text_encoder = TextEncoder(config.text, qwen, clip, *tokenizers)
         fast.install(dit, vae)
-        attentions.install(dit, attention)
-        attentions.install(text_encoder, "auto")
+        kernels.install(dit, attention)
+        kernels.install(text_encoder, "auto")
         if compile:
             compile_models(dit, vae, attention)
         return cls(config, dit, vae, text_encoder)

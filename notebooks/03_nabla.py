@@ -24,12 +24,13 @@ import torch
 from show import COLOURS, label, picture, play
 
 from kandinsky5 import Pipeline, nabla, vae_tiling, video_io
-from kandinsky5.attention import block_sparse_attention, dense_attention, expand_block_map
+from kandinsky5.attention import dense_attention, expand_block_map
 from kandinsky5.config import NablaConfig, Tiling
 from kandinsky5.dit import DiT
 from kandinsky5.extras.probe import record_attention
 from kandinsky5.nano.presets import LONG
 from kandinsky5.nano.world import draw_scene, sample_scene
+from kandinsky5.runtime.kernels import block_sparse_attention
 
 _ = torch.set_grad_enabled(False)
 

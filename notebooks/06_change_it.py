@@ -149,8 +149,8 @@ play(videos)
 # %% [markdown]
 # Without training this says how much the network *relies* on far frames, not how good the rule is: for that, train with
 # it (NABLA is such a rule, and released long-clip models were trained with theirs). In the package the rule would be in
-# [`attention.py`](../kandinsky5/attention.py) next to its definition, be chosen by a field of `DiTConfig`, and the
-# three tests would go to `tests/test_attention.py` and `tests/test_dit.py`.
+# [`kernels.py`](../kandinsky5/runtime/kernels.py) next to the others, be chosen by a field of `DiTConfig`, and the
+# three tests would go to `tests/test_kernels.py` and `tests/test_dit.py`.
 #
 # ## 2 · A new input: draw the path
 #
@@ -505,7 +505,7 @@ grid(
 #
 # ## Taking a change into the package
 #
-# 1. The new piece next to its kind (`attention.py`, `dit.py`, `sampler.py`), chosen by a field of a config or an
+# 1. The new piece next to its kind (`kernels.py`, `dit.py`, `sampler.py`), chosen by a field of a config or an
 #    argument, never by a flag inside a `forward`.
 # 2. Its tests into `tests/test_<file>.py`, and its broken versions into
 #    [`tests/test_mutations.py`](../tests/test_mutations.py), which does there what `guard` does here.

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cases
-from kandinsky5 import Pipeline, attention
-from kandinsky5.runtime import fast
+from kandinsky5 import Pipeline
+from kandinsky5.runtime import fast, kernels
 from random_weights import relative_error
 from tokenizer_data import tokenizer_folder
 from weights_convert import from_diffusers
@@ -40,15 +40,15 @@ def load_golden_pipeline(dtype: torch.dtype = torch.float32, plain: bool = False
 def make_plain(pipe: Pipeline) -> None:
     """Undo `make_fast`, in place."""
     fast.remove(pipe.dit, pipe.vae)
-    attention.remove(pipe.dit)
-    attention.remove(pipe.text_encoder)
+    kernels.remove(pipe.dit)
+    kernels.remove(pipe.text_encoder)
 
 
 def make_fast(pipe: Pipeline) -> None:
     """Install the forms and kernels that Pipeline.load installs, in place."""
     fast.install(pipe.dit, pipe.vae)
-    attention.install(pipe.dit, "auto")
-    attention.install(pipe.text_encoder, "auto")
+    kernels.install(pipe.dit, "auto")
+    kernels.install(pipe.text_encoder, "auto")
 
 
 @functools.cache  # once per process, into a folder of its own

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import kandinsky5.runtime.compile
 from kandinsky5 import Pipeline, attention
 from kandinsky5.dit import DiT
-from kandinsky5.runtime import fast, offload
+from kandinsky5.runtime import fast, kernels, offload
 from kandinsky5.runtime.compile import attend_opaquely, compile_models
 from kandinsky5.vae import VAE
 from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error, save_small_checkpoint
@@ -47,7 +47,7 @@ def run(dit, grid, words=7, batch=1, dtype=torch.float32):
 def build(nabla=None, dtype=torch.float32):
     dit, vae = randomise(DiT(replace(SMALL_DIT, nabla=nabla))).to(dtype), randomise(VAE(SMALL_VAE))
     fast.install(dit, vae)
-    attention.install(dit, "auto")
+    kernels.install(dit, "auto")
     return dit, vae
 
 
@@ -90,7 +90,7 @@ def test_blocks_compute_through_the_kernel_that_is_named(monkeypatch):
     dit, vae = build()
     compile_models(dit, vae, "dense", backend="aot_eager")
     calls, dense = [], attention.dense_attention
-    monkeypatch.setattr(attention, "dense_attention", lambda *tensors: calls.append(1) or dense(*tensors))
+    monkeypatch.setattr(kernels, "dense_attention", lambda *tensors: calls.append(1) or dense(*tensors))
     run(dit, (2, 12, 8))
     assert len(calls) == 2 + 2 * 2
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "kandinsky5"
-DEFINITIONS = ("dit", "vae", "vae_tiling", "nabla", "rope", "qwen", "clip", "sampler", "text_encoder")
+DEFINITIONS = ("dit", "attention", "vae", "vae_tiling", "nabla", "rope", "qwen", "clip", "sampler", "text_encoder")
 STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
 # What depends on where and how the model runs, and not on what it computes.
 RUNTIME_WORDS = (

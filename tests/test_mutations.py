@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import cases
-import test_attention
 import test_compile
 import test_fast
+import test_kernels
 import test_magcache
 import test_nano_text
 import test_offload
@@ -44,7 +44,7 @@ from kandinsky5 import (
 from kandinsky5.extras import magcache
 from kandinsky5.nano import train_text
 from kandinsky5.runtime import compile as compiling
-from kandinsky5.runtime import fast, fast_vae, offload
+from kandinsky5.runtime import fast, fast_vae, kernels, offload
 from random_weights import build_small_pipeline, save_small_checkpoint
 
 
@@ -178,7 +178,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("text mask dropped in cross-attention", "dit_mask",
      dit.DiT.forward, "rotations, text_mask, config.nabla", "rotations, None, config.nabla"),
     ("mask added to the scores as numbers", "dit_mask",
-     attention.attend_through, "attn_mask=mask)", "attn_mask=None if mask is None else mask.to(q.dtype))"),
+     kernels.attend_through, "attn_mask=mask)", "attn_mask=None if mask is None else mask.to(q.dtype))"),
     ("mask of the definition inverted", "dit_mask",
      attention.dense_attention, "~mask", "mask"),
     ("a block skipped", "dit",
@@ -209,7 +209,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("RoPE not in tile order", "dit_nabla",
      dit.DiT.rotate_video, "nabla.to_tiles(angles[None])[0]", "angles.flatten(0, 2)"),
     ("tiles of queries taken for tiles of keys", "dit_nabla",
-     attention.block_sparse_attention, "block_map.reshape", "block_map.mT.reshape"),
+     kernels.block_sparse_attention, "block_map.reshape", "block_map.mT.reshape"),
 
     # the VAE
     ("conv padded on both sides in time", "vae_encode",
@@ -360,41 +360,41 @@ MUTATIONS = [Mutation(*row) for row in (
 
 FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, wrong
     ("chunks with the values of the first heads",
-     lambda patch, folder: test_attention.test_chunked_equals_dense(3000, False, patch),
-     attention.chunked_attention, "@ v[some]", "@ v[b, :heads]"),
+     lambda patch, folder: test_kernels.test_chunked_equals_dense(3000, False, patch),
+     kernels.chunked_attention, "@ v[some]", "@ v[b, :heads]"),
     ("chunks with the mask of the first sample",
-     lambda patch, folder: test_attention.test_chunked_equals_dense(3000, True, patch),
-     attention.chunked_attention, "mask[here]", "mask[0, :1, :1]"),
+     lambda patch, folder: test_kernels.test_chunked_equals_dense(3000, True, patch),
+     kernels.chunked_attention, "mask[here]", "mask[0, :1, :1]"),
     ("scores divided by D",
-     lambda patch, folder: test_attention.test_chunked_equals_dense(3000, False, patch),
-     attention._scaled_scores, "math.sqrt(q.shape[-1])", "q.shape[-1]"),
+     lambda patch, folder: test_kernels.test_chunked_equals_dense(3000, False, patch),
+     kernels._scaled_scores, "math.sqrt(q.shape[-1])", "q.shape[-1]"),
     ("softmax over the queries",
-     lambda patch, folder: test_attention.test_block_sparse_equals_dense(0.2, False, 3 * 64 * 64, 80, patch),
-     attention._softmax, "dim=-1", "dim=-2"),
+     lambda patch, folder: test_kernels.test_block_sparse_equals_dense(0.2, False, 3 * 64 * 64, 80, patch),
+     kernels._softmax, "dim=-1", "dim=-2"),
     ("fused tiles with keys as values",
-     lambda patch, folder: test_attention.test_block_sparse_equals_dense(0.2, True, 3 * 64 * 64, 80, patch),
-     attention.block_sparse_attention, "(queries, keys, values)", "(queries, keys, keys)"),
+     lambda patch, folder: test_kernels.test_block_sparse_equals_dense(0.2, True, 3 * 64 * 64, 80, patch),
+     kernels.block_sparse_attention, "(queries, keys, values)", "(queries, keys, keys)"),
     ("tiles of the first head for all heads",
-     lambda patch, folder: test_attention.test_block_sparse_equals_dense(0.2, False, 1, 1, patch),
-     attention.block_sparse_attention, "some[alike] // per_head * per_head", "some[alike] * 0"),
+     lambda patch, folder: test_kernels.test_block_sparse_equals_dense(0.2, False, 1, 1, patch),
+     kernels.block_sparse_attention, "some[alike] // per_head * per_head", "some[alike] * 0"),
     ("flex with queries for keys",
-     lambda patch, folder: test_attention.test_flex_equals_dense(),
-     attention.build_block_mask, "q // TILE, k // TILE", "k // TILE, q // TILE"),
+     lambda patch, folder: test_kernels.test_flex_equals_dense(),
+     kernels.build_block_mask, "q // TILE, k // TILE", "k // TILE, q // TILE"),
     ("short queries in chunks",
-     lambda patch, folder: test_attention.test_kernel_that_a_name_stands_for(
+     lambda patch, folder: test_kernels.test_kernel_that_a_name_stands_for(
          "auto", "cpu", torch.bfloat16, 511, False, "sdpa"),
-     attention.choose_kernel, ">= LONG", ">= 0"),
+     kernels.choose_kernel, ">= LONG", ">= 0"),
     ("long queries never in chunks",
-     lambda patch, folder: test_attention.test_kernel_that_a_name_stands_for(
+     lambda patch, folder: test_kernels.test_kernel_that_a_name_stands_for(
          "auto", "cpu", torch.bfloat16, 512, False, "chunked"),
-     attention.choose_kernel, ">= LONG", "< 0"),
+     kernels.choose_kernel, ">= LONG", "< 0"),
     ("tiles gathered on CUDA",
-     lambda patch, folder: test_attention.test_kernel_that_a_name_stands_for(
+     lambda patch, folder: test_kernels.test_kernel_that_a_name_stands_for(
          "auto", "cuda", torch.bfloat16, 512, True, "flex"),
-     attention.choose_kernel, '"auto" and device == "cuda"', '"auto" and device != "cuda"'),
+     kernels.choose_kernel, '"auto" and device == "cuda"', '"auto" and device != "cuda"'),
     ("a kernel with NABLA's map forgotten",
-     lambda patch, folder: test_attention.test_every_kernel_computes_the_definition("dense"),
-     attention.attend_through, "mask = expand_block_map(block_map)", "mask = None"),
+     lambda patch, folder: test_kernels.test_every_kernel_computes_the_definition("dense"),
+     kernels.attend_through, "mask = expand_block_map(block_map)", "mask = None"),
     ("modulations widened with the first bias",
      lambda patch, folder: test_fast.test_float32_linear_widens_half_weights_piece_by_piece(torch.bfloat16, patch),
      fast.FastFloat32Linear.forward, "bias.to(dtype)) for", "self.bias[: len(bias)].to(dtype)) for"),
@@ -402,11 +402,11 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_nano_text.test_tokenizers_are_reproducible(patch, folder),
      train_text._last_letters, "return sorted(", "return [] and sorted("),
     ("the window kept with rows for columns",
-     lambda patch, folder: test_attention.test_cached_windows_may_be_trained_with(),
-     attention._keep_window, "window, device)", "window[::-1], device)"),
+     lambda patch, folder: test_kernels.test_cached_windows_may_be_trained_with(),
+     kernels._keep_window, "window, device)", "window[::-1], device)"),
     ("maps of the heads with the keys of other heads",
-     lambda patch, folder: test_attention.test_maps_of_heads_one_by_one_are_the_definition(),
-     attention.map_head_by_head, "k.split(1, dim=1), strict", "k.split(1, dim=1)[::-1], strict"),
+     lambda patch, folder: test_kernels.test_maps_of_heads_one_by_one_are_the_definition(),
+     kernels.map_head_by_head, "k.split(1, dim=1), strict", "k.split(1, dim=1)[::-1], strict"),
     ("the whole template before a prompt that changes its end",
      lambda patch, folder: test_text_encoder.test_features_are_those_of_one_pass_over_template_and_prompt(
          build_small_pipeline().text_encoder, ["\na fox", "a dog"]),
@@ -453,8 +453,7 @@ def golden(plain: bool) -> Pipeline:
 
 def is_definition(function: Callable) -> bool:
     """Whether the plain pipeline shows a mistake in it; else the one that has forms and kernels installed does."""
-    kernels = function.__module__ == attention.__name__ and function is not attention.dense_attention
-    return not kernels and function.__module__ not in (fast.__name__, fast_vae.__name__)
+    return function.__module__ not in (fast.__name__, fast_vae.__name__, kernels.__name__)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.case}: {m.name}")
@@ -499,7 +498,7 @@ def no_table_of_a_mutation_is_left():
 
 
 def forget_tables() -> None:
-    for table in (attention._keep_window, fast._keep_video, fast._keep_text):
+    for table in (kernels._keep_window, fast._keep_video, fast._keep_text):
         table.cache_clear()
 
 

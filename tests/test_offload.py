@@ -168,8 +168,8 @@ folder, mode, dtype, limit, out = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 import torch
-from kandinsky5 import attention, checkpoint
-from kandinsky5.runtime import offload
+from kandinsky5 import checkpoint
+from kandinsky5.runtime import kernels, offload
 from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT
 
@@ -181,7 +181,7 @@ if mode == "none":
 else:
     weights = checkpoint.map_weights(dit, Path(folder), "dit", getattr(torch, dtype))
     offload.rest(dit, weights, torch.device("cpu"), mode)
-attention.install(dit, "auto")
+kernels.install(dit, "auto")
 peak, seconds = {"RssAnon": 0, "VmData": 0}, []
 def note(*_):
     status = dict(line.split(":") for line in open("/proc/self/status"))

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from kandinsky5 import nabla
-from kandinsky5.attention import attend, block_sparse_attention
+from kandinsky5.attention import attend
 from kandinsky5.dit import Attention, DiT
 from kandinsky5.nano import presets
+from kandinsky5.runtime.kernels import block_sparse_attention
 from kandinsky5.training import modes
 from kandinsky5.training.flow import predict
 from kandinsky5.training.loop import generator

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky5 import attention, cli, video_io
+from kandinsky5 import cli, video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
@@ -27,7 +27,7 @@ from kandinsky5.nano.stages import RESUMES, check_folder, load_dit, load_vae
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.world import Scene, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
-from kandinsky5.runtime import fast
+from kandinsky5.runtime import fast, kernels
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.training.flow import FlowBatch, FlowTimes, flow_loss, predict
@@ -127,7 +127,7 @@ def build_pipeline(config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: Tex
     dit, vae, text_encoder = copy.deepcopy((dit, vae, text_encoder))
     for model in (dit, vae, text_encoder):
         model.to(choose_dtype("auto", torch.device("cpu"))).eval()
-        attention.install(model, "auto")
+        kernels.install(model, "auto")
     fast.install(dit, vae)
     return Pipeline(config, dit, vae, text_encoder)
 

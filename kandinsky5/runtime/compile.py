@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.attention import attend_through
 from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention, DiT
 from kandinsky5.runtime import fast
 from kandinsky5.runtime.fast_vae import FastGroupNorm
+from kandinsky5.runtime.kernels import attend_through
 from kandinsky5.vae import VAE
 
 
 def compile_models(dit: DiT, vae: VAE, attention: str = "auto", backend: str = "inductor") -> None:
     """Compile in place; the work is done when a block first runs. Raises ValueError where there is no C++ compiler.
 
-    attention: one of `attention.KERNELS`. The DiT's blocks lose their fast forms, which the compiler does better.
+    attention: one of `kernels.KERNELS`. The DiT's blocks lose their fast forms, which the compiler does better.
     """
     _check_compiler()
     # It leaves RoPE's complex product as it is, which costs little and is nothing to warn users of.
@@ -61,7 +61,7 @@ def attend_opaquely(
     nabla: NablaConfig | None = None,
     grid: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """`attention.attend_through`, all shapes as there, as one operation that the compiler calls and does not trace.
+    """`kernels.attend_through`, all shapes as there, as one operation that the compiler calls and does not trace.
 
     What happens inside depends on sizes and, with NABLA, on data: traced, it would be compiled anew for each.
     """

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kandinsky5.attention import block_sparse_attention, dense_attention
+from kandinsky5.attention import dense_attention
 from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention, DiT, Float32Linear
 from kandinsky5.nabla import block_map
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.runtime.fast import FastFloat32Linear
+from kandinsky5.runtime.kernels import block_sparse_attention
 
 
 def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Every path through attention.py against the dense definition."""
+"""Every kernel against the definition of attention."""
 
 import threading
 from dataclasses import replace
@@ -8,23 +8,21 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky5 import attention as module
 from kandinsky5 import nabla
-from kandinsky5.attention import (
+from kandinsky5.attention import attend, dense_attention, expand_block_map
+from kandinsky5.config import NablaConfig
+from kandinsky5.dit import DiT
+from kandinsky5.runtime import kernels as module
+from kandinsky5.runtime.kernels import (
     KERNELS,
-    attend,
     attend_through,
     block_sparse_attention,
     build_block_mask,
     choose_kernel,
     chunked_attention,
-    dense_attention,
-    expand_block_map,
     install,
     remove,
 )
-from kandinsky5.config import NablaConfig
-from kandinsky5.dit import DiT
 from random_weights import SMALL_DIT, SMALL_NABLA, randomise, relative_error
 
 GRID, NABLA = (2, 16, 24), NablaConfig(P=0.5, window=(1, 1, 1))  # 12 tiles
