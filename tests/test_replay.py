@@ -1,6 +1,7 @@
 """A video says how it was made, and is made again from that; a stranger's video decides nothing."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from dataclasses import replace
@@ -202,6 +203,45 @@ def stranger(cli, **changes) -> list[str]:
     return ["--replay", "strange.mp4", "-o", "again.mp4"]
 
 
+@pytest.mark.parametrize("spelling", ["{}", "../{}"])
+def test_a_replay_finds_files_outside_the_current_folder(cli, here, monkeypatch, spelling):
+    places = {name: str(here / name) if spelling == "{}" else f"../{name}" for name in ("small", "image.png")}
+    (here / "work" / "clips").mkdir(parents=True)
+    monkeypatch.chdir(here / "work")
+    options = ["--checkpoint", places["small"], "--image", places["image.png"]]
+    assert cli("a fox", *options, "-o", "clips/a.mp4")[0] == 0
+    settings = video_io.read_metadata("clips/a.mp4")
+    assert (settings["checkpoint"], settings["image"]) == ("../small", "../image.png")
+    for folder, name in (("work", "clips/a.mp4"), ("work/clips", "a.mp4"), (".", "work/clips/a.mp4")):
+        monkeypatch.chdir(here / folder)
+        assert cli("--replay", name, "-o", "again.mp4")[0] == 0
+        assert Path("again.mp4").read_bytes() == (here / "work/clips/a.mp4").read_bytes()
+
+
+def test_a_file_of_an_older_version_finds_its_absolute_paths(cli, here):
+    digest = hashlib.sha256(Path("image.png").read_bytes()).hexdigest()
+    replay = stranger(cli, checkpoint=str(here / "small"), image=str(here / "image.png"), image_sha256=digest)
+    assert cli(*replay)[0] == 0
+    settings = video_io.read_metadata("again.mp4")
+    assert (settings["checkpoint"], settings["image"]) == ("small", "image.png")
+
+
+def test_a_path_that_shares_no_folder_is_recorded_by_name(cli, here, monkeypatch):
+    monkeypatch.chdir("/proc")
+    assert cli("a fox", "--checkpoint", here / "small", "-o", here / "a.mp4")[0] == 0
+    assert video_io.read_metadata(here / "a.mp4")["checkpoint"] == "small"
+
+
+def test_of_several_checkpoints_the_recorded_one_is_replayed(cli, here, monkeypatch):
+    assert cli(*FOX)[0] == 0
+    shutil.copytree("small", "elsewhere/small")
+    monkeypatch.chdir(here / "elsewhere")
+    state = {name: tensor * 1.01 for name, tensor in load_file("small/dit.safetensors").items()}
+    save_file(state, "small/dit.safetensors")
+    assert cli("--replay", "../out.mp4", "-o", "again.mp4")[0] == 0
+    assert Path("again.mp4").read_bytes() == (here / "out.mp4").read_bytes()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -210,7 +250,8 @@ def stranger(cli, **changes) -> list[str]:
         {"image": "pipe.png", "image_sha256": "0"},
         {"image": "image.png", "image_sha256": "0"},
         {"checkpoint": "/"},
-        {"checkpoint": "../small"},
+        {"checkpoint": "../nowhere"},
+        {"checkpoint": "../small", "fingerprint": "0"},
         {"num_inference_steps": 10**6},
         {"num_frames": 4 * 10**9 + 1},
         {"prompt": "x" * 5_000_000},

@@ -4,10 +4,11 @@
     python sample.py --replay fox.mp4 --seed 4 -o other.mp4  options take precedence over the recorded settings
 
 A file may come from a stranger. What it says is checked as if typed, and shown; device, compile and offload come from
-the command line alone, and a recorded path only counts below the current folder, where what it leads to must still have
-the recorded hash. In dictionaries `given` are the options of the command line, `recorded` what the file says.
+the command line alone, and what a recorded path leads to must have the recorded hash. Nor does a file tell strangers
+where its maker's files are: it holds relative paths, or names. In dictionaries `given` are the options of the command line, `recorded` what the file says.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -27,26 +28,16 @@ from kandinsky5.request import Request
 from kandinsky5.runtime.device import choose_device, is_native
 from kandinsky5.screen import printable, say
 
-MOST_STEPS = 1000  # that a file may ask for; more are for --steps
+MOST_STEPS = 1000  # that a file may request; more need --steps
 OWN = ("device", "compile", "version", "model", "image_sha256", "fingerprint")  # recorded, but not settings of a replay
 FROM_CHECKPOINT = (
     "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps",
     "rope_scale",
 )  # fmt: skip
-
-
 USUAL: dict[str, Any] = {
     "step_skipping": False, "attention": "auto", "compile": False, "tile_space": False, "quality": 8.0,
 }  # fmt: skip
-HOW = (
-    "step_skipping",
-    "fps",
-    "quality",
-    "attention",
-    "compile",
-    "tile_space",
-    "enlarge",
-)  # of Settings, beside the request
+HOW = ("step_skipping", "fps", "quality", "attention", "compile", "tile_space", "enlarge")  # settings, not the request
 
 
 @dataclass(frozen=True)
@@ -82,9 +73,14 @@ class Settings:
 
 
 def describe(
-    request: Request, pipe: "kandinsky5.Pipeline", checkpoint: str, image: str | None = None, **how: Any
-) -> dict:
-    """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings)."""
+    request: Request, pipe: "kandinsky5.Pipeline", checkpoint: str, image: str | None = None,
+    paths: dict[str, str] | None = None, **how: Any,
+) -> dict:  # fmt: skip
+    """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings).
+
+    paths: of a replay, the recorded ones. They stay as they are, so that its file has the same bytes.
+    """
+    shown = {"checkpoint": checkpoint, "image": image} | (paths or {})
     how = USUAL | {name: value for name, value in how.items() if name in HOW}
     settings = Settings(
         **how,
@@ -99,9 +95,9 @@ def describe(
         schedule=request.schedule,
         rope_scale=request.rope_scale,
         seed=request.seeds[0],
-        image=image and _portable(image),
+        image=shown["image"] and _portable(shown["image"]),
         image_sha256=image and _sha256(image),
-        checkpoint=_portable(checkpoint),
+        checkpoint=_portable(shown["checkpoint"]),
         fingerprint=fingerprint(find_checkpoint(checkpoint)),
         model=pipe.config.name,
         dtype=str(pipe.dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -115,9 +111,10 @@ def read_settings(path: str, given: dict) -> dict:
     """What the file at `path` records for a replay with the options `given`. Raises ValueError where it cannot be."""
     recorded = _read(path)
     if recorded["num_inference_steps"] > MOST_STEPS and "num_inference_steps" not in given:
-        raise ValueError(f"{path} asks for num_inference_steps {recorded['num_inference_steps']}: confirm with --steps")
+        raise ValueError(f"{path} requests num_inference_steps {recorded['num_inference_steps']}: confirm with --steps")
+    paths = {name: recorded[name] for name in ("image", "checkpoint") if name not in given}
     for name in ("image", "checkpoint"):
-        recorded[name] = given.get(name) or _find(path, name, recorded[name])
+        recorded[name] = given[name] if name in given else _find(path, name, recorded)
     if "image" not in given and recorded["image"] and _sha256(recorded["image"]) != recorded["image_sha256"]:
         raise ValueError(
             f"{recorded['image']} is not the image that {path} was made from: bring that back, or take this one with "
@@ -138,18 +135,28 @@ def read_settings(path: str, given: dict) -> dict:
     if given.keys() & {"height", "width"}:
         recorded.pop("rope_scale", None)  # which the size decides
     _show(path, recorded, given)
-    return {name: value for name, value in recorded.items() if name not in OWN}
+    return {name: value for name, value in recorded.items() if name not in OWN} | {"paths": paths}
 
 
-def _find(path: str, name: str, place: str | None) -> str | None:
-    """Where a recorded image or checkpoint is: below the current folder, or next to the file at `path`."""
+def _find(path: str, name: str, recorded: dict) -> str | None:
+    """Where a recorded image or checkpoint is: the first place that has the recorded hash, or else the first at all."""
+    place, where = recorded[name], Path(path).absolute().parent
     if place is None or name == "checkpoint" and place in NANO_NAMES:
         return place
-    if not Path(place).is_absolute() and ".." not in Path(place).parts:
-        for found in (Path(place), Path(path).parent / place):
-            if found.is_file() if name == "image" else found.is_dir():  # and no device or pipe
-                return str(found)
-    raise ValueError(f"{path} was made with the {name} {place}, which is not there: say where it is, --{name}")
+    tried = [folder / place for folder in (Path(), where, *where.parents)]  # the video may be in a subfolder
+    tried += [folder / Path(place).name for folder in (Path(), where)]
+    there = [found for found in tried if os.path.isfile(found if name == "image" else found / "config.json")]
+    if not there:
+        raise ValueError(f"{path} was made with the {name} {place}, which is not there: say where it is, --{name}")
+    return str(next((found for found in there if _is_recorded(found, name, recorded)), there[0]))
+
+
+def _is_recorded(found: Path, name: str, recorded: dict) -> bool:
+    with contextlib.suppress(ValueError, OSError):  # damaged, or of another kind
+        if name == "image":
+            return _sha256(found) == recorded["image_sha256"]
+        return fingerprint(found) == recorded["fingerprint"]
+    return False
 
 
 def _read(path: str) -> dict:
@@ -190,10 +197,12 @@ def _show(path: str, recorded: dict, given: dict) -> None:
 
 
 def _portable(path: str) -> str:
-    """A path as a file may carry it: relative to the current folder where it is below it; of others the name."""
-    whole = Path(os.path.abspath(path))
-    return whole.relative_to(Path.cwd()).as_posix() if whole.is_relative_to(Path.cwd()) else whole.name
+    """A path as a file may carry it: relative to the current folder; the name, where that would be the whole path."""
+    whole, here = os.path.abspath(path), os.getcwd()
+    if os.path.isabs(path) and os.path.commonpath([whole, here]) == os.sep:
+        return os.path.basename(whole)
+    return os.path.relpath(whole, here)
 
 
 def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(read_bytes(path)).hexdigest()
+    return hashlib.sha256(read_bytes(path, video_io.LARGEST_IMAGE)).hexdigest()
