@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     add("--seed", type=int, default=0)
     add("--fps", type=cli.frame_rate)
     add("--device", default="auto")
-    add("--dtype", default="auto")
+    add("--dtype", choices=cli.DTYPES, default="auto")
     add("-o", "--output")
     return parser.parse_known_args(arguments)
 

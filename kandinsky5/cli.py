@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large
     r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed|Overflow when unpacking"
 )
-LESS = "--tile-space, --offload model or blocks (on a GPU), or less --height, --width or --num-frames"
+LESS = {  # options that save memory, and how to give them
+    "--attention": "--attention auto",
+    "--tile-space": "--tile-space",
+    "--offload": "--offload model or blocks (on a GPU)",
+}
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # what --dtype may be
 
 COMMANDS = {  # name: module whose main(arguments) it is, what it does
     "sample": ("kandinsky5.cli", "make a video from a prompt, or from an image and a prompt"),
@@ -81,7 +86,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def run(main: Callable[[], int | None], stopped: str = "nothing was written", less: str = LESS) -> int:
+def run(main: Callable[[], int | None], stopped: str = "nothing was written") -> int:
     """Call `main` and return the exit code of its process.
 
     2 after one line "error: …" for ValueError, OSError and what PyTorch raises when memory runs out; 130 after one
@@ -111,7 +116,7 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written", le
         if interrupts or isinstance(error, KeyboardInterrupt):  # which may surface as another error in an import
             say(f"interrupted: {stopped}")
             return 130
-        if (reason := explain(error, less)) is None:
+        if (reason := explain(error)) is None:
             raise
         say(f"error: {printable(reason)}")
         return 2
@@ -131,15 +136,22 @@ def end(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def explain(error: BaseException, less: str = LESS) -> str | None:
-    """The error in one line, where it is about what was asked for; None for a bug."""
+def explain(error: BaseException) -> str | None:
+    """The error in one line, where it is about what was requested; None for a bug."""
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, (MemoryError, RuntimeError, TypeError)):
         found = re.search(MEMORY, str(error), re.IGNORECASE)
         if found or isinstance(error, MemoryError):
-            return f"not enough memory ({found[0] if found else error}): try {less}"
+            return f"not enough memory ({found[0] if found else error}): try {what_to_try(sys.argv)}"
     return None
+
+
+def what_to_try(arguments: list[str]) -> str:
+    """Options that need less memory than a command line with these arguments."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    tries = [how for option, how in LESS.items() if (option in given) == (option == "--attention")]
+    return ", ".join([*tries, "or less --height, --width or --num-frames"])
 
 
 def _let_go(stream: TextIO | None) -> None:
@@ -275,6 +287,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
+def program(module: str) -> str:
+    """What the usage of a command's help calls it: `kandinsky5 NAME` where it was started so."""
+    return sys.argv[0] if sys.argv[0].startswith("kandinsky5 ") else f"python -m {module}"
+
+
 def build_sample_parser() -> Parser:
     """All options of sample.py. Only those that are given are in what it returns."""
     from kandinsky5.config import NANO_NAMES
@@ -306,8 +323,7 @@ def build_sample_parser() -> Parser:
     add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
     add("--enlarge", type=factor, metavar="N", help="repeat each pixel N × N times, for the small videos of nano")
     add("--device", metavar="NAME", help="such as cuda:1 (default: auto, a GPU if there is one)")
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"),
-        help="precision of the models (default: auto, bfloat16 where the device computes in it)")  # fmt: skip
+    add("--dtype", choices=DTYPES, help="of the models (default: auto, bfloat16 where the device computes in it)")
     add("--attention", choices=("auto", "sdpa", "chunked", "flex", "dense"), help="its kernel (default: auto)")
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png",
         help="show the middle frame while sampling, in the terminal or in a file")  # fmt: skip

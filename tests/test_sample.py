@@ -174,6 +174,8 @@ def test_the_default_name_is_numbered_and_a_given_one_overwritten(cli):
         ("--preview missing/a.png", "cannot write missing/a.png (No such file or directory)"),
         ("--offload disk", "--offload: invalid choice: 'disk'"),
         ("--dtype int8", "int8"),
+        ("--dtype float64", "--dtype: invalid choice: 'float64'"),
+        ("--dtype float64 --schedule official", "--dtype: invalid choice: 'float64'"),
         ("--height 16400", "height 16400: an mp4 holds sides up to 16384; give --height and --width"),
         ("--height 1600000000 --width 1600000000", "height 1600000000: an mp4 holds sides up to 16384"),
         ("--image ribbon.png", "width 24784: an mp4 holds sides up to 16384; give --height and --width"),

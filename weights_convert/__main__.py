@@ -70,9 +70,9 @@ def print_config(config: PipelineConfig, options: dict) -> None:
         )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.Parser:
     """The commands; each leaves the function that runs it in `run`."""
-    parser = argparse.ArgumentParser(prog="python -m weights_convert", description=__doc__)
+    parser = cli.Parser(cli.program("weights_convert"), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("from-diffusers", help="Diffusers layout → native folder")

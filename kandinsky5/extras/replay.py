@@ -5,7 +5,8 @@
 
 A file may come from a stranger. What it says is checked as if typed, and shown; device, compile and offload come from
 the command line alone, and what a recorded path leads to must have the recorded hash. Nor does a file tell strangers
-where its maker's files are: it holds relative paths, or names. In dictionaries `given` are the options of the command line, `recorded` what the file says.
+where its maker's files are: it holds relative paths, or names. In dictionaries `given` are the options of the command
+line, `recorded` what the file says.
 """
 
 import contextlib
@@ -74,13 +75,13 @@ class Settings:
 
 def describe(
     request: Request, pipe: "kandinsky5.Pipeline", checkpoint: str, image: str | None = None,
-    paths: dict[str, str] | None = None, **how: Any,
+    paths: dict[str, str | None] | None = None, **how: Any,
 ) -> dict:  # fmt: skip
     """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings).
 
     paths: of a replay, the recorded ones. They stay as they are, so that its file has the same bytes.
     """
-    shown = {"checkpoint": checkpoint, "image": image} | (paths or {})
+    shown: dict[str, Any] = {"checkpoint": checkpoint, "image": image} | (paths or {})
     how = USUAL | {name: value for name, value in how.items() if name in HOW}
     settings = Settings(
         **how,

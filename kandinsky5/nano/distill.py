@@ -70,7 +70,7 @@ def main() -> None:
 
 def _parse() -> tuple[argparse.Namespace, Recipe]:
     """The options, and the recipe that follows from them."""
-    parser = argparse.ArgumentParser("python -m kandinsky5.nano.distill", description=__doc__.split("\n")[0])
+    parser = cli.Parser("python -m kandinsky5.nano.distill", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("stage", choices=RECIPES)
     add("--folder", type=Path, required=True, help="of the run; an unfinished one resumes")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kandinsky5 import Pipeline, screen, video_io
+from kandinsky5 import Pipeline, cli, screen, video_io
 from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.files import check_replaceable, write_text
 from kandinsky5.nano.captions import Caption, write_caption
@@ -217,10 +217,9 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; ends with exit code 2 for invalid ones."""
-    parser = argparse.ArgumentParser(
-        "python -m kandinsky5.nano.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The options. Raises ValueError for invalid ones."""
+    name, style = cli.program("kandinsky5.nano.judge"), argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(name, description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="checkpoint folder, or preset such as nano")
     add("--prompts", type=int, default=300, metavar="N", help="clips per set (default: 300)")
@@ -235,7 +234,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="default: auto, a GPU if there is one")
     add(
         "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
+        choices=cli.DTYPES,
         default="auto",
         help="default: auto, bfloat16 where the device has it natively, else float32",
     )

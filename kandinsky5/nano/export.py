@@ -55,7 +55,7 @@ def main() -> None:
 
 def _parse() -> tuple[argparse.Namespace, dict[str, str]]:
     """The options, and the remark for each model's card."""
-    parser = argparse.ArgumentParser("python -m kandinsky5.nano.export", description=__doc__.split("\n")[0])
+    parser = cli.Parser("python -m kandinsky5.nano.export", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of the runs dit, nocfg, distilled and sparse")
     add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")

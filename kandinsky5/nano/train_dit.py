@@ -63,7 +63,7 @@ def main() -> None:
 
 def _parse() -> tuple[argparse.Namespace, Recipe, FlowTimes]:
     """The options, and the recipe and times that follow from them."""
-    parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_dit", description=__doc__.split("\n")[0])
+    parser = cli.Parser("python -m kandinsky5.nano.train_dit", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="of the run; an unfinished one resumes")
     add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")

@@ -10,7 +10,6 @@ The CLIP-class encoder learns which of 128 clips belongs to which caption. Both 
 model.
 """
 
-import argparse
 import json
 import string
 import sys
@@ -53,7 +52,7 @@ CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 def main() -> None:
     """Train tokenizers, Qwen and CLIP, each unless it is finished."""
-    parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
+    parser = cli.Parser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
     folder = parser.parse_args().folder
     check_folder(folder, holds_runs=True)

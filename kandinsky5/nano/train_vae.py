@@ -7,7 +7,6 @@ kernel weights start at zero and single frames never update them, so clip traini
 from one that averages three frames.
 """
 
-import argparse
 import contextlib
 import copy
 import sys
@@ -52,7 +51,7 @@ TEST_SEED = 10**6  # scenes never drawn for training
 
 def main() -> None:
     """Train on frames, on clips, standardise the latents, train the decoder; each unless it is finished."""
-    parser = argparse.ArgumentParser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
+    parser = cli.Parser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
     folder = parser.parse_args().folder
     check_folder(folder, holds_runs=True)

@@ -27,7 +27,8 @@ from kandinsky5.runtime.offload import MODES
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command line. Raises ValueError or OSError if there are no prompts or the output cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    name, style = cli.program("kandinsky5.extras.magcache"), argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(name, description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="converted checkpoint folder, or a bundled model such as nano")
     add("--prompts", required=True, type=Path, metavar="FILE", help="one per line")
@@ -39,10 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--width", type=int, metavar="PX", help="likewise")
     add("--num-frames", type=int, metavar="N", help="likewise")
     add("--device", default="auto", help="default: auto, a GPU if there is one")
-    add(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
-        help="default: auto, bfloat16 where the device has it natively, else float32",
-    )  # fmt: skip
+    add("--dtype", choices=cli.DTYPES, default="auto", help="default: auto, bfloat16 where the device computes in it")
     add("--offload", choices=MODES, help="keep only the running model (model) or block (blocks) on the device")
     add("-o", "--output", required=True, type=Path, metavar="RATIOS.json")
     options = parser.parse_args(arguments)
