@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import kandinsky5
 import sample
 from command_line import CONFIG, FOX, in_process
 from kandinsky5 import video_io
@@ -157,7 +156,7 @@ def test_replay_with_other_weights_is_refused_unless_they_are_asked_for(cli, ref
 
 def test_replay_of_another_version_is_a_note(cli, monkeypatch):
     assert cli(*FOX)[0] == 0
-    monkeypatch.setattr(kandinsky5, "__version__", "9.9")
+    monkeypatch.setattr("kandinsky5.extras.replay.__version__", "9.9")
     code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
     assert code == 0 and lines == ["note: out.mp4 was made by version 0.1.0, this is 9.9: they may draw it differently"]
     assert video_io.read_metadata("again.mp4")["version"] == "9.9"

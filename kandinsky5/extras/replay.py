@@ -15,12 +15,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-import kandinsky5
-from kandinsky5 import video_io
+from kandinsky5 import __version__, video_io
 from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.config import NANO_NAMES
 from kandinsky5.config_file import from_json, load_config
@@ -28,6 +27,9 @@ from kandinsky5.files import read_bytes
 from kandinsky5.request import Request
 from kandinsky5.runtime.device import choose_device, is_native
 from kandinsky5.screen import printable, say
+
+if TYPE_CHECKING:
+    from kandinsky5.pipeline import Pipeline
 
 MOST_STEPS = 1000  # that a file may request; more need --steps
 OWN = ("device", "compile", "version", "model", "image_sha256", "fingerprint")  # recorded, but not settings of a replay
@@ -74,7 +76,7 @@ class Settings:
 
 
 def describe(
-    request: Request, pipe: "kandinsky5.Pipeline", checkpoint: str, image: str | None = None,
+    request: Request, pipe: "Pipeline", checkpoint: str, image: str | None = None,
     paths: dict[str, str | None] | None = None, **how: Any,
 ) -> dict:  # fmt: skip
     """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings).
@@ -103,7 +105,7 @@ def describe(
         model=pipe.config.name,
         dtype=str(pipe.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         device=pipe.device.type,
-        version=kandinsky5.__version__,
+        version=__version__,
     )
     return dataclasses.asdict(dataclasses.replace(settings, fps=float(settings.fps)))
 
@@ -182,8 +184,8 @@ def _note_other_weights(path: str, made_by: tuple[str, str], this: tuple[str, st
 
 def _show(path: str, recorded: dict, given: dict) -> None:
     """Lines on stderr: what the file asks for, and what of it a replay leaves out or is slow at."""
-    if recorded["version"] != kandinsky5.__version__:
-        versions = f"version {recorded['version']}, this is {kandinsky5.__version__}: they may draw it differently"
+    if recorded["version"] != __version__:
+        versions = f"version {recorded['version']}, this is {__version__}: they may draw it differently"
         say(printable(f"note: {path} was made by {versions}"))
     device = choose_device(given.get("device", "auto"))
     if recorded["compile"] and "compile" not in given:
