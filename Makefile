@@ -9,7 +9,7 @@ PYTHON ?= python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test: ## run the tests, except those marked large or stages; parity with diffusers and transformers: pytest tests/parity (extra `parity`)
+test: ## run the tests, except those marked large, stages, fuzz or compiled; parity with diffusers and transformers: pytest tests/parity (extra `parity`)
 	$(PYTHON) -m pytest
 
 lint: ## check style and formatting with ruff; changes nothing

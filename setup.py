@@ -20,8 +20,8 @@ setup(
     long_description_content_type="text/markdown",
     author="The authors of this repository",
     license="MIT",
-    url="https://github.com/kandinskylab/kandinsky-5",  # the models; this repository is an implementation of them
     project_urls={
+        "Kandinsky 5.0 (authors)": "https://github.com/kandinskylab/kandinsky-5",
         "Weights": "https://huggingface.co/kandinskylab",
         "Paper": "https://arxiv.org/abs/2511.14993",
     },
