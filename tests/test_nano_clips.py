@@ -1,8 +1,10 @@
 """The training clips of nano's DiT: latents on disk, and batches of them."""
 
+import contextlib
 import copy
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,6 +116,7 @@ def test_a_full_disk_ends_in_an_error_not_a_signal(vae, tmp_path, monkeypatch):
 
 
 def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
+    fits = []
     ClipStore(tmp_path, vae, num_frames=5)
     other = copy.deepcopy(vae)
     with torch.no_grad():
@@ -122,10 +125,15 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     with torch.no_grad():
         other.quant_conv.bias += 1
     for options in ({"seed": 5}, {"num_frames": 9}, {"vae": other}):
-        with pytest.raises(ValueError, match="another world, VAE or number of frames"):
+        with pytest.raises(ValueError, match="another world, VAE, number of frames or precision"):
             ClipStore(tmp_path, **{"vae": vae, "num_frames": 5} | options)
+    for dtype in (torch.float32, torch.bfloat16):  # one of them is not this machine's
+        with mock.patch("kandinsky5.nano.clips.choose_dtype", return_value=dtype), contextlib.suppress(ValueError):
+            ClipStore(tmp_path, vae, num_frames=5)
+            fits.append(dtype)
+    assert len(fits) == 1
     (tmp_path / "origin.txt").unlink()  # as folders were that only knew their world
-    with pytest.raises(ValueError, match="another world, VAE or number of frames"):
+    with pytest.raises(ValueError, match="another world, VAE, number of frames or precision"):
         ClipStore(tmp_path, vae, num_frames=5)
 
 

@@ -13,6 +13,8 @@ from kandinsky5.nano.clips import draw_videos
 from kandinsky5.nano.single_frame import single_frame
 from kandinsky5.nano.train_vae import draw_confetti, standardise
 from kandinsky5.nano.world import sample_scene
+from kandinsky5.runtime import fast
+from kandinsky5.runtime.fast_vae import FastCausalConv3d
 from kandinsky5.vae import VAE, CausalConv3d, Posterior
 
 
@@ -56,6 +58,15 @@ def test_a_single_frame_through_2d_convs_is_the_same(vae):
         mean = vae.encode(video).mean
         torch.testing.assert_close((mean, vae.decode(mean)), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(vae.encode(video).mean, expected[0])  # and nothing is left behind
+
+
+def test_a_single_frame_through_2d_convs_is_the_same_in_fast_forms(vae):
+    quick, video = copy.deepcopy(vae), draw_videos([sample_scene([1, 0])], num_frames=1)
+    fast.install(quick)
+    with single_frame(vae), single_frame(quick), torch.no_grad():
+        mean = vae.encode(video).mean
+        assert quick.encode(video).mean.equal(mean) and quick.decode(mean).equal(vae.decode(mean))
+    assert type(quick.decoder.conv_in) is FastCausalConv3d
 
 
 def test_a_single_frame_teaches_nothing_about_frames_before(vae):

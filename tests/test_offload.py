@@ -263,3 +263,12 @@ def test_4_gb_of_weights_run_in_2_gb_of_memory(tmp_path):
     velocity = forward(tmp_path, "blocks", "bfloat16", limit=2_000_000_000)
     assert velocity is not None and velocity.equal(forward(tmp_path, "none", "bfloat16"))
     assert forward(tmp_path, "none", "bfloat16", limit=2_000_000_000) is None
+
+
+def test_what_wraps_the_blocks_is_not_dropped():
+    """`rest` takes the place of run_blocks, so it comes before the compiler's wrapper and step skipping."""
+    with torch.device("meta"):
+        dit = DiT(SMALL_DIT)
+    vars(dit)["run_blocks"] = dit.run_blocks
+    with pytest.raises(AssertionError, match="would be lost"):
+        offload.rest(dit, {}, CPU, "blocks")

@@ -21,6 +21,7 @@ from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano.captions import LANGUAGES, write_caption
 from kandinsky5.nano.single_frame import single_frame
 from kandinsky5.nano.world import Scene, draw_scene, sample_scene
+from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.flow import FlowBatch, drop_condition, flow_batch
 from kandinsky5.training.loop import generator
@@ -71,7 +72,8 @@ class ClipStore:
     """Latents of the training clips 0, 1, 2, … on disk, drawn and encoded when they are first needed.
 
     A record is the clip's latents followed by those of its first frame encoded alone, as the pipeline does it:
-    (T + 1, h, w, 16) in float16. It does not depend on when it was written.
+    (T + 1, h, w, 16) in float16. It does not depend on when it was written, nor, for one precision of the
+    encoder, on the machine; a store of the other precision is refused.
     """
 
     CHUNK = 8  # clips encoded together, always the same ones
@@ -133,7 +135,7 @@ class ClipStore:
     def _check_origin(self, path: Path) -> None:
         """Refuse latents of other scenes or of another encoder, and those whose origin was not recorded."""
         scenes = [self.scene(i) for i in range(8)]
-        origin = hashlib.sha256(f"{scenes} {self.num_frames}".encode())
+        origin = hashlib.sha256(f"{scenes} {self.num_frames} {choose_dtype('auto', torch.device('cpu'))}".encode())
         for scene in scenes:
             origin.update(draw_scene(scene, 3, self.size, self.size).tobytes())
         for part in (self.vae.encoder, self.vae.quant_conv):
@@ -142,8 +144,8 @@ class ClipStore:
             write_text(path, origin.hexdigest())
         if not path.is_file() or path.read_text() != origin.hexdigest():
             raise ValueError(
-                f"the latents in {path.parent} are of another world, VAE or number of frames: choose another folder "
-                "for clips, or the VAE of these; or remove it, and they will be drawn and encoded again"
+                f"the latents in {path.parent} are of another world, VAE, number of frames or precision: choose "
+                "another folder for clips, or the VAE of these; or remove it, and they will be drawn and encoded again"
             )
 
     def _check_free_space(self) -> None:

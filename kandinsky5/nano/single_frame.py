@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kandinsky5.runtime.fast_vae import FORMS, FastCausalConv3d
 from kandinsky5.training.modes import swapped
 from kandinsky5.vae import VAE, CausalConv3d
 
@@ -28,8 +29,9 @@ class FrameConv(CausalConv3d):
 
 
 def single_frame(vae: VAE) -> contextlib.AbstractContextManager:
-    """Inside, the VAE takes videos of one frame only."""
-    return swapped(vae, {CausalConv3d: FrameConv})
+    """Inside, the VAE takes videos of one frame only; its fast forms, which are for several, are not used."""
+    plain = {fast: plain for plain, fast in FORMS.items()}
+    return swapped(vae, plain | {CausalConv3d: FrameConv, FastCausalConv3d: FrameConv})
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Faster forms of a finished model: the same weights, the same results but for rounding, other code.
 
 `install` swaps the classes of modules for subclasses of the same name with Fast in front, so that print(model) shows
-what runs; `remove` swaps them back. A form computes as its plain class does where gradients are enabled, since it
-writes over activations, and where it would gain nothing. The forms of the VAE are in `fast_vae.py`.
+what runs; `remove` swaps them back. A form that writes over activations, or would gain nothing, computes as its plain
+class does where gradients are enabled; FastUpsample and FastFloat32Linear write over none and always run, with the
+right gradients. The forms of the VAE are in `fast_vae.py`.
 """
 
 import functools

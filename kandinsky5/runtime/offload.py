@@ -43,7 +43,8 @@ def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, 
                 inside = {key.removeprefix(prefix): own.pop(key) for key in weights if key.startswith(prefix)}
                 vars(block).update(resting=inside, works_on=device)
     if streamed:
-        model.run_blocks = run_streamed  # type: ignore[assignment]
+        assert "run_blocks" not in vars(model), "what wraps run_blocks would be lost: rest the model first"
+        vars(model).update(run_blocks=run_streamed)
     vars(model).update(resting=own, works_on=device)
     return model
 
