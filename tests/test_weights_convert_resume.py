@@ -62,6 +62,21 @@ def test_finished_shards_are_not_written_again(whole, tmp_path):
     assert finished.items() <= {path.name: path.stat().st_ino for path in (tmp_path / "dst").rglob("*")}.items()
 
 
+def test_a_checkpoint_resumes_in_the_model_where_it_stopped(tmp_path):
+    """With models before it that are finished, and models after it that were not begun."""
+    options = {**DIT, "only": None, "max_shard_size": 1_000_000}
+    to_diffusers(native(), tmp_path / "whole", **options)
+    models = {path.parent.name for path in (tmp_path / "whole").rglob("*.safetensors")}
+    count = len(list((tmp_path / "whole").rglob("*.safetensors")))
+    start(tmp_path / "dst", shards=count // 2, **{"only": None, "max_shard_size": 1_000_000})
+    partial = list((tmp_path / ".dst.partial").rglob("*.safetensors"))
+    begun, finished = {path.parent.name for path in partial}, {path.stat().st_ino for path in partial}
+    assert 1 < len(begun) < len(models)
+    to_diffusers(native(), tmp_path / "dst", resume=True, **options)
+    assert is_equal(tmp_path / "dst", tmp_path / "whole")
+    assert finished <= {path.stat().st_ino for path in (tmp_path / "dst").rglob("*.safetensors")}
+
+
 def cut(data: bytes) -> bytes:
     return data[:-1]
 
