@@ -16,7 +16,7 @@ from kandinsky5 import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make one video; returns the exit code. Raises ValueError or OSError for what cannot be made."""
+    """Make one video; returns the exit code. Raises ValueError or OSError for invalid requests."""
     options, others = parse_arguments(arguments)
     if others or options.prompt is None:
         return cli.sample(arguments)

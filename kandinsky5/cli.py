@@ -206,8 +206,8 @@ def sample(arguments: list[str] | None = None) -> int:
         folder = checkpoint.find_checkpoint(settings["checkpoint"])
         config = checkpoint.load_config(folder / "config.json")
         _read_ratios(settings)
-        asked = {name: settings[name] for name in REQUEST if name in settings}
-        request = Request.resolve(config, settings["prompt"], settings["image"], **asked)
+        requested = {name: settings[name] for name in REQUEST if name in settings}
+        request = Request.resolve(config, settings["prompt"], settings["image"], **requested)
         settings.setdefault("fps", config.sampling.fps)
         check_writable(output, request.num_frames, settings["fps"], settings["quality"])
         enlarge = settings["enlarge"]

@@ -26,7 +26,7 @@ LONGEST_PROMPT = 100_000  # characters; 256 tokens of them are read, and a longe
 ROPE_RULE = "give three positive numbers for T, H and W, up to a million, such as (1, 2, 2)"
 OUTPUT_TYPES = ("uint8", "float", "latents")
 
-Image = str | Path | Tensor | np.ndarray  # or a picture of Pillow's
+Image = str | Path | Tensor | np.ndarray  # or Pillow's
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +77,9 @@ class Request:
         rope_scale: tuple[float, float, float] | None = None, seed: int | list[int] = 0, latents: Tensor | None = None,
         num_videos_per_prompt: int = 1, max_sequence_length: int | None = None, output_type: str = "uint8",
     ) -> "Request":  # fmt: skip
-        """What `Pipeline.__call__` was asked for; None means the config's value. latents: (B, T, h, w, 16).
+        """The arguments of `Pipeline.__call__`; None means the config's value. latents: (B, T, h, w, 16).
 
-        Raises ValueError for what cannot be used.
+        Raises ValueError for invalid or unsupported ones.
         """
         sampling = config.sampling
         prompts = check_texts("prompt", prompt, None)
@@ -181,7 +181,7 @@ def read_images(image: Image | list | None, count: int) -> tuple[Tensor, ...] | 
 
 
 def read_image(image: Image) -> Tensor:
-    """A path, array or picture of Pillow's → uint8 (H, W, 3). Raises ValueError for what is no image."""
+    """A path, an array or Pillow's image → uint8 (H, W, 3). Raises ValueError for what is no image."""
     if isinstance(image, (str, Path)):
         return video_io.read_image(image)
     try:
@@ -210,7 +210,7 @@ def check_task(config: PipelineConfig, has_image: bool) -> None:
 def choose_size(
     config: PipelineConfig, images: tuple[Tensor, ...] | None, height: int | None, width: int | None
 ) -> tuple[int, int]:
-    """Pixels (height, width) of the videos: as asked, or of the images' shape, each (H, W, 3). Raises ValueError."""
+    """Pixels (height, width) of the videos: as requested, or by the images, each (H, W, 3). Raises ValueError."""
     sampling = config.sampling
     if images is not None and height is None and width is None:
         area, divisor = sampling.image_area, config.side_divisor
@@ -268,10 +268,10 @@ def plan_skips(step_skipping: Any, model: str, steps: int, guidance_scale: float
 
 
 def choose_rope_scale(
-    asked: object, configured: tuple[float, float, float] | None, height: int, width: int
+    requested: object, configured: tuple[float, float, float] | None, height: int, width: int
 ) -> tuple[float, float, float]:
-    """What positions (T, H, W) are divided by: as asked, the checkpoint's, or by size. Raises ValueError."""
-    scale = (configured or scale_for_size(height, width)) if asked is None else asked
+    """What positions (T, H, W) are divided by: as requested, the checkpoint's, or by size. Raises ValueError."""
+    scale = (configured or scale_for_size(height, width)) if requested is None else requested
     if not isinstance(scale, (list, tuple)) or len(scale) != 3:
         raise ValueError(
             f"rope_scale {reprlib.repr(scale)}: give three positive numbers for T, H, W, such as (1, 2, 2)"

@@ -28,7 +28,7 @@ from einops import rearrange
 from kandinsky5.files import check_regular, check_writable, free_name, parse_json, read_bytes, replacing
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
-# is up to 18 levels off in a smooth picture; with these flags it interpolates (within 3 of libjpeg).
+# is up to 18 levels off in a smooth image; with these flags it interpolates (within 3 of libjpeg).
 SMOOTH = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 IMAGE_SIGNATURES: dict[Literal["mjpeg", "png", "webp"], bytes] = {
     "mjpeg": rb"\xff\xd8\xff",
@@ -68,11 +68,11 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
         stream = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, not a grey patch
         frames = [
-            # a phone's upright video is stored lying down, with the angle (counterclockwise) beside it
+            # a phone's upright video is stored lying down, with the angle (counterclockwise) next to it
             np.rot90(frame.to_ndarray(format="rgb24", interpolation=SMOOTH), k=round(frame.rotation / 90))
             for frame in container.decode(stream)
         ]
-        if stream.average_rate is None:  # such as a GIF of one picture
+        if stream.average_rate is None:  # such as a GIF of one frame
             raise ValueError("it does not say how many frames a second it has")
         return torch.from_numpy(np.stack(frames)), float(stream.average_rate)
 
@@ -80,7 +80,7 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
 def keep_aspect_size(height: int, width: int, area: int, divisor: int) -> tuple[int, int]:
     """(height, width) scaled to about `area` pixels, each side rounded to a multiple of `divisor`.
 
-    The official code's rule for image-to-video, at 512·768 or 1024² pixels, when no size is asked for.
+    The official code's rule for image-to-video, at 512·768 or 1024² pixels, when no size is requested.
     """
     factor = math.sqrt(area / (height * width))
     height, width = (max(divisor, round(side * factor / divisor) * divisor) for side in (height, width))
@@ -132,7 +132,7 @@ def write_video(
     frames: uint8, or floats in [0, 1]; also a batch of one, as a pipeline returns it.
     quality: 10 is lossless to the eye (x264's CRF 18), 8 is good (22), 5 is small (28), 1 is rough (36).
     metadata: kept in the file for `read_metadata`, as JSON in the comment tag.
-    compress: False writes a PNG faster and larger: of smooth pictures twenty times and three times.
+    compress: False writes a PNG faster and larger: of smooth images twenty times and three times.
     The same frames give the same bytes. A failure leaves an older file at `path` as it was, and nothing else.
     Raises what `check_writable` raises, OSError if the disk is full, ValueError for other frames and for odd sides in
     an mp4.
@@ -210,7 +210,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 
 
 def _decode_image(data: bytes) -> av.VideoFrame:
-    """The picture in the bytes of a JPEG, PNG or WebP file. Raises ValueError or av.FFmpegError.
+    """The image in the bytes of a JPEG, PNG or WebP file. Raises ValueError or av.FFmpegError.
 
     Straight to the decoder: a demuxer would take text for ANSI art, and %d in a name for a series of files.
     """
@@ -218,7 +218,7 @@ def _decode_image(data: bytes) -> av.VideoFrame:
     if not names:
         raise ValueError("it is no such image" if data else "it is empty")
     decoder = av.CodecContext.create(names[0], "r")
-    decoder.options = {"err_detect": "explode"}  # a truncated JPEG is an error, not half a grey picture
+    decoder.options = {"err_detect": "explode"}  # a truncated JPEG is an error, not an image that is half grey
     return (decoder.decode(av.Packet(data)) + decoder.decode(None))[0]
 
 
@@ -237,7 +237,7 @@ def _exif_orientation(data: bytes) -> int:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, directory)
         entries = [struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i) for i in range(count)]
-    except struct.error:  # damaged: show the picture as it is stored, like viewers do
+    except struct.error:  # damaged: show the image as it is stored, like viewers do
         return 1
     orientation = {tag: value for tag, _, _, value in entries}.get(0x0112, 1)
     return orientation if 1 <= orientation <= 8 else 1
@@ -264,7 +264,7 @@ def _encode_mp4(path: Path, frames: np.ndarray, fps: float, quality: float, comm
         encoder = stream.codec_context
         # x264's bytes depend on the number of threads; the default is the machine's number of cores
         encoder.thread_count, encoder.thread_type = 4, "FRAME"
-        # without these tags players guess BT.601 or BT.709 by the picture's size
+        # without these tags players guess BT.601 or BT.709 by the frame's size
         encoder.color_range, encoder.colorspace = ColorRange.MPEG, Colorspace.ITU709
         encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for rgb in frames:

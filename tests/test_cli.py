@@ -64,7 +64,7 @@ def test_handlers_are_restored_after_a_signal(capsys, number):
     assert capsys.readouterr().err == "interrupted: run it again\n" and signal.getsignal(number) is before
 
 
-def test_an_import_that_turns_an_interrupt_into_another_error_is_interrupted(capsys):
+def test_an_interrupt_raised_as_another_error_is_interrupted(capsys):
     def main():
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -72,7 +72,7 @@ def test_rope_scale_divides_positions():
         dit(**inputs)
 
 
-def test_unpatchify_undoes_patchify_up_to_the_order_inside_a_patch():
+def test_unpatchify_undoes_patchify_but_for_patch_order():
     x, size = torch.randn(2, 4, 6, 8, 5), (2, 2, 4)
     channel_last = patchify(x, size)
     channel_first = rearrange(channel_last, "... (p C) -> ... (C p)", C=5)

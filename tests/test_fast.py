@@ -173,7 +173,7 @@ def test_statistics_frame_by_frame_are_those_of_the_video(dtype, tolerance):
 
 @native_bf16
 @pytest.mark.parametrize("pairs_from", [0, 10**9])
-def test_in_half_precision_every_convolution_gets_and_gives_channels_last(pairs_from, vae, monkeypatch):
+def test_half_precision_convolutions_keep_channels_last(pairs_from, vae, monkeypatch):
     """One that did not would make all later ones copy. And the error of bf16 is what it is in the plain layout."""
     exact, half = VAE(SMALL_VAE), VAE(SMALL_VAE).to(torch.bfloat16)
     half.load_state_dict(vae.state_dict())
@@ -197,7 +197,7 @@ def test_in_half_precision_every_convolution_gets_and_gives_channels_last(pairs_
         assert relative_error(ours, right) < 1.2 * relative_error(theirs, right)
 
 
-def test_without_gradients_activations_take_no_memory_of_their_own():
+def test_without_gradients_activations_are_in_place():
     vae, seen = VAE(SMALL_VAE), []
     fast.install(vae)
 
@@ -227,7 +227,7 @@ def test_conv_of_repeated_is_the_conv_of_the_repeated_video(double_time, T):
 
 @pytest.mark.parametrize("T", [1, 2, 3, 6])
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1.2), (torch.bfloat16, 3)])
-def test_two_frames_at_a_time_are_about_as_close_to_float64_as_the_plain_convolution(T, dtype, most):
+def test_two_frames_at_a_time_are_as_exact_as_the_plain_conv(T, dtype, most):
     """0.84 and 2.6 times its error at most, measured over 40 seeds with T 6."""
     conv = randomise(CausalConv3d(24, 7)).to(dtype)
     x = torch.randn(2, 24, T + 2, 5, 6).to(dtype)

@@ -31,7 +31,7 @@ counted = pytest.mark.skipif(
 
 
 @counted
-def test_pages_of_freed_tensors_are_used_again_inside_and_given_back_at_the_end():
+def test_freed_pages_are_reused_inside_and_returned_after():
     def resident() -> int:
         with open("/proc/self/statm") as file:
             return PAGE * int(file.read().split()[1])

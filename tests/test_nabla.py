@@ -55,12 +55,12 @@ def test_window_is_near_in_all_three_axes(window):
     assert torch.equal(built, torch.tensor(expected))
 
 
-def test_window_alone_keeps_the_share_that_spec_names_for_a_lite_10s_clip():
+def test_window_alone_keeps_the_known_share_of_lite_10s():
     window = nabla.build_window((61, 32, 48), (11, 3, 3), torch.device("cpu"))
     assert window.float().mean().item() == pytest.approx(0.048, abs=0.0005)
 
 
-def test_block_map_is_per_head_and_per_sample_and_contains_the_window():
+def test_block_map_is_per_head_and_sample_with_the_window():
     grid, config = (3, 16, 16), NablaConfig(P=0.5, window=(1, 1, 1))
     q, k = torch.randn(2, 2, 3, 3 * 256, 8) * 6
     chosen = nabla.block_map(q, k, grid, config)

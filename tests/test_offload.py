@@ -125,7 +125,7 @@ def test_step_skipping_goes_with_it(saved):
     assert frames[0].equal(frames[1])
 
 
-def test_mapped_weights_are_those_of_the_file_and_cannot_be_written_to(saved, tmp_path):
+def test_mapped_weights_equal_the_file_and_are_read_only(saved, tmp_path):
     file = Path(shutil.copy(saved / "dit.safetensors", tmp_path))
     with torch.device("meta"):
         dit = DiT(SMALL_DIT)

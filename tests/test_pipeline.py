@@ -51,7 +51,7 @@ def test_noise_is_drawn_on_the_cpu_in_float32(pipe):
     assert seen[0][0].equal(expected)
 
 
-def test_a_batch_of_unequal_prompts_gives_each_what_it_gets_alone(pipe):
+def test_in_a_batch_each_prompt_gets_what_it_gets_alone(pipe):
     prompts = ["a fox", "a very long description of a red fox that runs through deep snow", ""]
     together = run(pipe, prompts, num_videos_per_prompt=2, seed=5, output_type="latents")
     assert together.shape[0] == 6
@@ -125,7 +125,7 @@ def test_image_is_the_first_frame_and_keeps_its_shape(pipe):
     assert expected.shape == (2, 1, 4, 8, 16) and latents[:, :1].equal(expected[:1])
 
 
-def test_mask_channel_marks_the_given_frame_and_conditioning_is_zero(pipe):
+def test_mask_marks_the_given_frame_and_conditioning_is_zero(pipe):
     latents = torch.randn(1, 3, 4, 6, 16)
     without, given = (pipe.build_condition(latents, frame) for frame in (None, latents[:, :1]))
     assert without.shape == (1, 3, 4, 6, 17) and not without.any()
@@ -178,7 +178,7 @@ def test_nan_from_the_decoder_is_named_and_not_drawn_black():
         run(pipe)
 
 
-def test_progress_of_encoding_sampling_and_decoding_is_shown_and_can_be_left_out(pipe, capsys):
+def test_progress_of_every_stage_is_shown_and_optional(pipe, capsys):
     pipe("a fox", num_frames=29)
     shown = capsys.readouterr().err
     assert all(bar in shown for bar in ("encoding: 100%", "sampling: 100%", "decoding: 100%", "29/29", "2/2"))
@@ -332,7 +332,7 @@ def test_a_precision_that_no_model_has_is_refused(dtype):
         Pipeline.load("nano", dtype=dtype)
 
 
-def test_lists_give_each_prompt_its_own_image_negative_prompt_and_seed(pipe):
+def test_lists_give_each_prompt_its_own_settings(pipe):
     images = [torch.full((32, 48, 3), level, dtype=torch.uint8) for level in (0, 255)]
     lists = dict(image=images, negative_prompt=["rain", "snow"], seed=[5, 90], num_videos_per_prompt=2)
     together = run(pipe, ["a fox", "a dog"], output_type="latents", **lists)
@@ -368,7 +368,7 @@ def test_a_callback_can_use_gradients(pipe):
     assert run(pipe, callback=callback).shape == (1, 5, 32, 48, 3)
 
 
-def test_a_second_call_is_refused_while_one_runs_and_the_pipeline_stays_usable(pipe):
+def test_a_second_call_is_refused_while_one_runs(pipe):
     expected = run(pipe)
 
     def again(step, t, x):

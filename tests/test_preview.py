@@ -1,4 +1,4 @@
-"""Previews: the picture that a step foresees, the map it is drawn with, and the two places where it is shown."""
+"""Previews: the frame that a step foresees, the map it is drawn with, and the two places where it is shown."""
 
 import io
 import os
@@ -33,12 +33,12 @@ class Blocks(nn.Module):
         return Posterior(mean, mean)
 
 
-def test_a_linear_vae_is_fitted_exactly_with_its_scale_and_its_constant():
+def test_a_linear_vae_is_fitted_exactly():
     vae = Blocks()
     colours = preview.fit_colours(vae)
-    picture = torch.rand(1, 3, 1, 64, 64) * 2 - 1
-    latents = vae.encode(picture).mean[0, :, 0].movedim(0, -1) * SMALL_VAE.scaling_factor  # (8, 8, 16)
-    expected = F.avg_pool2d((picture[0, :, 0] + 1) * 127.5, 8).movedim(0, -1)  # (8, 8, 3)
+    frame = torch.rand(1, 3, 1, 64, 64) * 2 - 1
+    latents = vae.encode(frame).mean[0, :, 0].movedim(0, -1) * SMALL_VAE.scaling_factor  # (8, 8, 16)
+    expected = F.avg_pool2d((frame[0, :, 0] + 1) * 127.5, 8).movedim(0, -1)  # (8, 8, 3)
     assert (preview.draw(latents, colours).float() - expected).abs().max() <= 0.51  # rounding
 
 
@@ -73,8 +73,8 @@ def test_a_preview_is_of_the_data_that_the_step_foresees(identity):
     euler_sample(lambda x, t: noise - data, noise, flow_schedule(7, 10.0), callback=callback)
     assert [step for step, _ in shown] == [1, 3, 5]
     expected = ((data[:, 2, ..., :3] + 1) * 127.5).round()  # frame 2 of 0 … 4
-    for _, picture in shown:
-        assert picture.dtype == torch.uint8 and (picture.float() - expected).abs().max() <= 1
+    for _, frame in shown:
+        assert frame.dtype == torch.uint8 and (frame.float() - expected).abs().max() <= 1
 
 
 def test_the_velocity_is_that_of_the_last_step(identity):
@@ -87,11 +87,11 @@ def test_the_velocity_is_that_of_the_last_step(identity):
         return v
 
     times = flow_schedule(5, 3.0)
-    callback = preview.build_callback(None, lambda step, picture: shown.append(picture))
+    callback = preview.build_callback(None, lambda step, frame: shown.append(frame))
     euler_sample(velocity, torch.randn(1, 3, 2, 2, 16), times, callback=callback)
-    for picture, (x, t, v) in zip(shown, steps[1:], strict=True):
+    for frame, (x, t, v) in zip(shown, steps[1:], strict=True):
         expected = ((x - t * v)[:, 1, ..., :3].clamp(-1, 1) + 1) * 127.5
-        assert (picture.float() - expected).abs().max() <= 0.51
+        assert (frame.float() - expected).abs().max() <= 0.51
 
 
 def test_one_callback_serves_one_video_after_the_other(identity):
@@ -102,14 +102,14 @@ def test_one_callback_serves_one_video_after_the_other(identity):
         euler_sample(lambda x, t, v=noise - data: v, noise, flow_schedule(3, 3.0), callback=callback)
         assert [step for step, _ in shown] == [1, 2]
         expected = ((data[:, 1, ..., :3] + 1) * 127.5).round()
-        assert all((picture.float() - expected).abs().max() <= 1 for _, picture in shown)
+        assert all((frame.float() - expected).abs().max() <= 1 for _, frame in shown)
         shown.clear()
 
 
 def test_the_sampler_is_not_disturbed():
     pipe, shown = build_small_pipeline(), []
     options = {"num_inference_steps": 4, "output_type": "latents", "progress": False}
-    callback = preview.build_callback(pipe.vae, lambda step, picture: shown.append((step, picture.shape)))
+    callback = preview.build_callback(pipe.vae, lambda step, frame: shown.append((step, frame.shape)))
     assert pipe(["a fox", "a dog"], callback=callback, **options).equal(pipe(["a fox", "a dog"], **options))
     assert shown == [(step, (2, 4, 6, 3)) for step in (1, 2, 3)]
 
@@ -125,13 +125,13 @@ def test_a_file_is_replaced_whole_and_has_the_size_of_the_video(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_large_picture_is_enlarged_to_a_side_of_384(tmp_path):
-    picture = torch.zeros(1, 64, 96, 3, dtype=torch.uint8)
-    preview.open_place(tmp_path / "preview.png")(0, picture)
+def test_a_large_frame_is_enlarged_to_a_side_of_384(tmp_path):
+    frame = torch.zeros(1, 64, 96, 3, dtype=torch.uint8)
+    preview.open_place(tmp_path / "preview.png")(0, frame)
     assert video_io.read_image(tmp_path / "preview.png").shape == (256, 384, 3)
 
 
-def test_a_disk_that_fills_up_costs_the_preview_and_not_the_video(tmp_path, monkeypatch):
+def test_a_full_disk_loses_the_preview_not_the_video(tmp_path, monkeypatch):
     show = preview.open_place(tmp_path / "preview.png")
 
     def full(*_):
@@ -165,15 +165,15 @@ class Screen(io.StringIO):
         return grid
 
 
-def test_in_a_terminal_a_character_is_two_pixels_and_a_picture_covers_the_one_before(monkeypatch):
+def test_terminal_previews_replace_each_other(monkeypatch):
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((7, 5)))
     show = preview.open_place(True)
     for step in range(2):
-        picture = torch.randint(0, 256, (1, 4, 6, 3), dtype=torch.uint8)
-        show(step, picture)
-    pixels = [[tuple(pixel) for pixel in row] for row in picture[0].tolist()]
+        frame = torch.randint(0, 256, (1, 4, 6, 3), dtype=torch.uint8)
+        show(step, frame)
+    pixels = [[tuple(pixel) for pixel in row] for row in frame[0].tolist()]
     expected = {(y, x): (pixels[2 * y][x], pixels[2 * y + 1][x]) for y in range(2) for x in range(6)}
     assert screen.cells() == expected
 
@@ -188,7 +188,7 @@ def test_in_a_terminal_a_character_is_two_pixels_and_a_picture_covers_the_one_be
         (5, 1, 8, 8, 1, 1),
     ],
 )
-def test_a_picture_fits_the_terminal(monkeypatch, columns, rows, height, width, lines, characters):
+def test_a_frame_fits_the_terminal(monkeypatch, columns, rows, height, width, lines, characters):
     """As large as there is room with its shape kept, and no larger than the video."""
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)

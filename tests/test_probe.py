@@ -108,7 +108,7 @@ def test_weights_times_values_is_the_attention(name, config):
         assert found[~mask.expand_as(found)].eq(0).all()
 
 
-def test_chosen_heads_and_queries_are_a_part_of_the_whole_also_in_chunks(monkeypatch):
+def test_chosen_heads_and_queries_equal_part_of_the_whole(monkeypatch):
     dit = small_dit(SMALL_NABLA)
     with record_attention(dit, SELF, keep=weights()) as whole:
         dit(**inputs())

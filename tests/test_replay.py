@@ -20,7 +20,7 @@ from kandinsky5.extras.magcache.__main__ import save
 from random_weights import SMALL
 
 
-def test_compile_is_in_the_file_and_a_replay_does_without_unless_asked(cli, monkeypatch):
+def test_compile_is_recorded_and_replayed_only_if_requested(cli, monkeypatch):
     asked = []
     monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: asked.append(1))
     assert cli(*FOX, "--compile")[0] == 0 and video_io.read_metadata("out.mp4")["compile"] is True
@@ -93,7 +93,7 @@ def test_replay_of_skipped_steps_needs_no_file_of_ratios(cli):
     ],
     ids=lambda options: options[0],
 )
-def test_an_option_beside_replay_wins_and_the_rest_stays(cli, options):
+def test_options_win_over_replayed_settings(cli, options):
     """480 pixels also change the RoPE scale of a checkpoint that names none."""
     first = [*FOX, "--num-frames", "1", "--guidance", "1", "--seed", "2"]
     size = ["--height", "32", "--width", "48"]  # an image of its own would choose another
@@ -103,7 +103,7 @@ def test_an_option_beside_replay_wins_and_the_rest_stays(cli, options):
     assert Path("b.png").read_bytes() == Path("direct.png").read_bytes() != Path("a.png").read_bytes()
 
 
-def test_replay_with_another_model_takes_its_own_steps_and_scales_and_says_so(cli, checkpoint):
+def test_replay_with_another_model_takes_its_defaults(cli, checkpoint):
     shutil.copytree("small", "other", symlinks=True)
     Path("other/config.json").unlink()
     scaled = replace(
@@ -138,7 +138,7 @@ def test_replay_says_what_is_not_as_it_was(cli, refused, here):
     assert cli(*replay, "--checkpoint", "moved")[0] == 0
 
 
-def test_replay_with_other_weights_is_refused_unless_they_are_asked_for(cli, refused, here):
+def test_replay_with_other_weights_needs_them_named(cli, refused, here):
     assert cli(*FOX)[0] == 0
     old, replay = Path("small/dit.safetensors").resolve(), ["--replay", "out.mp4", "-o", "again.mp4"]
     state = {name: tensor * 1.01 for name, tensor in load_file(old).items()}  # as after more training
@@ -262,7 +262,7 @@ def test_of_several_checkpoints_the_recorded_one_is_replayed(cli, here, monkeypa
     ],
     ids=lambda changes: str(changes)[:40],
 )
-def test_a_strangers_wishes_are_refused(cli, refused, changes):
+def test_excessive_or_foreign_settings_are_refused(cli, refused, changes):
     os.mkfifo("pipe.png")
     refused(stranger(cli, **changes), "strange.mp4")
 
@@ -273,7 +273,7 @@ def test_a_stranger_chooses_no_device_and_compiles_nothing(cli, monkeypatch):
     assert code == 0 and video_io.read_metadata("again.mp4")["device"] == "cpu" and len(lines) == 2
 
 
-def test_what_a_stranger_wrote_is_printed_without_control_characters(cli):
+def test_recorded_text_is_printed_without_control_characters(cli):
     osc = "\x1b]52;c;cHduZWQ=\x07"
     code, _, lines = cli(*stranger(cli, version=osc, device=osc, prompt=f"a {osc} fox"))
     assert code == 0 and not any("\x1b" in line or "\x07" in line for line in lines)

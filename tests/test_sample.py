@@ -38,7 +38,7 @@ def test_stdout_is_one_line_and_stderr_shows_the_progress(here, capsys):
     assert frames.shape == (5, 32, 48, 3) and fps == 24
 
 
-def test_what_is_not_given_is_the_checkpoints_own_and_all_of_it_is_in_the_file(cli, here):
+def test_defaults_are_the_checkpoints_and_are_in_the_file(cli, here):
     assert cli(*FOX)[0] == 0
     sampling = SMALL.sampling
     assert video_io.read_metadata("out.mp4") == {
@@ -110,7 +110,7 @@ def test_a_preview_is_no_part_of_the_video(cli):
 )
 def test_a_preview_is_shown_at_most_ten_times(cli, monkeypatch, steps, shown):
     seen = []
-    monkeypatch.setattr("kandinsky5.extras.preview.open_place", lambda place: lambda step, picture: seen.append(step))
+    monkeypatch.setattr("kandinsky5.extras.preview.open_place", lambda place: lambda step, frame: seen.append(step))
     assert cli(*FOX, "--steps", steps, "--preview")[0] == 0
     assert seen == shown
 
@@ -129,7 +129,7 @@ def test_no_output_takes_the_place_of_an_input(cli, refused):
         refused(options, "would replace the file of")
 
 
-def test_the_default_name_is_numbered_and_a_given_one_overwritten(cli):
+def test_the_default_name_is_numbered_a_given_one_overwritten(cli):
     first = cli(*FOX)[1], cli(*FOX)[1], cli("--replay", "out.mp4")[1]
     assert [line.split(":")[0] for line in first] == ["out.mp4", "out-2.mp4", "out-3.mp4"]
     before = Path("out.mp4").read_bytes()
@@ -215,7 +215,7 @@ def test_nothing_to_do_is_said(refused):
     refused([], "no prompt: give one", "--replay FILE")
 
 
-def test_an_image_goes_to_an_i2v_checkpoint_and_a_bare_prompt_to_a_t2v_one(refused):
+def test_an_image_needs_an_i2v_checkpoint_and_i2v_an_image(refused):
     for task, options, words in [
         ("t2v", ["--image", "image.png"], "small makes videos from a prompt alone: leave the image out, or use an i2v"),
         ("i2v", [], "small makes videos from an image and a prompt: give an image (--image), or use a t2v"),
@@ -231,7 +231,7 @@ def test_nabla_asks_for_sides_of_128(refused):
     refused([*FOX, "--height", "144"], "height 144: with NABLA a side is a multiple of 128; try 128 or 256")
 
 
-def test_a_mistake_in_a_process_of_its_own_leaves_code_2_and_no_traceback(here):
+def test_a_process_ends_with_code_2_and_no_traceback(here):
     done = in_process("a fox", "--checkpoint", "nowhere/at/all")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: there is no checkpoint folder nowhere/at/all: check the spelling, or name a preset\n"
@@ -313,7 +313,7 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
     refused([*FOX, "--device", "cpu"], "not enough memory (out of memory)", "--tile-space", "--offload")
 
 
-def test_a_video_that_will_not_fit_is_refused_before_the_first_step(cli, refused, monkeypatch):
+def test_a_video_that_does_not_fit_is_refused_before_step_one(cli, refused, monkeypatch):
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: 7 * 10**8)
     large = [*FOX, "--height", "512", "--width", "512"]
     monkeypatch.setattr(kandinsky5.Pipeline, "sample", lambda *arguments: pytest.fail("steps were made"))
@@ -373,7 +373,7 @@ def test_a_file_can_do_without_settings(cli):
         video_io.read_metadata("out.mp4")
 
 
-def test_the_minimal_path_and_all_the_options_write_the_same_file(cli):
+def test_minimal_path_and_all_options_write_the_same_file(cli):
     common = [*FOX, "--steps", "3", "--seed", "5", "--negative-prompt", "rain", "--image", "image.png", "--fps", "7"]
     assert cli(*common, "-o", "minimal.mp4")[0] == 0
     assert run_cli(lambda: dispatch(["sample", *common, "--schedule", "official", "-o", "all.mp4"])) == 0
@@ -398,7 +398,7 @@ def test_help_teaches(cli):
     assert len(options) == 26
 
 
-def test_importing_the_package_touches_no_gpu_no_network_and_no_reference():
+def test_importing_needs_no_gpu_network_or_reference():
     program = """
 import json, socket, sys
 import torch

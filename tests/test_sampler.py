@@ -49,7 +49,7 @@ def test_guidance():
     torch.testing.assert_close(guided_velocity(v, u, 5.0), 5 * v - 4 * u)
 
 
-def test_first_frame_is_what_was_given_before_every_step_and_at_the_end():
+def test_first_frame_stays_the_given_one_at_every_step():
     given, seen = torch.randn(1, 1, 2, 2, 3), []
 
     def velocity(x, t):
@@ -74,7 +74,7 @@ def test_callback_sees_each_step_and_may_change_or_stop():
     assert found.item() == pytest.approx(9.75)
 
 
-def test_first_frames_move_to_the_statistics_after_them_within_limits():
+def test_first_frames_move_to_later_statistics_within_limits():
     latents = torch.randn(2, 12, 4, 4, 16)
     latents[:, 0] = 2.0 * latents[:, 0] + 0.7  # far off: both limits bind
     latents[:, 1] = 1.05 * latents[:, 1] + 0.02  # near: arrives at the target

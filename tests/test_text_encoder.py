@@ -101,7 +101,7 @@ def test_a_crop_that_does_not_fit_the_template_is_refused(encoder):
         TextEncoder(config, encoder.qwen, encoder.clip, encoder.qwen_tokenizer, encoder.clip_tokenizer)
 
 
-def test_qwen_padding_on_the_right_changes_nothing_and_the_mask_allows_it_on_the_left():
+def test_qwen_padding_changes_nothing_on_either_side():
     qwen = randomise(Qwen(replace(SMALL_QWEN, vocab_size=100)))
     ids = torch.randint(0, 100, (1, 9))
     expected = qwen(ids)

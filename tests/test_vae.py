@@ -39,14 +39,14 @@ def test_conv_sees_the_past_only():
     assert (difference[:3] == 0).all() and (difference[3:] > 0).all()
 
 
-def test_conv_of_one_frame_is_a_2d_conv_with_the_kernel_summed_over_time():
+def test_conv_of_one_frame_sums_the_kernel_over_time():
     conv, x = CausalConv3d(2, 3), torch.randn(1, 2, 1, 5, 5)
     padded = F.pad(x[:, :, 0], (1, 1, 1, 1), mode="replicate")
     expected = F.conv2d(padded, conv.weight.sum(dim=2), conv.bias)
     torch.testing.assert_close(conv(x)[:, :, 0], expected)
 
 
-def test_attention_frame_by_frame_is_attention_under_the_causal_mask():
+def test_attention_by_frames_equals_a_causal_mask():
     attention, x = randomise(CausalAttention(16, 4)), torch.randn(2, 16, 3, 4, 5)
     frame = torch.arange(3).repeat_interleave(20)
     mask = frame[:, None] >= frame  # a token sees its own and earlier frames

@@ -31,21 +31,21 @@ COLOURS = np.array(
 )
 
 
-def smooth_picture(height=64, width=96) -> Image.Image:
+def smooth_image(height=64, width=96) -> Image.Image:
     noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.BILINEAR)
 
 
-def with_alpha(picture: Image.Image) -> Image.Image:
-    alpha = np.linspace(0, 255, picture.width).astype(np.uint8)
-    picture = picture.copy()
-    picture.putalpha(Image.fromarray(np.tile(alpha, (picture.height, 1))))
-    return picture
+def with_alpha(image: Image.Image) -> Image.Image:
+    alpha = np.linspace(0, 255, image.width).astype(np.uint8)
+    image = image.copy()
+    image.putalpha(Image.fromarray(np.tile(alpha, (image.height, 1))))
+    return image
 
 
-def encoded(picture: Image.Image, file_format: str, **options) -> bytes:
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, file_format, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
@@ -54,7 +54,7 @@ def difference(a, b) -> int:
 
 
 def frames_of(num_frames=5, height=48, width=64) -> np.ndarray:
-    return np.stack([np.roll(np.asarray(smooth_picture(height, width)), 3 * i, axis=1) for i in range(num_frames)])
+    return np.stack([np.roll(np.asarray(smooth_image(height, width)), 3 * i, axis=1) for i in range(num_frames)])
 
 
 def is_one_line(error: BaseException, *words) -> bool:
@@ -71,7 +71,7 @@ def test_exif_orientation_turns_the_image_as_pillow_does(tmp_path, file_format, 
     exif[0x010F] = "a camera"  # an entry before the orientation
     exif[0x0112] = orientation
     path = tmp_path / "image"
-    path.write_bytes(encoded(smooth_picture(), file_format, exif=exif, **options))
+    path.write_bytes(encoded(smooth_image(), file_format, exif=exif, **options))
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
     image = read_image(path)
     assert image.dtype == torch.uint8 and image.shape == expected.shape
@@ -90,32 +90,32 @@ def test_big_endian_exif_is_read_and_damaged_exif_ignored(tmp_path):
         ),  # orientation 99
     ]:
         path = tmp_path / "a.jpg"
-        path.write_bytes(encoded(smooth_picture(), "JPEG", exif=b"Exif\0\0" + tiff))
+        path.write_bytes(encoded(smooth_image(), "JPEG", exif=b"Exif\0\0" + tiff))
         assert read_image(path).shape == shape, tiff
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        encoded(smooth_picture(), "JPEG", quality=95),
-        encoded(smooth_picture(), "JPEG", quality=95, progressive=True),
-        encoded(smooth_picture().convert("L"), "JPEG", quality=95),
-        encoded(smooth_picture().convert("CMYK"), "JPEG", quality=95),
-        encoded(smooth_picture(), "WEBP", quality=95),
-        encoded(with_alpha(smooth_picture()), "WEBP", quality=95),
-        encoded(smooth_picture(65, 97).convert("L"), "PNG"),
-        encoded(smooth_picture(65, 97).convert("1"), "PNG"),
-        encoded(smooth_picture(65, 97).convert("P"), "PNG"),
-        encoded(smooth_picture(65, 97).convert("P"), "PNG", transparency=5),
-        encoded(with_alpha(smooth_picture(65, 97)), "PNG"),
-        encoded(with_alpha(smooth_picture(65, 97)).convert("LA"), "PNG"),
+        encoded(smooth_image(), "JPEG", quality=95),
+        encoded(smooth_image(), "JPEG", quality=95, progressive=True),
+        encoded(smooth_image().convert("L"), "JPEG", quality=95),
+        encoded(smooth_image().convert("CMYK"), "JPEG", quality=95),
+        encoded(smooth_image(), "WEBP", quality=95),
+        encoded(with_alpha(smooth_image()), "WEBP", quality=95),
+        encoded(smooth_image(65, 97).convert("L"), "PNG"),
+        encoded(smooth_image(65, 97).convert("1"), "PNG"),
+        encoded(smooth_image(65, 97).convert("P"), "PNG"),
+        encoded(smooth_image(65, 97).convert("P"), "PNG", transparency=5),
+        encoded(with_alpha(smooth_image(65, 97)), "PNG"),
+        encoded(with_alpha(smooth_image(65, 97)).convert("LA"), "PNG"),
     ],
     ids="jpeg progressive grey-jpeg cmyk webp webp-a grey bit palette palette-a rgba grey-a".split(),
 )
 def test_every_kind_of_image_becomes_rgb_on_white(tmp_path, data):
     (tmp_path / "image").write_bytes(data)
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     assert difference(read_image(tmp_path / "image"), expected) <= (1 if data.startswith(b"\x89PNG") else 4)
 
 
@@ -127,8 +127,8 @@ def test_16_bit_png_keeps_its_brightness(tmp_path):
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("part", [0.05, 0.5, 0.95])
-def test_a_truncated_image_is_an_error_and_not_half_a_picture(tmp_path, file_format, part):
-    data = encoded(smooth_picture(), file_format)
+def test_a_truncated_image_is_an_error_and_not_half_an_image(tmp_path, file_format, part):
+    data = encoded(smooth_image(), file_format)
     path = tmp_path / "image"
     path.write_bytes(data[: int(part * len(data))])
     with pytest.raises(ValueError, match="cannot read") as error:
@@ -136,7 +136,7 @@ def test_a_truncated_image_is_an_error_and_not_half_a_picture(tmp_path, file_for
     assert is_one_line(error.value, path, "JPEG, PNG or WebP")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"a prompt, not a picture\n" * 99], ids=["missing", "empty", "text"])
+@pytest.mark.parametrize("content", [None, b"", b"a prompt, not an image\n" * 99], ids=["missing", "empty", "text"])
 @pytest.mark.parametrize("read", [read_image, read_video, read_metadata])
 def test_what_is_no_image_or_video_is_a_one_line_error(tmp_path, read, content):
     path = tmp_path / "file.png"
@@ -161,8 +161,8 @@ def test_devices_and_pipes_are_refused_at_once(tmp_path, read):
 
 @pytest.mark.parametrize("height, width", [(32, 48), (100, 33), (128, 192)])
 def test_resize_is_pillows_bilinear(height, width):
-    expected = smooth_picture().resize((width, height), Image.BILINEAR)
-    resized = resize_image(np.array(smooth_picture()), height, width)
+    expected = smooth_image().resize((width, height), Image.BILINEAR)
+    resized = resize_image(np.array(smooth_image()), height, width)
     assert resized.dtype == torch.uint8 and difference(resized, expected) <= 1
 
 
@@ -275,7 +275,7 @@ def test_a_truncated_or_damaged_video_is_an_error(tmp_path):
 
 def test_a_file_without_a_frame_rate_is_an_error(tmp_path):
     path = tmp_path / "one.gif"
-    Image.new("RGB", (64, 64)).save(path)  # GIF writes how long a picture stays only where there are several
+    Image.new("RGB", (64, 64)).save(path)  # GIF writes how long an image stays only where there are several
     with pytest.raises(ValueError, match="cannot read .*frames a second") as error:
         read_video(path)
     assert is_one_line(error.value, path, "give a")
@@ -431,7 +431,7 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     assert path.read_bytes() == b"the old film" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_path_that_cannot_be_written_is_a_one_line_error_before_the_work(tmp_path):
+def test_an_unwritable_path_is_refused_before_the_work(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()
     for name in ("missing/out.mp4", "folder.mp4", "file/out.mp4", "long" * 99 + ".mp4"):

@@ -1,4 +1,4 @@
-"""Lines on stderr about requests that can be met, but will hardly give what was hoped for."""
+"""Lines on stderr about requests that can be met, but are unlikely to give a good video."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def show(request: Request, config: PipelineConfig, text_encoder: TextEncoder, fo
 
 
 def note_other_size(request: Request, folder: Path, config: PipelineConfig) -> None:
-    """Where a bundled model is asked for another size or length than the one that it was trained on."""
+    """Where a request to a bundled model differs in size or length from what it was trained on."""
     trained = (config.sampling.num_frames, config.sampling.height, config.sampling.width)
     if (request.num_frames, request.height, request.width) != trained and folder.parent == SHIPPED:
         say(

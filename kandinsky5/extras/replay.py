@@ -111,7 +111,7 @@ def describe(
 
 
 def read_settings(path: str, given: dict) -> dict:
-    """What the file at `path` records for a replay with the options `given`. Raises ValueError where it cannot be."""
+    """What the file at `path` records for a replay with the options `given`. Raises ValueError for invalid ones."""
     recorded = _read(path)
     if recorded["num_inference_steps"] > MOST_STEPS and "num_inference_steps" not in given:
         raise ValueError(f"{path} requests num_inference_steps {recorded['num_inference_steps']}: confirm with --steps")
