@@ -6,9 +6,6 @@ have hundreds.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 from kandinsky5 import Pipeline
 from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.config_file import load_config
@@ -24,7 +22,7 @@ from kandinsky5.nano import evaluate, export, judge, presets
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ROOT / "docs" / "judge"
-TRAINED = ("nano", "nano-nocfg", "nano-distilled16steps")  # nano-10s, ten times as slow, has its own test
+TRAINED = {"nano": 6, "nano-nocfg": 6, "nano-distilled16steps": 16}  # steps; nano-10s, far slower, has its own test
 
 
 @functools.cache
@@ -36,15 +34,15 @@ def load(name: str) -> Pipeline:
 def test_clips_show_what_their_own_prompts_say(name):
     """And not what the other prompts say, so the test can fail."""
     captions = [evaluate.sample_prompt(one, 0)[1] for one in ("seen, English", "held out, Russian", "two objects")]
-    steps, texts = 16 if "16" in name else 10, [caption.text for caption in captions]
-    clips = load(name)(texts, num_inference_steps=steps, progress=False).numpy()
+    texts = [caption.text for caption in captions]
+    clips = load(name)(texts, num_inference_steps=TRAINED[name], progress=False).numpy()
     right = [[judge.score(judge.judge_clip(clip), caption)["all"] for caption in captions] for clip in clips]
     assert sum(right[i][i] for i in range(3)) >= 2 and not any(right[i][i - 1] or right[i][i - 2] for i in range(3))
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_given_image_moves_as_the_prompt_says(name):
-    results = list(evaluate.evaluate(load(name), "image to video", 1, num_inference_steps=10))
+    results = list(evaluate.evaluate(load(name), "image to video", 1, num_inference_steps=6))
     assert all(result["answers"]["motion and first frame"] for result in results), results
 
 
@@ -55,18 +53,16 @@ def test_the_vae_reconstructs_clips_at_30_db():
 
 
 def test_the_command_makes_a_video(tmp_path):
-    command = [sys.executable, ROOT / "sample.py", "a red circle", "--steps", "2", "--dtype", "float32"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "-o", tmp_path / "out.mp4"], check=True, capture_output=True, env=environment)
+    sample.main(["a red circle", "--steps", "2", "--dtype", "float32", "-o", str(tmp_path / "out.mp4")])
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
-def test_nano_10s_generates_long_clips_with_dropped_tiles():
-    """Colour and motion, which need few steps; a clip from a prompt and one from an image."""
+@pytest.mark.parametrize("task", ["image to video", pytest.param("seen, English", marks=pytest.mark.stages)])
+def test_nano_10s_generates_long_clips_with_dropped_tiles(task):
+    """Colour and motion, which need few steps."""
     pipe = load("nano-10s")
     with record_attention(pipe.dit, "visual_blocks.*.self_attention", keep=block_map) as seen:
-        results = list(evaluate.evaluate(pipe, "seen, English", 1, num_inference_steps=6))
-        results += evaluate.evaluate(pipe, "image to video", 1, num_inference_steps=6)
+        results = list(evaluate.evaluate(pipe, task, 1, num_inference_steps=4))
     claims = ("background", "colour", "motion")  # not every caption states the background
     right = [result["answers"][name] for result in results for name in claims if name in result["answers"]]
     assert all(right), results
