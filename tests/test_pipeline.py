@@ -200,6 +200,12 @@ def size_of(config: PipelineConfig) -> tuple[int, int, int]:
     return config.sampling.num_frames, config.sampling.height, config.sampling.width
 
 
+def with_two_blocks(config: PipelineConfig) -> PipelineConfig:
+    two = {"num_layers": 2}
+    dit, qwen, clip = replace(config.dit, num_visual_blocks=2), replace(config.qwen, **two), replace(config.clip, **two)
+    return replace(config, dit=dit, qwen=qwen, clip=clip)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_at_its_size_on_the_meta_device(name):
     """From token ids to latents, two steps; an operation that meets a tensor left on the CPU fails there.
@@ -207,7 +213,7 @@ def test_every_preset_runs_at_its_size_on_the_meta_device(name):
     Blocks are all alike, so two stand for up to sixty.
     """
     config = PRESETS[name]
-    pipe = build_meta_pipeline(replace(config, dit=replace(config.dit, num_visual_blocks=2)))
+    pipe = build_meta_pipeline(with_two_blocks(config))
     F, H, W = size_of(config)
     drawn = torch.zeros(config.sampling.height, config.sampling.width, 3, dtype=torch.uint8)
     image = drawn if config.tasks == ("i2v",) else None
@@ -219,7 +225,7 @@ def test_every_preset_runs_at_its_size_on_the_meta_device(name):
 def test_every_size_decodes_on_the_meta_device(F, H, W, monkeypatch):
     """Of a window's tiles, where nothing but the shape is known, one of each shape is computed."""
     assert len({(config.vae, config.tiling) for config in PRESETS.values()}) == 1  # presets differ in size alone
-    pipe = build_meta_pipeline(replace(PRESETS["t2v-lite-sft-5s"], dit=SMALL_DIT))
+    pipe = build_meta_pipeline(replace(with_two_blocks(PRESETS["t2v-lite-sft-5s"]), dit=SMALL_DIT))
     decode, videos = pipe.vae.decode, {}
 
     def decode_once(z):
@@ -300,7 +306,7 @@ def test_what_decoding_takes_is_shown(pipe, capsys):
 
 
 def test_a_tensor_left_on_the_cpu_is_noticed():
-    pipe = build_meta_pipeline(PRESETS["t2v-lite-nocfg-5s"])
+    pipe = build_meta_pipeline(with_two_blocks(PRESETS["t2v-lite-nocfg-5s"]))
     pipe.dit.patch_embedder.bias = torch.nn.Parameter(torch.zeros(pipe.config.dit.dim, dtype=torch.bfloat16))
     with pytest.raises((RuntimeError, NotImplementedError)):
         run(pipe, num_inference_steps=1)
