@@ -1,12 +1,12 @@
-"""Us beside diffusers on the same machine, in one run: time or peak memory of each piece of work, and the error.
+"""Us compared with diffusers on the same machine, in one run: time or peak memory of each piece of work, and the error.
 
     pip install -e '.[parity]' -c constraints.txt && python benchmarks/compare.py [--rows NAME ...] [--threads 2]
 
 Absolute figures mean little, so every row is a ratio theirs / ours (above 1: we are ahead) with equal weights and
 inputs on both sides. Times are taken in turn, ours, theirs, ours, theirs, …, and the ratio is the median over such
-pairs, with the smallest and the largest beside it; where theirs takes a minute it runs once, and stands in each pair
+pairs, with the smallest and the largest next to it; where theirs takes a minute it runs once, and stands in each pair
 ("1 + 2 runs", and what varies is ours). Memory is taken in a fresh process for every figure, which holds
-one side alone. rows.py says what each row does. The table goes to RESULTS/compare.md and compare.json, a plot of the
+one side alone. rows.py describes each row. The table goes to RESULTS/compare.md and compare.json, a plot of the
 ratios (with matplotlib) to compare.svg; rows that were not run now stay in it as they are. The machine should do
 nothing else meanwhile.
 """
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements of each row (default: 5)")
     parser.add_argument("--seconds", type=float, default=300, help="start no further pair after that (default: 300)")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every row works")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every row runs")
     parser.add_argument("--out", type=Path, metavar="RESULTS", help="default: benchmarks/results; with --tiny nowhere")
     parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)  # what measure_alone calls
     options = parser.parse_args()
@@ -115,7 +115,7 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         **{side: statistics.median(pair[side][key] for pair in pairs) for side in SIDES},
         "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "wanted": row.wanted,
+        "wanted": row.target,
         "error": error,
         "tolerance": row.tolerance,
         "agrees": error is None or error <= row.tolerance,
@@ -229,7 +229,7 @@ def read_results(out: Path | None) -> dict:
 
 
 def write_results(results: dict, out: Path | None) -> None:
-    """Table, figures and plot, each written beside its place and then renamed."""
+    """Table, figures and plot, each written next to its place and then renamed."""
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -246,27 +246,29 @@ def write_results(results: dict, out: Path | None) -> None:
 
 def build_table(results: dict) -> str:
     """Markdown: a line for each row in the order of `ROWS`, and below it where the figures come from."""
-    head = ("work (bf16 unless said)", "ours", "theirs", "ratio", "from to", "runs", "wanted", "", "error", "date")
+    head = ("work (bf16 unless stated)", "ours", "theirs", "ratio", "from to", "runs", "target", "", "error", "date")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     rows = [results[row.name] for row in ROWS if row.name in results]
     for row in rows:
         figures = " | ".join(format_figure(row, side) for side in SIDES)
         spread = " to ".join(f"{ratio:.2f}" for ratio in row["spread"])
         has_target = row["wanted"] is not None and not row["tiny"]  # targets are for full sizes
-        wanted = f"{row['wanted']:.3g}" if has_target else ""
-        reached = ("reached" if is_reached(row) else "**not reached**") if has_target else ""
+        target = f"{row['wanted']:.3g}" if has_target else ""
+        met = ("met" if is_met(row) else "**not met**") if has_target else ""
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
         ratio, runs, date = f"{row['ratio']:.2f}", count_runs(row), row["date"].split()[0]
-        cells = (row["work"], figures, ratio, spread, runs, wanted, reached, error, date)
+        cells = (row["work"], figures, ratio, spread, runs, target, met, error, date)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
     dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
     rates = [row["matmul"] for row in rows if "matmul" in row]  # older rows do not have it
-    bare = f" A bare bf16 matmul ran at {min(rates)} to {max(rates)} Tflop/s beside {len(rates)} rows." if rates else ""
+    bare = (
+        f" A bare bf16 matmul ran at {min(rates)} to {max(rates)} Tflop/s next to {len(rates)} rows." if rates else ""
+    )
     lines += [
         "",
         "The ratio is the median over pairs of measurements taken one after the other, which need not be that of the "
-        "two medians beside it; from the smallest to the largest of them.",
+        "two medians next to it; from the smallest to the largest of them.",
         "",
         f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.{bare}",
     ]
@@ -279,7 +281,7 @@ def count_runs(row: dict) -> str:
     return f"{len(row['pairs'])}" if len(theirs) == len(row["pairs"]) else f"1 + {len(row['pairs'])}"
 
 
-def is_reached(row: dict) -> bool:
+def is_met(row: dict) -> bool:
     return row["wanted"] is None or row["ratio"] >= row["wanted"] and row["agrees"]
 
 
@@ -294,12 +296,12 @@ def format_figure(row: dict, side: str) -> str:
 
 
 def plot_ratios(results: dict, path: Path) -> None:
-    """A bar for each row: the ratio, on a logarithmic axis, with a mark where it is wanted to be."""
+    """A bar for each row: the ratio, on a logarithmic axis, with a mark at its target."""
     from matplotlib import pyplot
 
     rows = [results[row.name] for row in reversed(ROWS) if row.name in results]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)), layout="constrained")
-    colors = ["C0" if is_reached(row) else "C1" for row in rows]
+    colors = ["C0" if is_met(row) else "C1" for row in rows]
     axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colors)
     for place, row in enumerate(rows):
         axes.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center")
@@ -308,7 +310,7 @@ def plot_ratios(results: dict, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
     axes.set_xscale("log")
     axes.axvline(1, color="gray", linewidth=0.8)
-    axes.set_xlabel("theirs / ours; black: wanted; orange: not reached")
+    axes.set_xlabel("theirs / ours; black: target; orange: not met")
     figure.savefig(path, format="svg")
     pyplot.close(figure)
 

@@ -1,4 +1,4 @@
-"""Converting a 4 GB checkpoint, beside diffusers loading and saving the same folder: time and peak memory.
+"""Converting a 4 GB checkpoint, compared with diffusers loading and saving the same folder: time and peak memory.
 
     pip install -e '.[parity]' -c constraints.txt && python benchmarks/convert.py [--folder DIR] [--repeats 3]
 
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def build_table(measured: dict[str, list[dict]], nbytes: int, options: argparse.Namespace) -> str:
-    """Markdown, and below it where the figures come from; beside ours how they compare with diffusers' of that turn."""
+    """Markdown, and below it where the figures come from; next to ours the ratio to diffusers of that turn."""
     lines = [
         f"| {nbytes / 1e9:.1f} GB DiT | s | GB/s | peak MB | times faster | from to | part of the peak |",
         "|---|---|---|---|---|---|---|",

@@ -132,7 +132,7 @@ def dit_nabla_peaked(side: str, tiny: bool, folder: Path) -> Work:
 
 
 def dit_matmul_share(side: str, tiny: bool, folder: Path) -> Work:
-    """The dense forward beside bare bf16 matmuls of as many floating-point operations, on this machine."""
+    """The dense forward compared with bare bf16 matmuls of as many floating-point operations, on this machine."""
     config, grid = (TINY_DIT, (2, 8, 12)) if tiny else (DiTConfig(num_visual_blocks=4), (13, 32, 48))
     if side == "ours":
         return dit_forward(side, config, grid)
@@ -510,7 +510,7 @@ class Row(NamedTuple):
     name: str
     work: str  # what stands in the table
     run: Callable[[str, bool, Path], Work]
-    wanted: float | None  # the least ratio theirs / ours that we want
+    target: float | None  # the least ratio theirs / ours that we aim for
     tolerance: float | None  # the largest relative error of the results; None: there is none to compare
     # "load": time in a fresh process; "memory": peak over the resting process; "file": the same against the files of
     # folder/ours

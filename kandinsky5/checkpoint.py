@@ -88,16 +88,16 @@ def load_weights(
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
     to dtype; these stay in half precision if they are stored so. On the CPU, tensors that have the right precision
-    are views of the mapped file. ValueError, with the tensors' names and both shapes, if file and model differ in
-    anything.
+    are views of the mapped file. Raises ValueError, with the tensors' names and both shapes, if file and model
+    differ.
     """
     model = model.to(dtype)
-    wanted, weights, device = model.state_dict(), find_weights(folder, name), torch.device(device)
-    check_fit(weights, wanted)
+    expected, weights, device = model.state_dict(), find_weights(folder, name), torch.device(device)
+    check_fit(weights, expected)
     if device.type != "meta":
         views = map_tensors(weights.tensors, writable=True)
         bar = tqdm(
-            wanted.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False, file=Forgiving(sys.stderr)
+            expected.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False, file=Forgiving(sys.stderr)
         )
         state = {n: _cast(views[n], t.dtype, dtype).to(device) for n, t in bar}
         model.load_state_dict(state, strict=True, assign=True)
@@ -166,9 +166,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_fit(weights: Weights, wanted: Mapping[str, Tensor]) -> None:
-    """ValueError that names what is missing from a file, what it has too much, and which shapes or dtypes differ."""
-    shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+def check_fit(weights: Weights, expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError that names the missing and the surplus tensors of a file, and different shapes and dtypes."""
+    shapes = {name: tuple(x.shape) for name, x in expected.items()}
     found = weights.tensors
     problems = [
         f"{n}: the configuration says {s}, the file has {found[n].shape}"

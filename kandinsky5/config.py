@@ -24,7 +24,7 @@ Pay attention to the order of key actions shown in the scene.<|im_end|>
 <|im_start|>user
 {}<|im_end|>"""
 
-# What the authors' code reads instead where one frame is asked for.
+# The template of the authors' code for a single frame.
 IMAGE_TEMPLATE = """\
 <|im_start|>system
 You are a promt engineer. Describe the image by detailing the color, shape, size, texture, quantity, text, spatial \
@@ -153,7 +153,7 @@ RELEASED_TEXT = TextConfig(image_template=IMAGE_TEMPLATE, image_dropped_tokens=4
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """What `Pipeline.__call__` uses where the caller says nothing."""
+    """What `Pipeline.__call__` uses where the caller gives no value."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
@@ -182,7 +182,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Everything that `config.json` of a native checkpoint folder says."""
+    """The contents of `config.json` in a native checkpoint folder."""
 
     name: str = "t2v-lite-sft-5s"
     tasks: tuple[str, ...] = ("t2v",)  # "t2v": prompt alone, "i2v": image and prompt
@@ -243,7 +243,7 @@ PRESETS: dict[str, PipelineConfig] = {
 }
 
 
-NANO_NAMES = ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s")  # small models that come with the package
+NANO_NAMES = ("nano", "nano-nocfg", "nano-distilled16steps", "nano-10s")  # small models bundled with the package
 
 
 def find_preset(name: str) -> PipelineConfig:

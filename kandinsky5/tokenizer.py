@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from kandinsky5.files import parse_json, read_bytes, read_json, read_text
 from kandinsky5.screen import listed, printable
 
-REMEDY = "tokenizers come with the checkpoint: convert or copy it again (python -m weights_convert --help)"
+REMEDY = "tokenizers are part of a checkpoint: convert or copy it again (python -m weights_convert --help)"
 LARGEST_FILE = 50_000_000  # bytes; Qwen's tokenizer.json has 11 MB
 LARGEST_ID = 2**24  # an embedding of so many rows would be larger than the models
 LONGEST_TEXT = 100_000  # characters; the models read 256 tokens of a prompt, and the library slows down with the square

@@ -1,6 +1,6 @@
-"""Mistakes that one makes in this code, each built in for a moment: what must notice it does.
+"""Likely mistakes in this code, built in one at a time: the test that must notice each of them does.
 
-This is what says that the tests see. A row of MUTATIONS is a line of our code as it is and as it could be wrong; the
+This shows that the tests see. A row of MUTATIONS is a line of our code as it is and as it could be wrong; the
 case is one of tests/cases.py, compared with the stored result of the references (golden_data.py). A row of FAST_PATHS
 is the same for ways to compute that the cases do not take; what notices is the test that compares them with the plain
 definition.
@@ -177,7 +177,7 @@ MUTATIONS = [Mutation(*row) for row in (
      dit.DiT.forward, "vec, rotations, text_mask)  # (B, S", "vec, rotations, None)  # (B, S"),
     ("text mask dropped in cross-attention", "dit_mask",
      dit.DiT.forward, "rotations, text_mask, config.nabla", "rotations, None, config.nabla"),
-    ("mask added to the scores as numbers", "dit_mask",
+    ("mask added to the scores as values", "dit_mask",
      kernels.attend_through, "attn_mask=mask)", "attn_mask=None if mask is None else mask.to(q.dtype))"),
     ("mask of the definition inverted", "dit_mask",
      attention.dense_attention, "~mask", "mask"),

@@ -320,9 +320,9 @@ def presets_like(config: PipelineConfig) -> list[str]:
 
 
 def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:
-    """The files below `folder` that `keep(place)` wants, by their place in it. ValueError if a link leaves it."""
-    places = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(place): check_inside(folder / place, folder) for place in places if keep(place)}
+    """The files below `folder` for which `keep(path)` holds, by relative path. ValueError if a link leaves it."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): check_inside(folder / path, folder) for path in paths if keep(path)}
 
 
 def _chosen(only: str | None) -> tuple[str, ...]:

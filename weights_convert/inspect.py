@@ -109,10 +109,10 @@ def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, at
     """The presets that have this model; a DiT also tells task and attention apart, where these are known."""
     fitting = []
     for name, preset in PRESETS.items():
-        wanted = getattr(preset, model)
+        expected = getattr(preset, model)
         if isinstance(sizes, DiTConfig) and not attention_known:
-            wanted = replace(wanted, nabla=sizes.nabla)
-        if wanted == sizes and (model != "dit" or tasks in (None, preset.tasks)):
+            expected = replace(expected, nabla=sizes.nabla)
+        if expected == sizes and (model != "dit" or tasks in (None, preset.tasks)):
             fitting.append(name)
     return fitting
 

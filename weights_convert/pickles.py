@@ -42,15 +42,15 @@ class Place(NamedTuple):
 
 
 def read_pt(path: Path) -> Weights:
-    """The places of the tensors in a file of `torch.save`, at its top or in its one state dict.
+    """Where the tensors of a `torch.save` file are, at its top level or in its one state dict.
 
-    ValueError for a file that holds code or objects, no tensors by name, or ends before they do.
+    Raises ValueError for a file that holds code or objects, no tensors by name, or ends before they do.
     """
     try:
         with open(path, "rb") as file:
             document, starts = read_zip(file) if file.read(2) == b"PK" else read_legacy(file)
-        places = find_state_dict(document, path)
-        tensors = {str(name): store(path, place, starts) for name, place in places.items()}
+        state = find_state_dict(document, path)
+        tensors = {str(name): store(path, place, starts) for name, place in state.items()}
     except Exception as error:  # a damaged pickle can raise anything
         reason = printable(f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__} {error}", 300)
         raise ValueError(f"{path} cannot be read as tensors saved by torch.save: {reason}") from error
@@ -148,7 +148,7 @@ def store(path: Path, place: Place, starts: dict[str, int]) -> Stored:
 
 
 def rebuild_tensor(storage: Storage, first: int, shape: tuple, stride: tuple, *_) -> Place:
-    """What stands in a pickle for a tensor. ValueError for sizes that are no whole numbers."""
+    """What stands in a pickle for a tensor. Raises ValueError for sizes that are not whole numbers."""
     if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in (first, *shape, *stride)):
         raise ValueError("a tensor of it has an impossible size")
     rows, step = [], 1

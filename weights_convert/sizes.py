@@ -194,8 +194,8 @@ def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
         for key in kinds.keys() & table.keys():
             if table[key] is not None:
                 value = read_value(kinds[key], table[key], key, where)
-                numbers = value if isinstance(value, tuple) else (value,)
-                if key not in MAY_BE_0 and any(type(n) in (int, float) and n <= 0 for n in numbers):
+                values = value if isinstance(value, tuple) else (value,)
+                if key not in MAY_BE_0 and any(type(n) in (int, float) and n <= 0 for n in values):
                     raise ValueError(
                         f"{where}: config.json says {key} is {table[key]!r}; it must be more than 0: correct it"
                     )

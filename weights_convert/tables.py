@@ -14,10 +14,10 @@ def theirs(model: str, name: str) -> str:
     KeyError for a name that no row has.
     """
     module, _, kind = name.rpartition(".")
-    template, numbers = as_template(module)
+    template, indices = as_template(module)
     if template not in TABLES[model]:
         raise KeyError(f"weights_convert/tables.py has no row for {model}'s {template}")
-    return f"{TABLES[model][template].format(*numbers)}.{kind}"
+    return f"{TABLES[model][template].format(*indices)}.{kind}"
 
 
 def as_template(module: str) -> tuple[str, list[str]]:
@@ -234,17 +234,17 @@ def respell_openai_clip(tensors: dict) -> dict:
     respelled = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        template, numbers = as_template(module)
+        template, indices = as_template(module)
         if name == "positional_embedding":
             respelled["text_model.embeddings.position_embedding.weight"] = tensor
         elif template == "transformer.resblocks.{}.attn" and kind.startswith("in_proj_"):
             for part, letter in enumerate("qkv"):
                 target = (
-                    f"text_model.encoder.layers.{numbers[0]}.self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"
+                    f"text_model.encoder.layers.{indices[0]}.self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"
                 )
                 respelled[target] = tensor.rows(part, parts=3)
         elif template in OPENAI_CLIP:
-            respelled[f"{OPENAI_CLIP[template].format(*numbers)}.{kind}"] = tensor
+            respelled[f"{OPENAI_CLIP[template].format(*indices)}.{kind}"] = tensor
         else:
             respelled[name] = tensor
     return respelled

@@ -1,4 +1,4 @@
-"""How often does a checkpoint generate what the prompt says? Clips of scenes it never saw, scored by the judge.
+"""How often does a checkpoint generate what the prompt describes? Clips of unseen scenes, scored by the judge.
 
     python -m kandinsky5.nano.judge nano --prompts 300
 
@@ -149,7 +149,7 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def summarise(results: list[dict]) -> dict:
-    """For each answer the count that is right, out of how many ("asked"), the rate and its interval; the mean PSNR."""
+    """Correct and requested ("asked") answers of each kind, their rate and its interval; the mean PSNR."""
     rows = {}
     for name in ("all", *ANSWERS):
         answers = [result["answers"][name] for result in results if name in result["answers"]]
@@ -161,7 +161,7 @@ def summarise(results: list[dict]) -> dict:
 
 
 def format_table(summaries: dict[str, dict]) -> str:
-    """Markdown, one row per set; percentages of the clips whose caption says that much."""
+    """Markdown, one row per set; percentages of the clips whose caption mentions the property."""
     lines = ["| set | clips | all right | 95 % interval | " + " | ".join(ANSWERS) + " | PSNR, dB |"]
     lines.append("|---" * (len(ANSWERS) + 5) + "|")
     for name, summary in summaries.items():

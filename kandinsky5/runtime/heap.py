@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-# `man mallopt`. What a process comes to by itself once it has freed a large block stands behind.
+# `man mallopt`; below, the values that a process reaches by itself once it has freed a large block.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
 
@@ -21,7 +21,7 @@ USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20
 def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """Inside, what a CPU computation frees stays with the process for the next tensor; at the end its pages go back.
 
-    The peak grows by the holes between what is in use (a DiT of 0.5 GB, 4,992 tokens: from 1.0 to 1.35 GB). Only where
+    The peak grows by the gaps between blocks in use (a DiT of 0.5 GB, 4,992 tokens: from 1.0 to 1.35 GB). Only where
     the C library is glibc, `device` is a CPU and the caller the main thread (glibc gives others small heaps of their
     own); elsewhere nothing changes. It acts on the whole process, and replaces what MALLOC_… variables have set.
     """
@@ -29,7 +29,7 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_MAX, 0)  # no block is asked of the system on its own
+    libc.mallopt(MMAP_MAX, 0)  # no block is requested from the system on its own
     libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield

@@ -74,7 +74,7 @@ def check_decoding(
 
 
 def vae_memory(config: VAEConfig, size: tuple[int, int, int], dtype: torch.dtype, tiling: Tiling) -> int:
-    """About how many bytes it takes to decode one video's latents of size (T, h, w), on top of the VAE's weights.
+    """About how many bytes decoding needs for one video's latents of size (T, h, w), on top of the VAE's weights.
 
     Most are needed in the first block of the last stage, which sees the finished video's grid: its input and what its
     first convolution makes of it. Add the copies of a few frames that a convolution works on, and the frames
@@ -117,7 +117,7 @@ def free_memory(device: torch.device) -> int | None:
 def left_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Bytes until a container's limit is reached, if there is one: of control groups, version 2 or 1.
 
-    Pages of files, such as mapped weights, count as used there, but make room when it is wanted.
+    Pages of files, such as mapped weights, count as used there, but are dropped when memory is needed.
     """
     left = []
     for limit, used, stat, prefix in (

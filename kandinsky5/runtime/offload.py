@@ -31,8 +31,8 @@ def check_mode(mode: str | None) -> None:
 def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, mode: str) -> nn.Module:
     """Let `model`, built on the meta device, run with `weights`, which stay where they are until `awake`.
 
-    weights: read-only views (`checkpoint.map_weights`) by parameter name, in any precision: the model says in which it
-    computes. With mode "blocks" the model's `run_blocks` brings each block's weights when the block's turn comes.
+    weights: read-only views (`checkpoint.map_weights`) by parameter name, in any precision; computation is in the
+    model's. With mode "blocks" the model's `run_blocks` brings each block's weights when the block's turn comes.
     """
     own, streamed = dict(weights), False
     for name, blocks in model.named_children():
@@ -98,11 +98,11 @@ def _fetch(module: nn.Module, slot: dict[str, Tensor], pin: bool = False) -> dic
     A slot's memory is allocated once and reused for each block: freed and allocated every time, memory gets
     fragmented until nothing fits.
     """
-    device, wanted, state = vars(module)["works_on"], module.state_dict(), {}
+    device, target, state = vars(module)["works_on"], module.state_dict(), {}
     for name, x in vars(module)["resting"].items():
-        if (x.device, x.dtype) != (device, wanted[name].dtype):
+        if (x.device, x.dtype) != (device, target[name].dtype):
             if name not in slot:
-                slot[name] = torch.empty_like(wanted[name], device=device)
+                slot[name] = torch.empty_like(target[name], device=device)
             x = slot[name].copy_(x.pin_memory() if pin else x, non_blocking=pin)
         state[name] = x
     return state
