@@ -233,12 +233,12 @@ PRESETS: dict[str, PipelineConfig] = {
         build_preset("t2v-lite-nocfg-10s", LITE, P=0.9, **_LONG, **_ONE_PASS),
         build_preset("t2v-lite-distilled16steps-10s", LITE, P=0.9, **_LONG, **_DISTILLED),
         build_preset("i2v-lite-5s", LITE, shift=10.0),
-        build_preset("t2v-pro-sft-5s-sd", PRO, shift=10.0),
-        build_preset("t2v-pro-sft-5s-hd", PRO, P=0.8, shift=10.0, **HD),
+        build_preset("t2v-pro-sft-5s-sd", PRO),
+        build_preset("t2v-pro-sft-5s-hd", PRO, P=0.8, **HD),
         build_preset("t2v-pro-sft-10s-sd", PRO, P=0.9, **_LONG),
         build_preset("t2v-pro-sft-10s-hd", PRO, P=0.7, **_LONG, **HD),
-        build_preset("i2v-pro-sft-5s-sd", PRO, shift=10.0),
-        build_preset("i2v-pro-sft-5s-hd", PRO, P=0.8, shift=5.0, **HD),
+        build_preset("i2v-pro-sft-5s-sd", PRO),
+        build_preset("i2v-pro-sft-5s-hd", PRO, P=0.8, **HD),
     )
 }
 
