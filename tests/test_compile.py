@@ -51,6 +51,7 @@ def build(nabla=None, dtype=torch.float32):
     return dit, vae
 
 
+@pytest.mark.compiled
 def test_blocks_of_a_kind_share_a_graph_for_all_sizes():
     dit, vae = build()
     sizes = [((3, 10, 6), 7), ((2, 12, 8), 9)]

@@ -81,6 +81,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     assert full["settings"]["full_attention"] and full["sets"]["seen, English"]["clips"] == 1
 
 
+@pytest.mark.stages
 def test_training_and_export_start_from_a_checkpoint(monkeypatch, tmp_path):
     """The bundled `nano` instead of runs: one step of rate 0, and the export equals nano."""
     monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
@@ -124,6 +125,7 @@ def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, ra
     assert fingerprint(tmp_path / "to" / "nano") == before
 
 
+@pytest.mark.stages
 def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path, random_dit_run):
     """Between its two renames: the old nano, which VAE and encoders come from, is next to it."""
     shutil.copytree(random_dit_run, tmp_path / "dit")

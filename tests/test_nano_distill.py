@@ -63,6 +63,7 @@ def test_sixteen_steps_lead_where_three_of_the_teacher_lead():
         torch.testing.assert_close(landed, there)
 
 
+@pytest.mark.stages
 @pytest.mark.parametrize(("window", "learns"), [((17, 1, 1), False), ((1, 1, 1), True)])
 def test_sparse_learns_what_full_attention_predicts(monkeypatch, tmp_path, nano, long_clips, window, learns):
     """Where NABLA keeps every tile there is nothing to learn; nor in the steps with full attention, at rate 0."""
@@ -72,6 +73,7 @@ def test_sparse_learns_what_full_attention_predicts(monkeypatch, tmp_path, nano,
     assert float(row["loss_nabla"]) > 1e-3 if learns else float(row["loss_nabla"]) < 1e-9
 
 
+@pytest.mark.stages
 def test_sparse_trains_full_attention_every_third_step(monkeypatch, tmp_path, nano, long_clips):
     """The same weights: they change in that step too."""
     ends = []
@@ -82,6 +84,7 @@ def test_sparse_trains_full_attention_every_third_step(monkeypatch, tmp_path, na
     assert ends[0].keys() == ends[1].keys() and not ends[0][name].equal(ends[1][name])
 
 
+@pytest.mark.stages
 def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp_path, nano, long_clips):
     """The first step's loss, of a student that is still its teacher, by hand."""
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 2)

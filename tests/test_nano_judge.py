@@ -23,7 +23,7 @@ def all_right(frames: np.ndarray, caption: Caption, **options) -> bool:
 
 
 def test_drawn_clips_are_right():
-    right = [all_right(world.draw_scene(scene), caption) for _, scene, caption in prompts(36)]
+    right = [all_right(world.draw_scene(scene), caption) for _, scene, caption in prompts(24)]
     assert np.mean(right) >= 0.99
 
 
@@ -36,7 +36,7 @@ def test_larger_clips_and_canvases_are_right():
 
 def test_clips_as_bad_as_a_poor_decoder_makes_them_are_right():
     results, ratios = [], []
-    for rng, scene, caption in prompts(36):
+    for rng, scene, caption in prompts(24):
         drawn = world.draw_scene(scene)
         frames = degrade(drawn, rng)
         results.append(all_right(frames, caption))

@@ -208,7 +208,7 @@ def with_two_blocks(config: PipelineConfig) -> PipelineConfig:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_at_its_size_on_the_meta_device(name):
-    """From token ids to latents, two steps; an operation that meets a tensor left on the CPU fails there.
+    """From token ids to latents; an operation that meets a tensor left on the CPU fails there.
 
     Blocks are all alike, so two stand for up to sixty.
     """
@@ -217,7 +217,7 @@ def test_every_preset_runs_at_its_size_on_the_meta_device(name):
     F, H, W = size_of(config)
     drawn = torch.zeros(config.sampling.height, config.sampling.width, 3, dtype=torch.uint8)
     image = drawn if config.tasks == ("i2v",) else None
-    latents = run(pipe, image=image, num_inference_steps=2, output_type="latents")
+    latents = run(pipe, image=image, num_inference_steps=1, output_type="latents")
     assert latents.device.type == "meta" and latents.shape == (1, (F - 1) // 4 + 1, H // 8, W // 8, 16)
 
 
