@@ -41,10 +41,10 @@ def compile_models(dit: DiT, vae: VAE, attention: str = "auto", backend: str = "
             if isinstance(module, Attention):
                 module.attend = functools.partial(attend_opaquely, attention)
         block.compile(fullgraph=True, **how)
-    vars(dit)["run_blocks"] = functools.partial(_run_on_a_copy, dit.run_blocks)
+    dit.run_blocks = functools.partial(_run_on_a_copy, dit.run_blocks)  # type: ignore[method-assign]
     for module in vae.decoder.modules():
         if isinstance(module, FastGroupNorm):  # a graph for each width, and for single frames
-            vars(module)["activate"] = torch.compile(module.activate, fullgraph=True, **how)
+            module.activate = torch.compile(module.activate, fullgraph=True, **how)  # type: ignore[method-assign]
 
 
 def _run_on_a_copy(run_blocks: Callable[..., Tensor], blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:

@@ -41,14 +41,14 @@ def install(model: nn.Module, kernel: str) -> None:
     check_kernel(kernel)
     for module in model.modules():
         if hasattr(module, "attend"):
-            vars(module)["attend"] = functools.partial(attend_through, kernel)
+            module.attend = functools.partial(attend_through, kernel)  # type: ignore[assignment]
 
 
 def remove(model: nn.Module) -> None:
     """Undo `install`: every attention of `model` computes as it is defined."""
     for module in model.modules():
         if hasattr(module, "attend"):
-            vars(module)["attend"] = attend
+            module.attend = attend  # type: ignore[assignment]
 
 
 def check_kernel(kernel: str, device: torch.device | None = None) -> None:

@@ -44,7 +44,7 @@ def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, 
                 vars(block).update(resting=inside, works_on=device)
     if streamed:
         assert "run_blocks" not in vars(model), "what wraps run_blocks would be lost: rest the model first"
-        vars(model).update(run_blocks=run_streamed)
+        model.run_blocks = run_streamed  # type: ignore[assignment]
     vars(model).update(resting=own, works_on=device)
     return model
 

@@ -127,7 +127,7 @@ def skip_steps(dit: DiT, skips: Sequence[tuple[bool, ...]], together: bool) -> D
         return out
 
     skipping_dit = copy.copy(dit)
-    vars(skipping_dit)["run_blocks"] = run_blocks
+    skipping_dit.run_blocks = run_blocks  # type: ignore[method-assign]
     return skipping_dit
 
 
