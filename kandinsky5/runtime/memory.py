@@ -92,9 +92,10 @@ def vae_memory(config: VAEConfig, size: tuple[int, int, int], dtype: torch.dtype
 
     def copies(channels: int) -> int:
         frame = height * width * channels
-        at_a_time = max(2, PIECE // frame // 2 * 2)
-        # Normalised frames, and twice with two of the past; the rest is what the kernels work on.
-        return frame * (3 * min(window, at_a_time) + 13)
+        at_a_time = min(window, max(2, PIECE // frame // 2 * 2))
+        # Normalised frames, and twice with two of the past; the rest is what the kernels work on. Or, in half
+        # precision, normalised frames and two copies of them in float32.
+        return frame * max(3 * at_a_time + 13, 5 * at_a_time if dtype.itemsize == 2 else 0)
 
     put_together = 2 * window * (space * h) * (space * w) * config.image_channels if tiling.space else 0
     video = 2 * frames * (space * h) * (space * w) * config.image_channels
