@@ -177,7 +177,7 @@ def run_alone(name: str, side: str, folder: str, file: str, tiny: bool) -> None:
         while not finished.wait(0.002):
             anonymous.append(memory("RssAnon"))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # an error must end the process
     watcher.start()
     start = time.perf_counter()
     with torch.inference_mode():

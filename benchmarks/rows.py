@@ -356,7 +356,10 @@ def load_dit(side: str, tiny: bool, folder: Path) -> Work:
             return call_their_dit(dit, config, **inputs)
         with torch.device("meta"):
             dit = DiT(config)
-        return checkpoint.load_weights(dit, folder / "ours", "dit", "cpu", torch.bfloat16)(**inputs)
+        checkpoint.load_weights(dit, folder / "ours", "dit", "cpu", torch.bfloat16)
+        fast.install(dit)
+        kernels.install(dit, "auto")
+        return dit(**inputs, rope_scale=ROPE_SCALE)
 
     return run
 

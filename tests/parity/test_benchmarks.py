@@ -73,7 +73,7 @@ def test_table_shows_how_far_runs_differ_and_which_targets_are_met(compare):
     assert "| first | 1 s | 1 s | 1.65 | 1.50 to 1.70 | 3 | 1.6 | met |  | today |" in table
     assert "| second | 1 s | 1 s | 11.90 | 10.00 to 13.00 | 1 + 3 | 12 | **not met** |  | today |" in table
     assert "3 | 1.1 | **not met** | 5.0e-01 **too large** |" in table  # however fast
-    assert table.endswith("A bare bf16 matmul ran at 0.42 to 0.42 Tflop/s beside 1 rows.\n")
+    assert table.endswith("A bare bf16 matmul ran at 0.42 to 0.42 Tflop/s next to 1 rows.\n")
 
 
 def test_block_sparse_memory_grows_linearly(tmp_path):
