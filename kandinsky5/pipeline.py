@@ -27,7 +27,14 @@ from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
 from kandinsky5.runtime.offload import awake, check_mode, find_place, rest
-from kandinsky5.sampler import euler_sample, guided_velocity, normalise_first_frames
+from kandinsky5.sampler import (
+    Callback,
+    check_finite,
+    euler_sample,
+    guided_velocity,
+    normalise_first_frames,
+    watch_steps,
+)
 from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
@@ -38,7 +45,6 @@ from kandinsky5.vae import VAE, Posterior
 # both costs little memory compared with the weights (55 MB at Lite's width, computed), so it is not checked.
 ONE_PASS = 6144
 
-Callback = Callable[[int, float, Tensor], Tensor | bool | None]
 Solver = Callable[..., Tensor]  # as sampler.euler_sample
 
 
@@ -304,37 +310,6 @@ def skip_steps(dit: DiT, skips: tuple[tuple[bool, ...], ...], together: bool) ->
     from kandinsky5.extras import magcache  # an extra: without it everything else works
 
     return magcache.skip_steps(dit, skips, together)
-
-
-def watch_steps(steps: int, callback: Callback | None, update: Callable[[], object]) -> Callback:
-    """A callback for the solver: moves the bar, looks for NaN in the latents (B, T, h, w, 16), asks the user's.
-
-    Raises ValueError for NaN and for what a callback may not return.
-    """
-
-    def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
-        update()
-        check_finite(x, f"after step {step + 1} of {steps} the latents")
-        answer = callback(step, t, x) if callback else None
-        who = f"after step {step + 1} of {steps} the callback"
-        if isinstance(answer, Tensor):
-            if answer.shape != x.shape:
-                raise ValueError(f"{who} returned latents {tuple(answer.shape)}: they must stay {tuple(x.shape)}")
-            check_finite(answer, f"{who}'s latents")
-        elif answer is not None and not isinstance(answer, bool):
-            raise ValueError(f"{who} returned a {type(answer).__name__}: return a tensor, False to stop, or nothing")
-        return answer
-
-    return after_step
-
-
-def check_finite(x: Tensor, what: str) -> None:
-    """Raises ValueError for NaN or infinity in x, of any shape."""
-    if not x.is_meta and not torch.isfinite(x).all():
-        raise ValueError(
-            f"{what} contain NaN or infinity: float16 overflows where bfloat16 and float32 do not; "
-            "if the precision is not it, the weights are damaged"
-        )
 
 
 def _to_cpu(x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 RULES = ("official", "diffusers")
 
+Callback = Callable[[int, float, Tensor], Tensor | bool | None]
+
 
 def flow_schedule(steps: int, shift: float, rule: str = "official") -> Tensor:
     """Flow times from 1 down to 0: (steps + 1,) float32.
@@ -48,7 +50,7 @@ def euler_sample(
     x: Tensor,
     schedule: Tensor,
     first_frame: Tensor | None = None,
-    callback: Callable[[int, float, Tensor], Tensor | bool | None] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Integrate x from schedule[0] to schedule[-1].
 
@@ -91,3 +93,34 @@ def normalise_first_frames(latents: Tensor, count: int = 4, reference: int = 5) 
     new_mean = torch.clamp(target_mean, mean - 0.05, mean + 0.1)
     new_std = torch.clamp(target_std, std - 0.1, std + 0.25)
     return torch.cat([(first - mean) / std * new_std + new_mean, latents[:, count:]], dim=1)
+
+
+def watch_steps(steps: int, callback: Callback | None, update: Callable[[], object]) -> Callback:
+    """A callback for the solver: moves the bar, looks for NaN in the latents (B, T, h, w, 16), asks the user's.
+
+    Raises ValueError for NaN and for what a callback may not return.
+    """
+
+    def after_step(step: int, t: float, x: Tensor) -> Tensor | bool | None:
+        update()
+        check_finite(x, f"after step {step + 1} of {steps} the latents")
+        answer = callback(step, t, x) if callback else None
+        who = f"after step {step + 1} of {steps} the callback"
+        if isinstance(answer, Tensor):
+            if answer.shape != x.shape:
+                raise ValueError(f"{who} returned latents {tuple(answer.shape)}: they must stay {tuple(x.shape)}")
+            check_finite(answer, f"{who}'s latents")
+        elif answer is not None and not isinstance(answer, bool):
+            raise ValueError(f"{who} returned a {type(answer).__name__}: return a tensor, False to stop, or nothing")
+        return answer
+
+    return after_step
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raises ValueError for NaN or infinity in x, of any shape."""
+    if not x.is_meta and not torch.isfinite(x).all():
+        raise ValueError(
+            f"{what} contain NaN or infinity: float16 overflows where bfloat16 and float32 do not; "
+            "if the precision is not it, the weights are damaged"
+        )
