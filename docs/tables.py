@@ -63,14 +63,24 @@ def table(*rows: tuple) -> list[str]:
 
 def presets() -> list[str]:
     """The presets, and where on Hugging Face their weights are."""
-    rows = [("preset", "download: kandinskylab/…", "steps", "guidance", "shift", "H×W", "frames", "RoPE", "attention")]
+    head = ("preset", "download: kandinskylab/…", "steps", "guidance", "shift", "H×W", "frames", "RoPE", "attention")
+    rows = [(*head, "shift from")]
     for name, preset in PRESETS.items():
         s = preset.sampling
         attention = f"NABLA {preset.dit.nabla.P:g}" if preset.dit.nabla else "full"
         sampler = (s.num_inference_steps, f"{s.guidance_scale:g}", f"{s.shift:g}")
         size = (f"{s.height}×{s.width}", s.num_frames, f"{s.rope_scale[1]:g}")
-        rows.append((f"`{name}`", f"`{download(name)}`", *sampler, *size, attention))
+        rows.append((f"`{name}`", f"`{download(name)}`", *sampler, *size, attention, shift_source(name)))
     return table(*rows)
+
+
+def shift_source(preset: str) -> str:
+    """Which source of the shift a preset follows, and which say otherwise (docs/converting.md)."""
+    if preset.endswith("10s") or "-10s-" in preset or preset == "i2v-lite-5s":
+        return "guide; command line 5"
+    if "pro-sft" in preset:
+        return "scheduler, command line"
+    return "as sft" if "pro" in preset else "command line, guide"
 
 
 def download(preset: str) -> str:

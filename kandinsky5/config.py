@@ -237,8 +237,16 @@ PRESETS: dict[str, PipelineConfig] = {
         build_preset("t2v-pro-sft-5s-hd", PRO, P=0.8, **HD),
         build_preset("t2v-pro-sft-10s-sd", PRO, P=0.9, **_LONG),
         build_preset("t2v-pro-sft-10s-hd", PRO, P=0.7, **_LONG, **HD),
+        build_preset("t2v-pro-pretrain-5s-sd", PRO),
+        build_preset("t2v-pro-pretrain-5s-hd", PRO, P=0.8, **HD),
+        build_preset("t2v-pro-pretrain-10s-sd", PRO, P=0.9, **_LONG),
+        build_preset("t2v-pro-pretrain-10s-hd", PRO, P=0.7, **_LONG, **HD),
+        build_preset("t2v-pro-distilled-5s-sd", PRO, **_DISTILLED),
+        build_preset("t2v-pro-distilled-5s-hd", PRO, P=0.8, **_DISTILLED, **HD),
         build_preset("i2v-pro-sft-5s-sd", PRO),
         build_preset("i2v-pro-sft-5s-hd", PRO, P=0.8, **HD),
+        build_preset("i2v-pro-distilled-5s-sd", PRO, **_DISTILLED),
+        build_preset("i2v-pro-distilled-5s-hd", PRO, P=0.8, **_DISTILLED, **HD),
     )
 }
 

@@ -314,7 +314,7 @@ def test_a_tensor_left_on_the_cpu_is_noticed():
 
 def test_presets_are_the_rows_of_spec():
     rows = {name: (p.sampling, p.dit.nabla and p.dit.nabla.P, p.sampling.rope_scale[1]) for name, p in PRESETS.items()}
-    assert len(rows) == 15
+    assert len(rows) == 23
     found = {n: (s.num_inference_steps, s.guidance_scale, s.shift, s.height, s.width, s.num_frames, scale, P)
              for n, (s, P, scale) in rows.items()}  # fmt: skip
     assert found["t2v-lite-sft-5s"] == (50, 5, 5, 512, 768, 121, 2, None)
@@ -330,6 +330,11 @@ def test_presets_are_the_rows_of_spec():
     assert found["t2v-pro-sft-10s-sd"] == (50, 5, 10, 512, 768, 241, 2, 0.9)
     assert found["t2v-pro-sft-10s-hd"] == (50, 5, 10, 768, 1280, 241, 3.16, 0.7)
     assert found["i2v-pro-sft-5s-hd"] == (50, 5, 5, 768, 1280, 121, 3.16, 0.8)
+    for length in ("5s-sd", "5s-hd", "10s-sd", "10s-hd"):
+        assert found[f"t2v-pro-pretrain-{length}"] == found[f"t2v-pro-sft-{length}"]
+    for task in ("t2v", "i2v"):
+        assert found[f"{task}-pro-distilled-5s-sd"] == (16, 1, 5, 512, 768, 121, 2, None)
+        assert found[f"{task}-pro-distilled-5s-hd"] == (16, 1, 5, 768, 1280, 121, 3.16, 0.8)
 
 
 @pytest.mark.parametrize("dtype", ["int8", torch.int8, 3])

@@ -120,6 +120,11 @@ def test_a_preset_gives_the_sampling_defaults_and_must_fit():
     found = convert.use_preset(lite, "i2v-lite-5s")
     assert found.name == "i2v-lite-5s" and found.sampling == PRESETS["i2v-lite-5s"].sampling
     assert convert.presets_like(lite) == ["i2v-lite-5s"]
+    pro = replace(PRESETS["t2v-pro-distilled-5s-sd"], name="Kandinsky-5.0-T2V-Pro-distilled-5s-Diffusers")
+    like = convert.presets_like(pro)
+    assert like[:2] == ["t2v-pro-distilled-5s-sd", "t2v-pro-distilled-5s-hd"]
+    assert {*like} == {name for name in PRESETS if name.startswith("t2v-pro") and "10s" not in name}
+    assert {*convert.presets_like(pro, task_known=False)} == {name for name in PRESETS if "pro" in name}
     with pytest.raises(ValueError, match="dim 4096, not 1792"):
         convert.use_preset(lite, "i2v-pro-sft-5s-sd")
     with pytest.raises(ValueError, match="t2v, .* i2v"):

@@ -63,10 +63,11 @@ def print_config(config: PipelineConfig, options: dict) -> None:
         f"{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, shift {sampling.shift:g}"
     )
     if not options["preset"] and config.name not in NANO_NAMES:
-        like = ", ".join(convert.presets_like(config)) or "none"
+        task_known = "src" in options  # the authors' bare files name neither task nor attention
+        like = ", ".join(convert.presets_like(config, task_known)) or "none"
         print(
-            f"Presets with this DiT, attention and task: {like}. A distilled or no-CFG checkpoint needs other steps "
-            "and guidance: convert it with --preset NAME."
+            f"Presets that fit, the likeliest by name first: {like}. Releases differ in steps, guidance, shift and size: "
+            "convert with --preset NAME."
         )
 
 

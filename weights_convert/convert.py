@@ -5,6 +5,7 @@
 `tables.py` has the names, `sizes.py` the configs, `write.py` writes the folder.
 """
 
+import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -314,9 +315,24 @@ def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> 
     return replace(config, name=preset, tasks=chosen.tasks, dit=chosen.dit, sampling=chosen.sampling)
 
 
-def presets_like(config: PipelineConfig) -> list[str]:
-    """The presets that a checkpoint may be: same DiT, same attention, same task."""
-    return [name for name, preset in PRESETS.items() if (preset.dit, preset.tasks) == (config.dit, config.tasks)]
+def presets_like(config: PipelineConfig, task_known: bool = True) -> list[str]:
+    """The presets that a checkpoint may be, those most like its name first: same DiT, and if known task and attention.
+
+    An -sd and an -hd preset share a download, so that either fits where the other one does.
+    """
+
+    def shared(name: str) -> str:
+        return name.removesuffix("-sd").removesuffix("-hd")
+
+    fits = {
+        shared(name)
+        for name, preset in PRESETS.items()
+        if replace(preset.dit, nabla=None) == replace(config.dit, nabla=None)
+        and (not task_known or (preset.dit.nabla, preset.tasks) == (config.dit.nabla, config.tasks))
+    }
+    own = config.name.lower()
+    likeness = {name: difflib.SequenceMatcher(None, own, shared(name)).ratio() for name in PRESETS}
+    return sorted((name for name in PRESETS if shared(name) in fits), key=lambda name: -likeness[name])
 
 
 def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:
