@@ -11,23 +11,32 @@ are those of `kandinsky5 sample` (kandinsky5/cli.py), which then makes the video
 """
 
 import argparse
+import os
 
 from kandinsky5 import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Make one video; returns the exit code. Raises ValueError or OSError for invalid requests."""
-    options, others = parse_arguments(arguments)
-    if others or options.prompt is None:
+    options, rarer = build_parser().parse_known_args(arguments)
+    if rarer or options.prompt is None or "WORLD_SIZE" in os.environ:  # which torchrun sets
         return cli.sample(arguments)
-    output = cli.check_places(vars(options))
 
-    from kandinsky5 import Pipeline, checkpoint  # PyTorch takes seconds to import
+    from kandinsky5 import Pipeline  # PyTorch takes seconds to import
+    from kandinsky5.checkpoint import find_checkpoint
+    from kandinsky5.config_file import load_config
     from kandinsky5.extras import notes, replay
+    from kandinsky5.files import check_apart, check_writable, free_name
     from kandinsky5.request import Request
+    from kandinsky5.screen import printable
+    from kandinsky5.video_io import write_video
 
-    folder = checkpoint.find_checkpoint(options.checkpoint)
-    config = checkpoint.load_config(folder / "config.json")
+    # What is wrong is said here, before the weights are loaded.
+    output = options.output or free_name("out.mp4")
+    check_apart({"-o": output}, {"--image": options.image})
+    check_writable(output)
+    folder = find_checkpoint(options.checkpoint)
+    config = load_config(folder / "config.json")
     request = Request.resolve(
         config,
         options.prompt,
@@ -41,38 +50,37 @@ def main(arguments: list[str] | None = None) -> int:
         options.shift,
         seed=options.seed,
     )
-    fps = config.sampling.fps if options.fps is None else options.fps
-    cli.check_writable(output, request.num_frames, fps)
+    fps = config.sampling.fps
+    check_writable(output, request.num_frames, fps)
 
     pipe = Pipeline.load(folder, options.device, options.dtype)
     notes.show(request, pipe.config, pipe.text_encoder, folder)
-    frames = pipe.generate(request)[0]  # (F, H, W, 3)
+    frames = pipe.generate(request)[0]  # (F, H, W, 3) uint8
     metadata = replay.describe(request, pipe, options.checkpoint, options.image, fps=fps)
-    cli.write(output, frames, fps, 8, metadata)
-    cli.say_what(output, frames, options.seed)
+    write_video(output, frames, fps, metadata=metadata, keep=True)
+    count, height, width, _ = frames.shape
+    print(printable(f"{output}: {count} frame{'s' * (count > 1)} of {height}x{width}, seed {options.seed}"))
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The main options, and what is none of them. Raises ValueError for an invalid value."""
-    parser = cli.Parser(add_help=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("prompt", nargs="?")
-    add("--checkpoint", default="nano")
-    add("--image")
-    add("--negative-prompt")
-    add("--height", type=int)
-    add("--width", type=int)
-    add("--num-frames", type=int)
-    add("--steps", type=int)
-    add("--guidance", type=float)
-    add("--shift", type=float)
-    add("--seed", type=int, default=0)
-    add("--fps", type=cli.frame_rate)
-    add("--device", default="auto")
-    add("--dtype", choices=cli.DTYPES, default="auto")
-    add("-o", "--output")
-    return parser.parse_known_args(arguments)
+def build_parser() -> argparse.ArgumentParser:
+    """The main options; invalid values raise argparse.ArgumentError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("prompt", nargs="?")
+    parser.add_argument("--checkpoint", default="nano")
+    parser.add_argument("--image")
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--num-frames", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--shift", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument("-o", "--output")
+    return parser
 
 
 if __name__ == "__main__":

@@ -15,14 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from kandinsky5.files import check_apart, check_writable, free_name
 from kandinsky5.screen import Forgiving, printable, say
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large
     r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed|Overflow when unpacking"
@@ -89,9 +85,10 @@ def _exists(module: str) -> bool:
 def run(main: Callable[[], int | None], stopped: str = "nothing was written") -> int:
     """Call `main` and return the exit code of its process.
 
-    2 after one line "error: …" for ValueError, OSError and what PyTorch raises when memory runs out; 130 after one
-    line "interrupted: {stopped}" for Ctrl-C and SIGTERM. Other errors are bugs and keep their traceback. Inside, stdout
-    and stderr forgive what cannot be written. `main` should import PyTorch itself: then this covers the import.
+    2 after one line "error: …" for ValueError, OSError, argparse's errors and what PyTorch raises when memory runs out;
+    130 after one line "interrupted: {stopped}" for Ctrl-C and SIGTERM. Other errors are bugs and keep their traceback.
+    Inside, stdout and stderr forgive what cannot be written. `main` should import PyTorch itself: then this covers the
+    import.
     """
     interrupts: list[int] = []
 
@@ -138,6 +135,8 @@ def end(main: Callable[[], int | None]) -> NoReturn:
 
 def explain(error: BaseException) -> str | None:
     """The error in one line, where it is about what was requested; None for a bug."""
+    if isinstance(error, argparse.ArgumentError):
+        return f"{error}; --help lists the options"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, (MemoryError, RuntimeError, TypeError)):
@@ -198,7 +197,7 @@ def sample(arguments: list[str] | None = None) -> int:
     replayed, place = given.pop("replay", None), given.pop("preview", None)
     output = check_places(given, replayed, place)
     with _replaying(replayed):
-        from kandinsky5 import Pipeline, checkpoint  # takes seconds
+        from kandinsky5 import Pipeline, checkpoint, video_io  # takes seconds
         from kandinsky5.extras import notes, preview, replay
         from kandinsky5.request import LONGEST_SIDE, Request
 
@@ -221,12 +220,13 @@ def sample(arguments: list[str] | None = None) -> int:
         frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
         frames = frames.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
         known = replay.describe(request, pipe, **settings) if settings.get("metadata", True) else None
-        write(output, frames, settings["fps"], settings["quality"], known)
-    say_what(output, frames, request.seeds[0])
+        video_io.write_video(output, frames, settings["fps"], settings["quality"], known, keep=True)
+    count, height, width, _ = frames.shape
+    print(printable(f"{output}: {count} frame{'s' * (count > 1)} of {height}x{width}, seed {request.seeds[0]}"))
     return 0
 
 
-def check_places(given: dict[str, Any], replayed: str | None = None, place: str | bool | None = None) -> Path:
+def check_places(given: dict[str, Any], replayed: str | None, place: str | bool | None) -> Path:
     """The file to write, once all that is wrong without any model has been refused with ValueError or OSError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         raise ValueError("several processes would all make the same video: run sample.py without torchrun")
@@ -235,27 +235,9 @@ def check_places(given: dict[str, Any], replayed: str | None = None, place: str 
     output = Path(given.pop("output", None) or free_name("out.mp4"))
     inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in ("image", "step_skipping", "checkpoint")}
     check_apart({"-o": output, "--preview": place}, inputs | {"--replay": replayed})
-    if str(given.get("device")).startswith("meta"):
-        raise ValueError("device meta: it has shapes and no pixels; choose cpu or cuda")
     usual = {"num_frames": 1, "fps": 24, "quality": 8}
     check_writable(output, **usual | {name: given[name] for name in usual if given.get(name) is not None})
     return output
-
-
-def write(output: Path, frames: "Tensor", fps: float, quality: float, metadata: dict | None) -> None:
-    """`write_video`; frames (F, H, W, 3) that cannot be written there are kept, and the OSError says where."""
-    from kandinsky5 import video_io
-
-    try:
-        video_io.write_video(output, frames, fps, quality, metadata)
-    except OSError as error:
-        raise OSError(f"{error}; the frames are in {video_io.keep_frames(output, frames)}") from error
-
-
-def say_what(output: Path, frames: "Tensor", seed: int) -> None:
-    """The last line: what was made of frames (F, H, W, 3), and where it is."""
-    count, height, width, _ = frames.shape
-    print(printable(f"{output}: {count} frame{'s' * (count > 1)} of {height}x{width}, seed {seed}"))
 
 
 @contextlib.contextmanager

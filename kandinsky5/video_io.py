@@ -126,6 +126,7 @@ def write_video(
     quality: float = 8,
     metadata: dict[str, object] | None = None,
     compress: bool = True,
+    keep: bool = False,
 ) -> None:
     """Write RGB frames (F, H, W, 3) as an H.264 mp4, or one frame as a PNG if the path ends in .png.
 
@@ -133,6 +134,7 @@ def write_video(
     quality: 10 is lossless to the eye (x264's CRF 18), 8 is good (22), 5 is small (28), 1 is rough (36).
     metadata: kept in the file for `read_metadata`, as JSON in the comment tag.
     compress: False writes a PNG faster and larger: of smooth images twenty times and three times.
+    keep: save frames that cannot be written, as on a full disk, as an .npz; the OSError says where (`keep_frames`).
     The same frames give the same bytes. A failure leaves an older file at `path` as it was, and nothing else.
     Raises what `check_writable` raises, OSError if the disk is full, ValueError for other frames and for odd sides in
     an mp4.
@@ -141,16 +143,23 @@ def write_video(
     check_writable(path, len(frames), fps, quality)
     # ASCII JSON (\u043a for к), so that no tag or tool on the way can spoil it
     comment = None if metadata is None else json.dumps(metadata)
-    with _writing(Path(path)) as temporary:
-        if temporary.suffix.lower() == ".png":
-            temporary.write_bytes(_encode_png(frames[0], comment, compress))
-        else:
-            _encode_mp4(temporary, frames, fps, quality, comment)
+    try:
+        with _writing(Path(path)) as temporary:
+            if temporary.suffix.lower() == ".png":
+                temporary.write_bytes(_encode_png(frames[0], comment, compress))
+            else:
+                _encode_mp4(temporary, frames, fps, quality, comment)
+    except OSError as error:
+        if not keep:
+            raise
+        raise OSError(f"{error}; the frames are in {keep_frames(path, frames)}") from error
 
 
 def _as_frames(frames: torch.Tensor | np.ndarray) -> np.ndarray:
     """uint8 (F, H, W, 3) of what `write_video` takes."""
     if isinstance(frames, torch.Tensor):
+        if frames.is_meta:
+            raise ValueError("frames on the device meta have shapes and no pixels: choose cpu or cuda")
         frames = frames.detach().cpu()
         frames = (frames.float() if frames.is_floating_point() else frames).numpy()  # NumPy has no bfloat16
     array = np.asarray(frames)
@@ -166,11 +175,11 @@ def _as_frames(frames: torch.Tensor | np.ndarray) -> np.ndarray:
     return array
 
 
-def keep_frames(path: str | Path, frames: torch.Tensor | np.ndarray) -> str:
+def keep_frames(path: str | Path, frames: np.ndarray) -> str:
     """Where frames (F, H, W, 3) were kept, as np.load reads them: next to `path`, which could not be written, or in the
     temporary folder; in parts where the size of a file is limited. Raises OSError where nothing can be written."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, frames=torch.as_tensor(frames).cpu().numpy())
+    np.savez_compressed(buffer, frames=frames)
     data, name = buffer.getbuffer(), free_name(Path(path).with_suffix(".npz"))
     for place in (name, Path(tempfile.gettempdir()) / f"{uuid.uuid4().hex}.npz"):
         with contextlib.suppress(OSError), replacing(place) as temporary:

@@ -15,7 +15,10 @@ RUNTIME_WORDS = (
     r"device\.type|\.device [=!]=|is_cuda|is_cpu|is_meta|dtype [=!]=|dtype (?:not )?in\b|is_grad_enabled|no_grad|"
     r"inference_mode|autocast|is_compiling|lru_cache|\binto="
 )
-EXCEPTIONS = {"dit": ["dtype in"]}  # a Float32Linear stays in float32 when its model is cast to half precision
+EXCEPTIONS = {
+    "dit": ["dtype in"],  # a Float32Linear stays in float32 when its model is cast to half precision
+    "sampler": ["is_meta"],  # on the meta device there are no values to find NaN among
+}
 
 # For each place the rooms of the package that it may import; a folder stands for what is in it.
 LEAVES = {"config", "config_file", "files", "tensor_files", "screen", "video_io", "runtime.device"}

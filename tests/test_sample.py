@@ -126,7 +126,7 @@ def test_no_output_takes_the_place_of_an_input(cli, refused):
         [*FOX, "--num-frames", "1", "--preview", "a.png", "-o", "./a.png"],
         ["--replay", "image.png", "--preview", "image.png"],
     ):
-        refused(options, "would replace the file of")
+        refused(options, "another name")
 
 
 def test_the_default_name_is_numbered_a_given_one_overwritten(cli):
@@ -141,64 +141,62 @@ def test_the_default_name_is_numbered_a_given_one_overwritten(cli):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, named",  # the value, the rule's numbers, the remedy's option
     [
-        ("--height 40", "height 40: a side is a multiple of 16; try 32 or 48"),
-        ("--width 0", "width 0: a side is a multiple of 16; try 16 or 32"),
-        ("--width -16", "width -16: a side is a multiple of 16"),
-        ("--num-frames 6", "6 frames: a clip has 4k + 1 frames; try 5 or 9"),
-        ("--num-frames 0", "0 frames: a clip has 4k + 1 frames; try 1 or 5"),
-        ("--steps 0", "0 steps: sampling takes at least 1 step"),
-        ("--steps -3", "-3 steps: sampling takes at least 1 step"),
-        ("--steps many", "--steps: invalid int value: 'many'"),
+        ("--height 40", "height 40 16 32 48"),
+        ("--width 0", "width 0 16 32"),
+        ("--width -16", "width -16 16"),
+        ("--num-frames 6", "6 4k 5 9"),
+        ("--num-frames 0", "0 4k 1 5"),
+        ("--steps 0", "0 1"),
+        ("--steps -3", "-3 1"),
+        ("--steps many", "--steps 'many' --help"),
         ("--guidance nan", "guidance_scale nan"),
         ("--guidance inf", "guidance_scale inf"),
-        ("--shift 0", "shift 0.0: it must be positive and finite"),
-        ("--shift nan", "shift nan: it must be positive and finite"),
-        ("--shift inf", "shift inf: it must be positive and finite"),
-        ("--schedule linear", "--schedule: invalid choice: 'linear'"),
-        ("--seed -1", "seed -1: give a whole number from 0 to"),
-        ("--seed 99999999999999999999", "seed 99999999999999999999: give a whole number from 0 to"),
-        ("--fps 0", "fps 0.0 is not between 1 and 1000"),
-        ("--quality 11", "quality 11.0 is not between 1 (small) and 10"),
-        ("--quality nan", "quality nan is not between 1 (small) and 10"),
-        ("--device banana", "device banana: cannot be used here (Expected one of cpu, cuda"),
-        ("--device cuda:99", "device cuda:99: cannot be used here"),
-        ("--device meta", "device meta"),
-        ("--step-skipping", "there are ratios for i2v-lite-5s, "),
-        ("--step-skipping", "none for small: measure them with `python -m kandinsky5.extras.magcache CHECKPOINT"),
-        ("--step-skipping missing.json", "cannot read ratios from missing.json"),
-        ("--step-skipping fox", "'fox' does not end in .json; a prompt goes before the options"),
-        ("--preview", "preview: the output is no terminal: give a file, --preview FILE.png"),
-        ("--preview fox", "'fox' does not end in .png; a prompt goes before the options"),
-        ("--preview missing/a.png", "cannot write missing/a.png (No such file or directory)"),
-        ("--offload disk", "--offload: invalid choice: 'disk'"),
-        ("--dtype int8", "int8"),
-        ("--dtype float64", "--dtype: invalid choice: 'float64'"),
-        ("--dtype float64 --schedule official", "--dtype: invalid choice: 'float64'"),
-        ("--height 16400", "height 16400: an mp4 holds sides up to 16384; give --height and --width"),
-        ("--height 1600000000 --width 1600000000", "height 1600000000: an mp4 holds sides up to 16384"),
-        ("--image ribbon.png", "width 24784: an mp4 holds sides up to 16384; give --height and --width"),
-        ("--image missing.png", "cannot read missing.png"),
-        ("--image text.jpg", "cannot read text.jpg (it is no such image): give a whole JPEG, PNG or WebP"),
-        ("--image half.png", "cannot read half.png"),
-        ("--image folder", "cannot read folder"),
-        ("-o missing/out.mp4", "cannot write missing/out.mp4 (No such file or directory): choose a folder"),
-        ("-o folder.mp4", "cannot write folder.mp4 (it is a folder)"),
-        ("-o /proc/out.mp4", "cannot write /proc/out.mp4"),
-        ("-o out.gif", "cannot write out.gif: the name must end in .mp4, or in .png for one frame"),
-        ("-o out.png", "cannot write 5 frames to out.png: a .png holds one (--num-frames 1)"),
-        ("two words", "cannot use two words: a prompt goes in quotes, and --help lists the options"),
-        ("--stpes 3", "cannot use --stpes 3"),
+        ("--shift 0", "shift 0.0"),
+        ("--shift nan", "shift nan"),
+        ("--shift inf", "shift inf"),
+        ("--schedule linear", "--schedule 'linear' official diffusers"),
+        ("--seed -1", "seed -1 0"),
+        ("--seed 99999999999999999999", "seed 99999999999999999999 0"),
+        ("--fps 0", "fps 0.0 1 1000"),
+        ("--quality 11", "quality 11.0 1 10"),
+        ("--quality nan", "quality nan 1 10"),
+        ("--device banana", "device banana cpu cuda"),
+        ("--device cuda:99", "cuda:99 cpu"),
+        ("--step-skipping", "small i2v-lite-5s kandinsky5.extras.magcache"),
+        ("--step-skipping missing.json", "missing.json"),
+        ("--step-skipping fox", "'fox' .json"),
+        ("--preview", "--preview FILE.png"),
+        ("--preview fox", "'fox' .png"),
+        ("--preview missing/a.png", "missing/a.png"),
+        ("--offload disk", "--offload 'disk' model blocks"),
+        ("--dtype int8", "int8 bfloat16 float32"),
+        ("--dtype float64", "--dtype 'float64' bfloat16 float32"),
+        ("--dtype float64 --schedule official", "--dtype 'float64' bfloat16 float32"),
+        ("--height 16400", "height 16400 16384"),
+        ("--height 1600000000 --width 1600000000", "height 1600000000 16384"),
+        ("--image ribbon.png", "width 24784 16384 --height --width"),
+        ("--image missing.png", "missing.png"),
+        ("--image text.jpg", "text.jpg JPEG PNG WebP"),
+        ("--image half.png", "half.png"),
+        ("--image folder", "folder"),
+        ("-o missing/out.mp4", "missing/out.mp4"),
+        ("-o folder.mp4", "folder.mp4"),
+        ("-o /proc/out.mp4", "/proc/out.mp4"),
+        ("-o out.gif", "out.gif .mp4 .png"),
+        ("-o out.png", "5 out.png --num-frames .mp4"),
+        ("two words", "two words --help"),
+        ("--stpes 3", "--stpes 3"),
     ],
 )
-def test_a_bad_option_is_answered_in_one_line(refused, options, words):
+def test_a_bad_option_is_answered_in_one_line(refused, options, named):
     Path("text.jpg").write_text("no picture")
     Path("half.png").write_bytes(Path("image.png").read_bytes()[:4000])
     video_io.write_video("ribbon.png", torch.zeros(1, 1, 400000, 3, dtype=torch.uint8))
     Path("folder").mkdir()
     Path("folder.mp4").mkdir()
-    refused([*FOX, *options.split()], words)
+    refused([*FOX, *options.split()], *named.split())
 
 
 @pytest.mark.parametrize("option", ["--num-frames", "--steps"])
@@ -208,33 +206,33 @@ def test_absurd_counts_end_in_one_line(refused, option):
 
 def test_compiling_without_a_compiler(refused, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    refused([*FOX, "--compile"], "there is no no-such-compiler here: install one", "--no-compile")
+    refused([*FOX, "--compile"], "no-such-compiler", "--no-compile")
 
 
 def test_nothing_to_do_is_said(refused):
-    refused([], "no prompt: give one", "--replay FILE")
+    refused([], "--replay FILE")
 
 
 def test_an_image_needs_an_i2v_checkpoint_and_i2v_an_image(refused):
     for task, options, words in [
-        ("t2v", ["--image", "image.png"], "small makes videos from a prompt alone: leave the image out, or use an i2v"),
-        ("i2v", [], "small makes videos from an image and a prompt: give an image (--image), or use a t2v"),
+        ("t2v", ["--image", "image.png"], "i2v"),
+        ("i2v", [], "--image"),
     ]:
         Path("small/config.json").unlink()
         save_config(replace(CONFIG, tasks=(task,)), "small/config.json")
-        refused([*FOX, *options], words)
+        refused([*FOX, *options], "small", words)
 
 
 def test_nabla_asks_for_sides_of_128(refused):
     Path("small/config.json").unlink()
     save_config(replace(CONFIG, dit=replace(SMALL_DIT, nabla=SMALL_NABLA)), "small/config.json")
-    refused([*FOX, "--height", "144"], "height 144: with NABLA a side is a multiple of 128; try 128 or 256")
+    refused([*FOX, "--height", "144"], "height 144", "NABLA", 128, 256)
 
 
 def test_a_process_ends_with_code_2_and_no_traceback(here):
     done = in_process("a fox", "--checkpoint", "nowhere/at/all")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: there is no checkpoint folder nowhere/at/all: check the spelling, or name a preset\n"
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "nowhere/at/all" in done.stderr
 
 
 # --- nothing is left half-written
@@ -262,7 +260,7 @@ def test_frames_are_kept_where_the_file_cannot_be_replaced(cli, monkeypatch):
 
     monkeypatch.setattr(video_io, "_encode_mp4", immutable)
     code, _, lines = cli(*FOX)
-    assert code == 2 and lines[-1].endswith("the frames are in out.npz")
+    assert code == 2 and lines[-1].endswith("out.npz")
     assert np.load("out.npz")["frames"].shape == (5, 32, 48, 3)
 
 
@@ -316,14 +314,14 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(kandinsky5.Pipeline, "generate", run)
-    refused([*FOX, "--device", "cpu"], "not enough memory (out of memory)", "--tile-space", "--offload")
+    refused([*FOX, "--device", "cpu"], "out of memory", "--tile-space", "--offload")
 
 
 def test_a_video_that_does_not_fit_is_refused_before_step_one(cli, refused, monkeypatch):
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: 7 * 10**8)
     large = [*FOX, "--height", "512", "--width", "512"]
     monkeypatch.setattr(kandinsky5.Pipeline, "sample", lambda *arguments: pytest.fail("steps were made"))
-    refused(large, "decoding 5 frames of 512x512 takes about", "0.7 GB are free", "--tile-space", "--num-frames")
+    refused(large, "5 frames", "512x512", "0.7 GB", "--tile-space", "--num-frames")
 
 
 def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
@@ -345,8 +343,8 @@ def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
 )
 def test_a_size_that_nano_was_not_trained_on_is_noted(cli, options, noted):
     code, _, lines = cli("a red circle moves left", "--steps", "1", *options)
-    note = "note: nano was trained on 17 frames of 64x64 alone, and draws other sizes and lengths worse: leave out "
-    assert code == 0 and [line.startswith(note) for line in lines] == [True] * noted
+    assert code == 0 and len(lines) == noted
+    assert all(line.startswith("note: nano ") and "17 frames of 64x64" in line for line in lines)
 
 
 @pytest.mark.parametrize(("extra", "noted"), [(0, False), (1, True), (40, True)])
@@ -354,7 +352,7 @@ def test_a_prompt_longer_than_what_is_read_is_noted(cli, extra, noted):
     tokenizer = kandinsky5.Pipeline.load("nano").text_encoder.qwen_tokenizer
     assert len(tokenizer.encode(" red" * 256)) == 256
     code, _, lines = cli(" red" * (256 + extra), "--steps", "1")
-    cuts = [line for line in lines if f"256 tokens are read, and this one has {extra} more" in line]
+    cuts = [line for line in lines if "256 tokens" in line and f" {extra} more" in line]
     assert code == 0 and len(cuts) == noted
 
 
@@ -375,7 +373,7 @@ def test_frame_rates_may_be_fractions(cli, fps, rate):
 
 def test_a_file_can_do_without_settings(cli):
     assert cli(*FOX, "--no-metadata")[0] == 0 and b"a fox" not in Path("out.mp4").read_bytes()
-    with pytest.raises(ValueError, match="carries no settings"):
+    with pytest.raises(ValueError, match="out.mp4"):
         video_io.read_metadata("out.mp4")
 
 

@@ -66,7 +66,7 @@ def print_config(config: PipelineConfig, options: dict) -> None:
         task_known = "src" in options  # the authors' bare files name neither task nor attention
         like = ", ".join(convert.presets_like(config, task_known)) or "none"
         print(
-            f"Presets that fit, the likeliest by name first: {like}. Releases differ in steps, guidance, shift and size: "
+            f"Presets that fit, likeliest first: {like}. Releases differ in steps, guidance, shift and size: "
             "convert with --preset NAME."
         )
 
