@@ -116,10 +116,32 @@ class QwenConfig:
     ff_dim: int = 18944
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
+    rope_sections: tuple[int, int, int] = (16, 24, 24)  # of a head's rotary pairs, those for T, H, W; for images
+    image_token: int = 151655  # stands where an image's tokens go
 
     @property
     def head_dim(self) -> int:
         """Channels of one query head; a key and value head has as many."""
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class QwenVisionConfig:
+    """The vision tower of Qwen2.5-VL-7B, and the areas of the images that it is given."""
+
+    dim: int = 1280
+    num_layers: int = 32
+    num_heads: int = 16
+    ff_dim: int = 3420
+    full_blocks: tuple[int, ...] = (7, 15, 23, 31)  # blocks that see the whole image; the others see one window
+    out_dim: int = 3584  # the language model's width
+    norm_eps: float = 1e-6
+    min_pixels: int = 56 * 56
+    max_pixels: int = 16384 * 28 * 28
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
         return self.dim // self.num_heads
 
 
@@ -193,7 +215,13 @@ class PipelineConfig:
     text: TextConfig = RELEASED_TEXT
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tiling: Tiling = field(default_factory=Tiling)
+    qwen_vision: QwenVisionConfig | None = None  # with it the folder also has qwen_vision and qwen_head (`lm_head`)
     base: str | None = None  # folder, relative to this one, of the models and tokenizers that are not in it
+
+    @property
+    def qwen_head(self) -> QwenConfig:
+        """Sizes of the head, by the model's name: those of its language model."""
+        return self.qwen
 
     @property
     def side_divisor(self) -> int:

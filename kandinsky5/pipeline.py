@@ -20,7 +20,8 @@ from kandinsky5.clip import CLIPText
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
-from kandinsky5.qwen import Qwen
+from kandinsky5.qwen import Qwen, QwenHead
+from kandinsky5.qwen_vision import QwenVision
 from kandinsky5.request import Image, Request
 from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import compile_models
@@ -84,15 +85,20 @@ class Pipeline:
             config = replace(config, tiling=replace(config.tiling, space=True))
         with checkpoint.without_weights():
             dit, vae, qwen, clip = DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)
-        for name, model in {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip}.items():
+            vision = QwenVision(config.qwen_vision) if config.qwen_vision else None
+            head = QwenHead(config.qwen) if config.qwen_vision else None
+        models = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip, "qwen_vision": vision, "qwen_head": head}
+        for name, model in models.items():
+            if model is None:
+                continue
             place = checkpoint.find_part(folder, name, config.base)
             if offload:
                 rest(model, checkpoint.map_weights(model, place, name, dtype), device, offload)
             else:
                 checkpoint.load_weights(model, place, name, device, dtype)
         names = ("qwen_tokenizer", "clip_tokenizer")
-        tokenizers = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
-        text_encoder = TextEncoder(config.text, qwen, clip, *tokenizers)
+        words, clip_words = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
+        text_encoder = TextEncoder(config.text, qwen, clip, words, clip_words, vision, head)
         fast.install(dit, vae)
         kernels.install(dit, attention)
         kernels.install(text_encoder, "auto")

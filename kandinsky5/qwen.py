@@ -1,12 +1,15 @@
-"""The language model of Qwen2.5-VL, as a text encoder: token ids → hidden states after the last norm.
+"""The language model of Qwen2.5-VL: token ids, among them images (qwen_vision.py) → hidden states after the last norm.
 
-For text alone the model's three-axis rotary embedding gives all three axes the same position, so it is plain
-RoPE, in the half-split layout (rope.py). The model is causal: padding on the right changes nothing before it.
+These states are what the DiT reads of a prompt. A linear map of them, the head, scores every word of the vocabulary as
+the next one; `generate` writes with it.
+
+Positions have three axes. For text all three are the same, which is plain RoPE, in the half-split layout (rope.py). The
+model is causal: padding on the right changes nothing before it.
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from kandinsky5.attention import Attend, attend
@@ -17,7 +20,7 @@ Cache = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention: keys and values 
 
 
 class Qwen(nn.Module):
-    """Embedding, causal blocks, norm; without the head that predicts words and without the vision tower."""
+    """Embedding, causal blocks, norm; without the head and without the vision tower."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -26,22 +29,33 @@ class Qwen(nn.Module):
         self.blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """ids (B, S), mask (B, S) bool, True for real tokens → (B, S, dim).
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """ids (B, S) → (B, S, dim).
 
-        With padding on the right no mask is needed; with a mask the padding may be anywhere, and positions count
-        the real tokens. cache: {} before the first call; ids then continue the tokens that were given with it before,
-        in one row that all rows of ids continue or in as many rows. Not together with a mask.
+        mask (B, P + S) bool, True for real tokens: with padding on the right none is needed, with a mask padding may
+        be anywhere. cache: {} before the first call; ids then continue the P tokens that were given with it before, in
+        one row that all rows of ids continue or in as many rows. positions (B, 3, S): of each token on three axes; by
+        default they count the real tokens. images (M, dim): take the places of the M image tokens, row after row.
         """
         S, P = ids.shape[1], next(iter(cache.values()))[0].shape[2] if cache else 0
         seen = torch.ones(S, P + S, dtype=torch.bool, device=ids.device).tril(P)  # rows are queries
-        positions = torch.arange(P, P + S, device=ids.device)[None]  # (1, S)
+        counted = torch.arange(P, P + S, device=ids.device)[None]  # (1, S)
         if mask is not None:
-            assert cache is None, "a mask and a cache together are not used"
             # A padding token sees itself, as a row without any key has no softmax.
-            seen = seen & mask[:, None, None] | torch.eye(S, dtype=torch.bool, device=ids.device)  # (B, 1, S, S)
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
+            seen = seen & mask[:, None, None] | seen.triu(P)  # (B, 1, S, P + S)
+            counted = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, P:]  # (B, S)
+        if positions is None:
+            positions = repeat(counted, "B S -> B A S", A=3)
         x = self.embedding(ids)  # (B, S, dim)
+        if images is not None:
+            x = x.masked_scatter((ids == self.config.image_token)[..., None], images.to(x))
         x = self.run_blocks(self.blocks, x, self.build_angles(positions), seen, cache)
         return self.norm(x)
 
@@ -52,9 +66,21 @@ class Qwen(nn.Module):
         return x
 
     def build_angles(self, positions: Tensor) -> Tensor:
-        """Rotary angles in radians, float32, for all heads: positions (B, S) → (B, 1, S, D/2)."""
+        """Rotary angles in radians, float32, for all heads: positions (B, 3, S) → (B, 1, S, D/2).
+
+        The first pairs of a head turn with T, the next ones with H, the last with W.
+        """
         angles = build_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
-        return rearrange(angles, "(B S) D -> B 1 S D", S=positions.shape[1])
+        t, h, w = rearrange(angles, "(B A S) D -> A B 1 S D", A=3, S=positions.shape[2])
+        T, H, _ = self.config.rope_sections
+        return torch.cat([t[..., :T], h[..., T : T + H], w[..., T + H :]], dim=-1)
+
+
+class QwenHead(nn.Linear):
+    """Scores of all words as the next one: hidden states (B, dim) → (B, vocab_size)."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__(config.dim, config.vocab_size, bias=False)
 
 
 class QwenBlock(nn.Module):
@@ -102,13 +128,13 @@ class GroupedAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """linear_out(SiLU(gate(x)) · linear_in(x)), without biases: (B, S, dim) → the same."""
+    """linear_out(SiLU(gate(x)) · linear_in(x)): (B, S, dim) → the same."""
 
-    def __init__(self, dim: int, ff_dim: int):
+    def __init__(self, dim: int, ff_dim: int, bias: bool = False):
         super().__init__()
-        self.gate = nn.Linear(dim, ff_dim, bias=False)
-        self.linear_in = nn.Linear(dim, ff_dim, bias=False)
-        self.linear_out = nn.Linear(ff_dim, dim, bias=False)
+        self.gate = nn.Linear(dim, ff_dim, bias)
+        self.linear_in = nn.Linear(dim, ff_dim, bias)
+        self.linear_out = nn.Linear(ff_dim, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_out(F.silu(self.gate(x)) * self.linear_in(x))

@@ -5,7 +5,9 @@ the same for all prompts, and its features are dropped. CLIP reads the bare prom
 in the official code; diffusers unescapes HTML and collapses white space first.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import TextConfig
-from kandinsky5.qwen import Cache, Qwen
+from kandinsky5.qwen import Cache, Qwen, QwenHead
+from kandinsky5.qwen_vision import TOKEN, QwenVision, build_positions, prepare_image
 from kandinsky5.tokenizer import Tokenizer
 
 MAX_TOKENS = 256  # of Qwen's that are read of a prompt; the models were trained with so many
@@ -43,14 +46,16 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """Both language models with their tokenizers."""
+    """Both language models with their tokenizers. Qwen's eyes and its head, which writes, are not always there."""
 
     def __init__(
-        self, config: TextConfig, qwen: Qwen, clip: CLIPText, qwen_tokenizer: Tokenizer, clip_tokenizer: Tokenizer
-    ):
+        self, config: TextConfig, qwen: Qwen, clip: CLIPText, qwen_tokenizer: Tokenizer, clip_tokenizer: Tokenizer,
+        vision: QwenVision | None = None, head: QwenHead | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config = config
         self.qwen, self.clip = qwen, clip
+        self.vision, self.head = vision, head
         self.qwen_tokenizer, self.clip_tokenizer = qwen_tokenizer, clip_tokenizer
         for name, tokenizer, model in (("qwen", qwen_tokenizer, qwen), ("clip", clip_tokenizer, clip)):
             if tokenizer.vocab_size > model.config.vocab_size:
@@ -68,17 +73,27 @@ class TextEncoder(nn.Module):
                 )
 
     def encode(
-        self, prompts: list[str], max_sequence_length: int = MAX_TOKENS, one_frame: bool = False
+        self,
+        prompts: list[str],
+        max_sequence_length: int = MAX_TOKENS,
+        one_frame: bool = False,
+        images: list[Tensor] | None = None,
     ) -> TextFeatures:
         """Features of B prompts; each is cut after `max_sequence_length` Qwen tokens (and 77 of CLIP).
 
         one_frame: the prompts are for videos of a single frame, which have a template of their own.
+        images: one uint8 (H, W, 3) for each prompt, at the size that Qwen is to see; the template has a place for it.
 
         A prompt in a batch gets what it gets alone: Qwen is causal and padding stands on the right, where the mask
         hides it from the DiT. The template's part before the prompt goes through Qwen once for all of them.
         """
         device, dropped = self.qwen.embedding.weight.device, self.template(one_frame)[1]
-        ids = [self.qwen_ids(prompt, max_sequence_length, one_frame) for prompt in prompts]
+        seen = self.see(images or [])
+        grids = [[grid] for _, grid in seen] or [[] for _ in prompts]
+        ids = [
+            self.qwen_ids(prompt, max_sequence_length, one_frame, grid)
+            for prompt, grid in zip(prompts, grids, strict=True)
+        ]
         lengths = torch.tensor([len(i) for i in ids]) - dropped
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
         common = min(len(os.path.commonprefix(ids)), dropped)
@@ -86,9 +101,31 @@ class TextEncoder(nn.Module):
         if common:
             self.qwen(torch.tensor([ids[0][:common]], device=device), cache=cache)
         rest = pad_sequence([torch.tensor(i[common:]) for i in ids], batch_first=True).to(device)
-        text = self.qwen(rest, cache=cache)[:, dropped - common :]  # (B, S, 3584)
+        places = [build_positions(i, self.image_token, grid).T[common:] for i, grid in zip(ids, grids, strict=True)]
+        positions = pad_sequence(places, batch_first=True).mT.to(device)  # (B, 3, S)
+        tokens = torch.cat([tokens for tokens, _ in seen]) if seen else None  # (M, 3584)
+        text = self.qwen(rest, cache=cache, positions=positions, images=tokens)[:, dropped - common :]  # (B, S, 3584)
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
         return TextFeatures(text, lengths, pooled)
+
+    @property
+    def image_token(self) -> int:
+        """The id that stands for a token of an image."""
+        return self.qwen.config.image_token
+
+    def see(self, images: list[Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Each image, uint8 (H, W, 3), as the tokens (M, 3584) that Qwen reads, and their rows and columns.
+
+        Raises ValueError where the checkpoint has no vision tower.
+        """
+        seen: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        for image in images:
+            if self.vision is None:
+                raise ValueError("this checkpoint has no eyes for the image: convert it again with --with-vision")
+            if id(image) not in seen:  # an image often goes with several texts
+                pixels = prepare_image(image, self.vision.config).to(self.vision.patch_embedder.weight)  # (3, H', W')
+                seen[id(image)] = self.vision(pixels), (pixels.shape[1] // TOKEN, pixels.shape[2] // TOKEN)
+        return [seen[id(image)] for image in images]
 
     def template(self, one_frame: bool = False) -> tuple[str, int]:
         """What Qwen reads, with the prompt at {}, and how many of its tokens precede the prompt."""
@@ -97,10 +134,40 @@ class TextEncoder(nn.Module):
             return config.image_template, config.image_dropped_tokens
         return config.template, config.dropped_tokens
 
-    def qwen_ids(self, prompt: str, max_sequence_length: int, one_frame: bool = False) -> list[int]:
-        """Token ids of the template with the prompt in it, cut to `max_sequence_length` after the dropped ones."""
+    def qwen_ids(
+        self,
+        prompt: str,
+        max_sequence_length: int,
+        one_frame: bool = False,
+        grids: Sequence[tuple[int, int]] = (),
+    ) -> list[int]:
+        """Token ids of the template with the prompt in it, cut to `max_sequence_length` after the dropped ones.
+
+        grids: rows and columns of the template's images. An image behind the prompt stays, and the prompt is cut.
+        Raises ValueError where an image takes all of the length.
+        """
         template, dropped = self.template(one_frame)
-        return self.qwen_tokenizer.encode(template.replace("{}", prompt))[: dropped + max_sequence_length]
+        ids = self.place_images(self.qwen_tokenizer.encode(template.replace("{}", prompt)), grids)
+        if not grids:
+            return ids[: dropped + max_sequence_length]
+        end = ids.index(self.image_token) - 1  # <|vision_start|>
+        cut = max(len(ids) - dropped - max_sequence_length, 0)
+        if end - cut < dropped:
+            raise ValueError(
+                f"the image takes {len(ids) - end} tokens of Qwen's, which reads {max_sequence_length} of prompt and "
+                "image: make it smaller (--height, --width), or raise max_sequence_length"
+            )
+        return ids[: end - cut] + ids[end:]
+
+    def place_images(self, ids: list[int], grids: Sequence[tuple[int, int]]) -> list[int]:
+        """`ids` with each image token as often as its image has tokens.
+
+        Raises ValueError where the text has more or fewer of them than images: a prompt may spell one.
+        """
+        if grids and ids.count(self.image_token) != len(grids):
+            raise ValueError("the text contains <|image_pad|>, the place of an image: leave that word out")
+        counts = iter(grids)
+        return [i for i in ids for _ in range(math.prod(next(counts)) if grids and i == self.image_token else 1)]
 
     def clip_ids(self, prompt: str) -> list[int]:
         """Start token, prompt, end token, and end tokens as padding: always 77 (CLIP's number of positions)."""

@@ -8,7 +8,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "kandinsky5"
-DEFINITIONS = ("dit", "attention", "vae", "vae_tiling", "nabla", "rope", "qwen", "clip", "sampler", "text_encoder")
+DEFINITIONS = (
+    "dit",
+    "attention",
+    "vae",
+    "vae_tiling",
+    "nabla",
+    "rope",
+    "qwen",
+    "qwen_vision",
+    "clip",
+    "sampler",
+    "text_encoder",
+)
 STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
 # What depends on where and how the model runs, and not on what it computes.
 RUNTIME_WORDS = (
@@ -33,7 +45,8 @@ MAY_IMPORT = {
     "attention": {"nabla", "config"},
     "vae": {"config"},
     "vae_tiling": {"vae", "config"},
-    "text_encoder": {"clip", "qwen", "tokenizer", "config"},
+    "qwen_vision": {"attention", "qwen", "rope", "config"},
+    "text_encoder": {"clip", "qwen", "qwen_vision", "tokenizer", "config"},
     # Step skipping is an extra, which both import only where it is asked for.
     "request": {"config", "rope", "sampler", "text_encoder", "video_io", "runtime.device", "extras.magcache"},
     "pipeline": {*MODELS, "request", "runtime", "extras.magcache"},
