@@ -23,6 +23,7 @@ import test_kernels
 import test_magcache
 import test_nano_text
 import test_offload
+import test_pieces
 import test_pipeline
 import test_text_encoder
 from golden_data import load_golden_pipeline, measure_error
@@ -44,7 +45,7 @@ from kandinsky5 import (
 from kandinsky5.extras import magcache
 from kandinsky5.nano import train_text
 from kandinsky5.runtime import compile as compiling
-from kandinsky5.runtime import fast, fast_vae, kernels, offload
+from kandinsky5.runtime import fast, fast_vae, kernels, offload, pieces
 from random_weights import build_small_pipeline, save_small_checkpoint
 
 
@@ -438,6 +439,15 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_offload.test_the_same_numbers_with_and_without(
          save_small_checkpoint(folder / "small"), torch.float32),
      offload.run_streamed, "blocks[i + 1], slots", "blocks[i], slots"),
+    ("pieces rotated by the positions of the first one",
+     lambda patch, folder: test_pieces.test_pieces_are_the_whole(None, 100),
+     pieces.PiecewiseVisualBlock.forward, "x[:, here], rotations[here]", "x[:, here], rotations.roll(1, 0)[here]"),
+    ("pieces finished with another sub-layer's gate",
+     lambda patch, folder: test_pieces.test_pieces_are_the_whole(None, 1000),
+     pieces.PiecewiseVisualBlock.finish, "add_gated(x, cross_gate,", "add_gated(x, self_gate,"),
+    ("pieces without the text's mask",
+     lambda patch, folder: test_pieces.test_pieces_are_the_whole(None, 1000),
+     pieces.PiecewiseVisualBlock.finish, "None, text_mask", "None, None"),
     ("the next block fetched into the slot of the running one",
      lambda patch, folder: test_offload.test_cast_weights_take_turns_in_two_places(folder),
      offload.run_streamed, "slots[(i + 1) % 2]", "slots[0]"),
