@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -139,8 +139,8 @@ def find_part(folder: Path, part: str, base: str | None) -> Path:
     return folder if here or base is None else folder / base
 
 
-def fingerprint(folder: Path) -> str:
-    """Cheap content hash of a native checkpoint; changes whenever its output would.
+def fingerprint(folder: Path, names: Collection[str] = MODELS) -> str:
+    """Cheap content hash of a native checkpoint, or of those of its MODELS that are named; changes with their output.
 
     SHA-256 of the values in config.json that differ from the defaults, the tokenizers' files, and of each tensor its
     name, precision, shape and first 16 kB. So other weights, more training or a merged adapter are seen. Not seen is a
@@ -148,13 +148,13 @@ def fingerprint(folder: Path) -> str:
     (`weights_convert --verify` sees it). Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")
-    parts = [getattr(config, name) for name in (*MODELS, "text", "tiling")]
+    parts = [getattr(config, name) for name in (*names, "text", "tiling")]
     sizes = [  # a field that later versions add has its default
         {field: value for field, value in asdict(part).items() if value != asdict(type(part)()).get(field)}
         for part in parts
     ]
     digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
-    for name in MODELS:
+    for name in names:
         for tensor_name, stored in sorted(find_weights(find_part(folder, name, config.base), name).tensors.items()):
             with open(stored.path, "rb") as file:
                 file.seek(stored.start)

@@ -5,6 +5,9 @@ muon       one of them
 loop       train
 flow       flow matching: times, batches, loss
 distill    targets of distillation
+footage    files: videos and images, their frames at given times
+folder     clips and captions of a folder
+data       a cache of them, encoded, and batches
 modes      precision, attention and memory of a model in training
 state      a run on disk
 """

@@ -1,0 +1,242 @@
+"""What a DiT is fine-tuned on: a folder of clips, encoded once into a cache, in batches that depend only on a seed.
+
+    folder ─ find_clips ─> clips ─ encode (VAE, text encoders) ─> cache ─ batch(seed) ─> latents, features
+
+The cache holds the VAE's mean and log-variance of each clip, so that every batch draws its latents anew, and the text
+features of each caption. An entry is named by a hash of all that it depends on, and written completely or not at all:
+the same command resumes after a kill, and what is there already is verified. After `encode` the models are not needed.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kandinsky5 import screen, vae_tiling, video_io
+from kandinsky5.config import PipelineConfig
+from kandinsky5.files import locked, make_folder, replacing
+from kandinsky5.runtime.offload import awake, find_place
+from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder, TextFeatures
+from kandinsky5.training.folder import Clip, ClipSettings, find_clips
+from kandinsky5.training.loop import generator
+from kandinsky5.vae import VAE, Posterior
+
+
+class ClipBatch(NamedTuple):
+    """B clips of one size, on the CPU."""
+
+    latents: Tensor  # (B, T, h, w, 16) scaled, float32
+    first_frame: Tensor  # (B, 1, h, w, 16) of frame 0 alone, as the pipeline encodes an image; scaled, float32
+    features: TextFeatures  # text (B, S, dim), padded to the longest
+    clips: tuple[Clip, ...]  # B
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips of a folder; `encode` comes before `batch`."""
+
+    clips: tuple[Clip, ...]
+    left_out: dict[str, str]  # file: why
+    config: PipelineConfig
+    cache: Path | None = None
+    entries: tuple[Path, ...] = ()  # in the cache, of each clip
+    texts: tuple[Path, ...] = ()  # likewise
+    empty_text: Path | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path, config: PipelineConfig, settings: ClipSettings, decode: bool = False) -> "Clips":
+        """The clips of `folder`; nothing is encoded yet. decode: read each once, to find damaged ones now.
+
+        Raises ValueError as `find_clips`.
+        """
+        found = find_clips(Path(folder), settings, decode)
+        for name, reason in found.left_out.items():
+            screen.say(f"left out: {screen.printable(name, 200)} {reason}")
+        return cls(found.clips, found.left_out, config)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is trained on: contents, cuts, sizes and captions; not of names."""
+        parts = sorted(repr((c.content, c.start, c.size, c.num_frames, c.fps, c.caption)) for c in self.clips)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def encode(self, vae: VAE, text_encoder: TextEncoder, cache: str | Path, origin: str) -> "Clips":
+        """The same clips with everything encoded in `cache`, a folder; what is there already is verified, not redone.
+
+        origin: of the weights, such as `checkpoint.fingerprint(folder, ("vae", "qwen", "clip"))`.
+        Raises ValueError for a damaged clip and while another process encodes there, OSError for a full disk.
+        """
+        cache = Path(cache)
+        make_folder(cache)
+        texts = [*dict.fromkeys(clip.caption for clip in self.clips), ""]
+        clip_names = [cache / f"{_key(origin, vae, repr(_identity(c)), self.config)}.safetensors" for c in self.clips]
+        text_names = {t: cache / f"{_key(origin, text_encoder, t, self.config)}.safetensors" for t in texts}
+        with locked(cache, f"another process is encoding in {cache}: wait for it, or choose another folder"):
+            for left in cache.glob(".*.safetensors"):  # half written by a run that was killed
+                left.unlink()
+            with screen.bar(len(self.clips), "encoding clips", "clip") as bar, awake(vae), torch.no_grad():
+                for clip, path in zip(self.clips, clip_names, strict=True):
+                    _keep(path, partial(encode_clip, vae, clip, self.config))
+                    bar.update()
+            models = text_encoder.qwen, text_encoder.clip
+            with screen.bar(len(texts), "encoding captions", "text") as bar, awake(*models), torch.no_grad():
+                for text, path in text_names.items():
+                    _keep(path, partial(encode_caption, text_encoder, text))
+                    bar.update()
+        written = sum(path.stat().st_size for path in {*clip_names, *text_names.values()})
+        screen.say(f"{cache}: {len(self.clips):,} clips and {len(texts) - 1:,} captions, {written:,} bytes")
+        places = tuple(text_names[clip.caption] for clip in self.clips)
+        return replace(self, cache=cache, entries=tuple(clip_names), texts=places, empty_text=text_names[""])
+
+    def empty(self) -> TextFeatures:
+        """Features of the empty prompt, (1, …), which caption dropout needs."""
+        assert self.empty_text, "encode comes first"
+        return read_features([self.empty_text])
+
+    def hold_out(self, share: float) -> tuple["Clips", "Clips"]:
+        """Clips for training, and a share of the files, at least one if it is above 0, that are held out.
+
+        Which files depends on their contents alone, and all clips of one file stay together. Raises ValueError where
+        none would be left to train on.
+        """
+        files = sorted({clip.content for clip in self.clips})
+        count = min(max(round(share * len(files)), 1), len(files)) if share > 0 else 0
+        if not 0 <= share < 1 or count == len(files):
+            raise ValueError(f"--hold-out {share:.0%} of {len(files)} files: some must be left to train on")
+        held = set(files[:count])
+        return self._select(lambda clip: clip.content not in held), self._select(lambda clip: clip.content in held)
+
+    def _select(self, wanted: Callable[[Clip], bool]) -> "Clips":
+        rows = [i for i, clip in enumerate(self.clips) if wanted(clip)]
+        entries, texts = (tuple(x[i] for i in rows if x) for x in (self.entries, self.texts))
+        return replace(self, clips=tuple(self.clips[i] for i in rows), entries=entries, texts=texts)
+
+    # ------------------------------------------------------------------------------------------ batches
+
+    def batch(self, seed: list[int], size: int, accumulate: int = 1, rank: int = 0, ranks: int = 1) -> ClipBatch:
+        """The batch of a `seed` as the training loop gives it: run, step, and which of the step's `accumulate` batches.
+
+        Every epoch takes each clip once, in an order that depends on the run's seed, in batches of one size of clip,
+        the last of which begins again with its first. rank, ranks: one of that many processes gets its rows of the
+        same batch: together, and in any number, they train on the same data with the same noise.
+        """
+        run, step, part = seed
+        chosen = self.order(run, size, step * accumulate + part)
+        random, mine = generator([*seed, 1]), slice(rank, None, ranks)
+        latents, first = read_latents([self.entries[i] for i in chosen], self.config, random)
+        features = read_features([self.texts[i] for i in chosen[mine]])
+        return ClipBatch(latents[mine], first[mine], features, tuple(self.clips[i] for i in chosen[mine]))
+
+    def order(self, seed: int, size: int, index: int) -> list[int]:
+        """Which clips make up batch number `index` of a run: `size` of them, all of one shape."""
+        shapes: dict[tuple, list[int]] = {}
+        for i, clip in enumerate(self.clips):
+            shapes.setdefault((clip.num_frames, *clip.size), []).append(i)
+        per_epoch = sum(-(-len(rows) // size) for rows in shapes.values())
+        epoch, number = divmod(index, per_epoch)
+        rng = np.random.default_rng([seed, epoch])
+        batches: list[np.ndarray] = []
+        for _, rows in sorted(shapes.items()):
+            whole = -(-len(rows) // size) * size
+            batches += list(np.resize(rng.permutation(rows), whole).reshape(-1, size))
+        return batches[rng.permutation(per_epoch)[number]].tolist()
+
+
+# ---------------------------------------------------------------------------------------------- encoding
+
+
+def encode_clip(vae: VAE, clip: Clip, config: PipelineConfig) -> dict[str, Tensor]:
+    """Mean and log-variance (16, T, h, w) of a clip, and (16, 1, h, w) of its first frame alone, unscaled."""
+    device, dtype = find_place(vae)
+    video = video_io.from_uint8(clip.read()[None]).to(device, dtype)  # (1, 3, F, H, W)
+    whole = vae_tiling.encode(vae, video, config.tiling)
+    first = vae_tiling.encode(vae, video[:, :, :1], config.tiling)
+    parts = {"mean": whole.mean, "logvar": whole.logvar, "first_mean": first.mean, "first_logvar": first.logvar}
+    return {name: part[0].cpu().contiguous() for name, part in parts.items()}
+
+
+def encode_caption(text_encoder: TextEncoder, caption: str) -> dict[str, Tensor]:
+    """Features of one caption: text (S, dim), pooled (dim,). An image's caption too has the template of videos."""
+    features = text_encoder.encode([caption], MAX_TOKENS)
+    return {"text": features.text[0].cpu().contiguous(), "pooled": features.pooled[0].cpu().contiguous()}
+
+
+def _identity(clip: Clip) -> tuple:
+    return clip.content, clip.start, clip.size, clip.num_frames, clip.fps
+
+
+def _key(origin: str, model: VAE | TextEncoder, what: str, config: PipelineConfig) -> str:
+    """Name of an entry: a hash of the weights, of how they compute, and of what is encoded."""
+    dtype = find_place(model)[1]
+    how = (config.tiling,) if isinstance(model, VAE) else (model.template(), MAX_TOKENS)
+    return hashlib.sha256(repr((type(model).__name__, origin, str(dtype), how, what)).encode()).hexdigest()
+
+
+def _keep(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
+    """Write the tensors of `compute` to `path`, unless they are there whole. Raises OSError for a full disk."""
+    if path.is_file() and _is_whole(path):
+        return
+    tensors = compute()
+    size = sum(t.nbytes for t in tensors.values())
+    if shutil.disk_usage(path.parent).free < size + 2**20:
+        raise OSError(f"{path.parent} has no room for {size:,} more bytes: free some disk space")
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"sha256": _checksum(tensors)})  # one value: their order is not fixed
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}): free some disk space") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (file.metadata() or {}).get("sha256") == _checksum(tensors)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} cannot be read ({error}): run the same command again, which encodes it anew") from error
+
+
+def read_latents(paths: list[Path], config: PipelineConfig, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Samples of the posteriors: clips (B, T, h, w, 16) and their first frames (B, 1, h, w, 16), scaled, float32."""
+    entries = [_read(path) for path in paths]
+    drawn = []
+    for prefix in ("", "first_"):
+        mean, logvar = (torch.stack([entry[prefix + name] for entry in entries]) for name in ("mean", "logvar"))
+        z = Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=random))  # (B, 16, T, h, w)
+        drawn.append((z * config.vae.scaling_factor).permute(0, 2, 3, 4, 1))
+    return drawn[0], drawn[1]
+
+
+def read_features(paths: list[Path]) -> TextFeatures:
+    """The features of B captions, text (B, S, dim) padded to the longest."""
+    entries = [_read(path) for path in paths]
+    lengths = torch.tensor([len(entry["text"]) for entry in entries])
+    longest = int(lengths.max())
+    text = torch.stack([F.pad(entry["text"], (0, 0, 0, longest - len(entry["text"]))) for entry in entries])
+    return TextFeatures(text, lengths, torch.stack([entry["pooled"] for entry in entries]))
