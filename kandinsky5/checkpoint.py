@@ -10,6 +10,7 @@ stay where they are: the files are mapped into memory, not copied through it.
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -253,3 +254,17 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
     """Write tensors to one safetensors file, atomically: `path` is never half there."""
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes the entries of the metadata in random order: with this, equal weights are equal files."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if metadata := header.get("__metadata__"):
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= length, (len(text), length)
+            file.seek(8)
+            file.write(text.ljust(length))

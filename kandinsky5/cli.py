@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import math
 import os
 import re
 import signal
@@ -179,7 +180,8 @@ small; moves left, right, up or down, grows, shrinks or stays still; in English 
 checkpoint's own default."""
 DEFAULTS = {
     "checkpoint": "nano", "image": None, "step_skipping": False, "quality": 8.0, "enlarge": 1, "device": "auto",
-    "dtype": "auto", "attention": "auto", "compile": False, "offload": None, "tile_space": False,
+    "dtype": "auto", "attention": "auto", "compile": False, "offload": None, "tile_space": False, "loras": (),
+    "trigger": True,
 }  # fmt: skip
 REQUEST = (  # arguments of Request.resolve
     "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "schedule",
@@ -198,7 +200,7 @@ def sample(arguments: list[str] | None = None) -> int:
     output = check_places(given, replayed, place)
     with _replaying(replayed):
         from kandinsky5 import Pipeline, checkpoint, video_io  # takes seconds
-        from kandinsky5.extras import notes, preview, replay
+        from kandinsky5.extras import lora, notes, preview, replay
         from kandinsky5.request import LONGEST_SIDE, Request
 
         settings = DEFAULTS | (replay.read_settings(replayed, given) if replayed else {}) | given
@@ -212,10 +214,14 @@ def sample(arguments: list[str] | None = None) -> int:
         enlarge = settings["enlarge"]
         if not 1 <= enlarge <= 16 or max(request.height, request.width) * enlarge > LONGEST_SIDE:
             raise ValueError(f"enlarge {enlarge}: give 1 to 16, with which no side passes {LONGEST_SIDE} pixels")
+        loras = lora.open_all(settings["loras"], config.dit)
         show = None if place is None else preview.open_place(place)
 
         pipe = Pipeline.load(folder, **{name: settings[name] for name in LOAD})
+        for one, said in zip(loras, settings["loras"], strict=True):
+            pipe.load_lora(one, said["weight"], settings["trigger"])
         notes.show(request, pipe.config, pipe.text_encoder, folder)
+        notes.note_triggers(pipe.loras)
         callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
         frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
         frames = frames.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
@@ -234,6 +240,7 @@ def check_places(given: dict[str, Any], replayed: str | None, place: str | bool 
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
     output = Path(given.pop("output", None) or free_name("out.mp4"))
     inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in ("image", "step_skipping", "checkpoint")}
+    inputs |= {f"--lora {i}": one["file"] for i, one in enumerate(given.get("loras", ()), start=1)}
     check_apart({"-o": output, "--preview": place}, inputs | {"--replay": replayed})
     usual = {"num_frames": 1, "fps": 24, "quality": 8}
     check_writable(output, **usual | {name: given[name] for name in usual if given.get(name) is not None})
@@ -312,6 +319,9 @@ def build_sample_parser() -> Parser:
     add("--offload", choices=("model", "blocks"), help="keep on the device only the running model, or its block")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")
     add("--tile-space", action=argparse.BooleanOptionalAction, help="VAE in tiles of 256 pixels: less memory")
+    add("--lora", action="append", dest="loras", type=lora_file, metavar="FILE[:WEIGHT]",
+        help="adapt the model: a LoRA in any layout, with a weight if not 1; repeatable")  # fmt: skip
+    add("--no-trigger", action="store_false", dest="trigger", help="leave out the trigger phrases of LoRAs")
     add("--replay", metavar="FILE", help="take the settings from a file of sample.py; other options win")
     add("--no-metadata", action="store_false", dest="metadata", help="write no settings (the prompt!) into the file")
     add("-o", "--output", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4, or the next free name)")
@@ -327,6 +337,19 @@ def file(suffix: str) -> Callable[[str], str]:
         return path
 
     return check
+
+
+def lora_file(text: str) -> dict[str, Any]:
+    """ "camera.safetensors:0.8" → file and weight. Raises ArgumentTypeError for a weight that is no finite number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return {"file": text, "weight": 1.0}
+    try:
+        if math.isfinite(float(weight)):
+            return {"file": path, "weight": float(weight)}
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: after the colon comes a weight, such as :0.8")
 
 
 def frame_rate(text: str) -> float:

@@ -55,6 +55,7 @@ class Pipeline:
     def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder):
         self.config = config
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        self.loras: list = []  # of extras.lora.LoRA, by load_lora
         self._turns = [True]  # taken while a call runs; unlike a lock it can be copied and pickled
 
     @classmethod
@@ -179,9 +180,30 @@ class Pipeline:
                 return _to_cpu(latents)
             return self.decode(latents, request.output_type, progress)
 
+    def load_lora(self, file_or_folder: Any, weight: float = 1.0, trigger: bool = True) -> None:
+        """Add a LoRA to the DiT, and the trigger phrase in it to every prompt. Raises ValueError if it does not fit."""
+        from kandinsky5.extras import lora  # an extra: without it everything else works
+
+        with self._alone():
+            self.loras.append(lora.add(self.dit, lora.load(file_or_folder), weight, trigger=trigger))
+
+    def set_lora(self, weight: float | list[float]) -> None:
+        """Give all loaded LoRAs this weight, or each its own. Raises ValueError for too many or too few."""
+        from kandinsky5.extras import lora
+
+        lora.set_weights(self.loras, weight)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs off again."""
+        from kandinsky5.extras import lora
+
+        while self.loras:
+            lora.remove(self.dit, self.loras.pop())
+
     def encode_text(self, request: Request, progress: bool = False) -> TextFeatures:
         """Features of the B prompts and, with guidance, of the B negative ones after them: text (2B, S, dim)."""
-        texts = [*request.prompts, *(request.negative_prompts if request.guided else ())]
+        start = "".join(one.before_prompt for one in self.loras)
+        texts = [*(start + prompt for prompt in request.prompts), *(request.negative_prompts if request.guided else ())]
         models = self.text_encoder.qwen, self.text_encoder.clip
         with bar(len(texts), "encoding", "text", show=progress) as shown, awake(*models):
             features = self.text_encoder.encode(texts, request.max_sequence_length, request.num_frames == 1)

@@ -47,12 +47,12 @@ MAY_IMPORT = {
     "vae_tiling": {"vae", "config"},
     "qwen_vision": {"attention", "qwen", "rope", "config"},
     "text_encoder": {"clip", "qwen", "qwen_vision", "tokenizer", "config"},
-    # Step skipping is an extra, which both import only where it is asked for.
+    # Step skipping and LoRA are extras, which are imported only where they are asked for.
     "request": {"config", "rope", "sampler", "text_encoder", "video_io", "runtime.device", "extras.magcache"},
-    "pipeline": {*MODELS, "request", "runtime", "extras.magcache"},
+    "pipeline": {*MODELS, "request", "runtime", "extras.magcache", "extras.lora"},
     "cli": {"checkpoint", "config", "files", "screen", "request", "pipeline", "video_io", "extras"},
     "runtime": {*MODELS, "runtime"},
-    "extras": {*MODELS, "runtime", "extras", "request"},
+    "extras": {*MODELS, "runtime", "extras", "request", "weights_convert"},  # LoRAs under other people's names
     "training": {*MODELS, "runtime", "training"},
     "nano": {*MODELS, "runtime", "training", "nano", "pipeline", "cli"},  # it samples and judges what it trains
     "weights_convert": {*MODELS, "runtime", "weights_convert", "cli"},

@@ -1,12 +1,14 @@
 """Lines on stderr about requests that can be met, but are unlikely to give a good video."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import PipelineConfig
+from kandinsky5.extras.lora import LoRA
 from kandinsky5.request import Request
-from kandinsky5.screen import say
+from kandinsky5.screen import printable, say
 from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
 
 
@@ -14,6 +16,13 @@ def show(request: Request, config: PipelineConfig, text_encoder: TextEncoder, fo
     """All notes on a request to a checkpoint in `folder`."""
     note_other_size(request, folder, config)
     note_long_prompt(request.prompts[0], text_encoder)
+
+
+def note_triggers(loras: Iterable[LoRA]) -> None:
+    """What LoRAs put before the prompt."""
+    for one in loras:
+        if one.before_prompt:
+            say(printable(f"note: the LoRA {one.name} puts {one.trigger!r} before the prompt; --no-trigger does not"))
 
 
 def note_other_size(request: Request, folder: Path, config: PipelineConfig) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from kandinsky5 import __version__, video_io
 from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.config import NANO_NAMES
 from kandinsky5.config_file import from_json, load_config
+from kandinsky5.extras import lora
 from kandinsky5.files import read_bytes
 from kandinsky5.request import Request
 from kandinsky5.runtime.device import choose_device, is_native
@@ -40,7 +42,25 @@ FROM_CHECKPOINT = (
 USUAL: dict[str, Any] = {
     "step_skipping": False, "attention": "auto", "compile": False, "tile_space": False, "quality": 8.0,
 }  # fmt: skip
-HOW = ("step_skipping", "fps", "quality", "attention", "compile", "tile_space", "enlarge")  # settings, not the request
+HOW = (
+    "step_skipping",
+    "fps",
+    "quality",
+    "attention",
+    "compile",
+    "tile_space",
+    "enlarge",
+    "trigger",
+)  # settings, not the request
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that a video was made with."""
+
+    file: str
+    weight: float
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -73,15 +93,18 @@ class Settings:
     tile_space: bool
     version: str
     enlarge: int = 1
+    loras: tuple[Lora, ...] = ()
+    trigger: bool = True  # whether their trigger phrases are put before the prompt
 
 
 def describe(
     request: Request, pipe: "Pipeline", checkpoint: str, image: str | None = None,
-    paths: dict[str, str | None] | None = None, **how: Any,
+    paths: dict[str, str | None] | None = None, loras: Sequence[dict] = (), **how: Any,
 ) -> dict:  # fmt: skip
     """The metadata of a file: its request, checkpoint and image, and `how` it was run and written (see Settings).
 
     paths: of a replay, the recorded ones. They stay as they are, so that its file has the same bytes.
+    loras: file and weight of those that the pipeline has loaded, and of a replay the recorded path.
     """
     shown: dict[str, Any] = {"checkpoint": checkpoint, "image": image} | (paths or {})
     how = USUAL | {name: value for name, value in how.items() if name in HOW}
@@ -106,6 +129,10 @@ def describe(
         dtype=str(pipe.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         device=pipe.device.type,
         version=__version__,
+        loras=tuple(
+            Lora(_portable(said.get("recorded", said["file"])), said["weight"], one.fingerprint)
+            for said, one in zip(loras, pipe.loras, strict=True)
+        ),
     )
     return dataclasses.asdict(dataclasses.replace(settings, fps=float(settings.fps)))
 
@@ -123,6 +150,8 @@ def read_settings(path: str, given: dict) -> dict:
             f"{recorded['image']} is not the image that {path} was made from: bring that back, or take this one with "
             "--image"
         )
+    if "loras" not in given:
+        recorded["loras"] = [_find_lora(path, one) for one in recorded["loras"]]
     folder = find_checkpoint(recorded["checkpoint"])
     made_by = recorded["model"], recorded["fingerprint"]
     this = load_config(folder / "config.json").name, fingerprint(folder)
@@ -143,15 +172,34 @@ def read_settings(path: str, given: dict) -> dict:
 
 def _find(path: str, name: str, recorded: dict) -> str | None:
     """Where a recorded image or checkpoint is: the first place that has the recorded hash, or else the first at all."""
-    place, where = recorded[name], Path(path).absolute().parent
+    place = recorded[name]
     if place is None or name == "checkpoint" and place in NANO_NAMES:
         return place
-    tried = [folder / place for folder in (Path(), where, *where.parents)]  # the video may be in a subfolder
-    tried += [folder / Path(place).name for folder in (Path(), where)]
-    there = [found for found in tried if os.path.isfile(found if name == "image" else found / "config.json")]
+    there = [
+        found for found in _places(path, place) if os.path.isfile(found if name == "image" else found / "config.json")
+    ]
     if not there:
         raise ValueError(f"{path} was made with the {name} {place}, which is not there: say where it is, --{name}")
     return str(next((found for found in there if _is_recorded(found, name, recorded)), there[0]))
+
+
+def _find_lora(path: str, recorded: dict) -> dict:
+    """File and weight of a recorded LoRA: the first place that has the recorded fingerprint. Raises ValueError."""
+    file, there = recorded["file"], False
+    for found in _places(path, file):
+        with contextlib.suppress(ValueError, OSError):  # not there, damaged, or of another kind
+            there = found.exists() or there
+            if lora.load(found).fingerprint == recorded["fingerprint"]:
+                return {"file": str(found), "weight": recorded["weight"], "recorded": file}
+    what = "has changed since" if there else "is not there"
+    raise ValueError(f"{path} was made with the LoRA {file}, which {what}: say where it is, --lora FILE:WEIGHT")
+
+
+def _places(path: str, recorded: str) -> list[Path]:
+    """Where to look for what the file at `path` recorded: relative to here, to it and above, and by name alone."""
+    where = Path(path).absolute().parent
+    places = [folder / recorded for folder in (Path(), where, *where.parents)]  # the video may be in a subfolder
+    return places + [folder / Path(recorded).name for folder in (Path(), where)]
 
 
 def _is_recorded(found: Path, name: str, recorded: dict) -> bool:
