@@ -2,6 +2,7 @@
 
     config.json  dit.safetensors  vae.safetensors  qwen.safetensors  clip.safetensors
     qwen_tokenizer/  clip_tokenizer/
+    qwen_vision.safetensors  qwen_head.safetensors      to see images and to write: with qwen_vision in config.json
 
 A large file may be cut into shards; then `dit.safetensors.index.json` says which tensor is where. What the folder
 does not hold may come from another one, which config.json names as `base`. Weights load strictly or not at all, and
@@ -33,6 +34,7 @@ from kandinsky5.tensor_files import DTYPES, FLOATS, Weights, map_tensors, read_i
 from kandinsky5.tokenizer import LARGEST_FILE, find_files
 
 MODELS = ("dit", "vae", "qwen", "clip")
+OPTIONAL = ("qwen_vision", "qwen_head")  # both are there, or neither
 SHIPPED = Path(__file__).parent / "nano" / "weights"  # the bundled models
 MARKS = ("config.json", "model_index.json", "*.safetensors*")  # at least one is in any folder that is a checkpoint
 
@@ -134,14 +136,19 @@ def find_weights(folder: Path, name: str) -> Weights:
     return read_index(index) if index.is_file() else read_safetensors(folder / f"{name}.safetensors")
 
 
+def models_of(config: PipelineConfig) -> tuple[str, ...]:
+    """The models of a checkpoint, by the names of their files."""
+    return MODELS + (OPTIONAL if config.qwen_vision else ())
+
+
 def find_part(folder: Path, part: str, base: str | None) -> Path:
     """The folder that holds `part` ("vae", "clip_tokenizer", …): `folder` itself, or its `base`, relative to it."""
     here = any((folder / f"{part}{end}").exists() for end in ("", ".safetensors", ".safetensors.index.json"))
     return folder if here or base is None else folder / base
 
 
-def fingerprint(folder: Path, names: Collection[str] = MODELS) -> str:
-    """Cheap content hash of a native checkpoint, or of those of its MODELS that are named; changes with their output.
+def fingerprint(folder: Path, names: Collection[str] | None = None) -> str:
+    """Cheap content hash of a native checkpoint, or of those of its models that are named; changes with their output.
 
     SHA-256 of the values in config.json that differ from the defaults, the tokenizers' files, and of each tensor its
     name, precision, shape and first 16 kB. So other weights, more training or a merged adapter are seen. Not seen is a
@@ -149,6 +156,7 @@ def fingerprint(folder: Path, names: Collection[str] = MODELS) -> str:
     (`weights_convert --verify` sees it). Defaults of sampling do not count, as a video carries its own.
     """
     config = load_config(folder / "config.json")
+    names = models_of(config) if names is None else names
     parts = [getattr(config, name) for name in (*names, "text", "tiling")]
     sizes = [  # a field that later versions add has its default
         {field: value for field, value in asdict(part).items() if value != asdict(type(part)()).get(field)}
@@ -225,14 +233,17 @@ def save_checkpoint(
 ) -> None:
     """Write a native checkpoint folder that `Pipeline.load` reads.
 
-    models: "dit", "vae", "qwen" and "clip"; tokenizers: the folders of "qwen" and "clip", whose files are copied.
+    models: those of `models_of(config)`; tokenizers: the folders of "qwen" and "clip", whose files are copied.
     If config.base is set, that folder may hold some of them, or all but the DiT.
     All is written to a temporary folder next to it, which is renamed at the end. FileExistsError if `folder` exists.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a new folder, or remove it first")
-    assert config.base or (set(models) == set(MODELS) and set(tokenizers) == {"qwen", "clip"}), (models, tokenizers)
+    assert config.base or (set(models) == set(models_of(config)) and set(tokenizers) == {"qwen", "clip"}), (
+        models,
+        tokenizers,
+    )
     make_folder(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

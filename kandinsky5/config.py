@@ -116,13 +116,18 @@ class QwenConfig:
     ff_dim: int = 18944
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_sections: tuple[int, int, int] = (16, 24, 24)  # of a head's rotary pairs, those for T, H, W; for images
     image_token: int = 151655  # stands where an image's tokens go
 
     @property
     def head_dim(self) -> int:
         """Channels of one query head; a key and value head has as many."""
         return self.dim // self.num_heads
+
+    @property
+    def rope_sections(self) -> tuple[int, int, int]:
+        """How many of a head's rotary pairs turn with T, H and W: 16, 24 and 24 of 64."""
+        pairs = self.head_dim // 2
+        return pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ def _in_words(kind) -> str:
     return words.get(kind) or f"a table of {kind.__name__}'s fields"
 
 
-MAY_BE_ZERO = ("num_text_blocks", "dropped_tokens", "start_token", "end_token", "guidance_scale")  # others are above
+MAY_BE_ZERO = (  # others are above
+    "num_text_blocks", "full_blocks", "dropped_tokens", "start_token", "end_token", "image_token", "guidance_scale",
+)  # fmt: skip
 MOST = 2**24  # of a whole number; products of a few of them are still sizes that PyTorch can say
 LONGEST = 10_000  # characters of a text, and eight values in a list: thirty times the released template
 
@@ -109,6 +111,10 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("qwen.num_layers", lambda n: n <= 128, "at most 128 layers (the 7B has 28)"),
     ("qwen.dim qwen.num_heads", lambda dim, n: dim % (2 * n) == 0, "a head has an even number of channels"),
     ("qwen.num_heads qwen.num_kv_heads", lambda n, kv: n % kv == 0, "each key head serves as many query heads"),
+    ("qwen_vision.num_layers", lambda n: n <= 128, "at most 128 layers (the 7B has 32)"),
+    ("qwen_vision.dim qwen_vision.num_heads", lambda dim, n: dim % (4 * n) == 0, "a head turns in pairs, half by rows"),
+    ("qwen_vision.min_pixels qwen_vision.max_pixels", lambda a, b: a <= b, "the least area is not above the largest"),
+    ("qwen_vision.out_dim qwen.dim", lambda a, b: a == b, "the language model reads what the vision tower gives"),
     ("clip.num_layers", lambda n: n <= 128, "at most 128 layers (ViT-L/14 has 12)"),
     ("clip.dim clip.num_heads", lambda dim, n: dim % n == 0, "the number of heads divides dim"),
     ("clip.start_token clip.end_token clip.vocab_size", lambda a, b, n: max(a, b) < n, "tokens are in the vocabulary"),

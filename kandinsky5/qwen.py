@@ -7,6 +7,8 @@ Positions have three axes. For text all three are the same, which is plain RoPE,
 model is causal: padding on the right changes nothing before it.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -71,9 +73,9 @@ class Qwen(nn.Module):
         The first pairs of a head turn with T, the next ones with H, the last with W.
         """
         angles = build_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
-        t, h, w = rearrange(angles, "(B A S) D -> A B 1 S D", A=3, S=positions.shape[2])
-        T, H, _ = self.config.rope_sections
-        return torch.cat([t[..., :T], h[..., T : T + H], w[..., T + H :]], dim=-1)
+        angles = rearrange(angles, "(B A S) D -> B A 1 S D", A=3, S=positions.shape[2])
+        t, h, w = angles.split(self.config.rope_sections, dim=-1)
+        return torch.cat([t[:, 0], h[:, 1], w[:, 2]], dim=-1)
 
 
 class QwenHead(nn.Linear):
@@ -150,3 +152,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
+
+
+def generate(
+    qwen: Qwen,
+    head: QwenHead,
+    ids: Tensor,  # (B, S); padding on the left repeats a token of its row
+    mask: Tensor,  # (B, S) bool, True for real tokens
+    positions: Tensor,  # (B, 3, S)
+    images: Tensor | None = None,  # (M, dim), as in Qwen.forward
+    penalty: float = 1.05,
+) -> Iterator[Tensor]:
+    """Yield the likeliest next word of each row (B,), then the one after it, and so on without end.
+
+    Words that stand in a row already, in the prompt too, are made less likely: a positive score is divided by
+    `penalty`, a negative one multiplied. What was read is not read again: its keys and values are cached.
+    """
+    cache: Cache = {}
+    used = torch.zeros(len(ids), head.out_features, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    while True:
+        scores = head(qwen(ids, mask, cache, positions, images)[:, -1]).float()  # (B, vocab_size)
+        scores = torch.where(used, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+        word = scores.argmax(dim=-1)  # (B,)
+        yield word
+        ids, images = word[:, None], None  # (B, 1)
+        used = used.scatter(1, ids, True)
+        mask = F.pad(mask, (0, 1), value=True)  # (B, S + 1)
+        positions = positions.amax(dim=(1, 2), keepdim=True).expand(-1, 3, -1) + 1  # (B, 3, 1)

@@ -138,11 +138,14 @@ def prepare_image(image: Tensor, config: QwenVisionConfig) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (H, W, 3) → uint8 (height, width, 3), bicubic with antialiasing, as Pillow does it."""
-    if image.shape[:2] == (height, width):
-        return image
-    pixels = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    """uint8 (H, W, 3) → uint8 (height, width, 3), bicubic and antialiased, within a level of what Pillow makes.
+
+    Pillow resizes rows and columns one after the other and rounds between: where the filter overshoots 0 or 255, at
+    hard edges of black and white, it is up to some 20 levels off this.
+    """
+    x = rearrange(image, "H W C -> 1 C H W").float()
+    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)  # (1, 3, height, width)
+    return rearrange(x, "1 C H W -> H W C").round().clamp(0, 255).to(torch.uint8)
 
 
 def choose_size(height: int, width: int, config: QwenVisionConfig) -> tuple[int, int]:

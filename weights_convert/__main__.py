@@ -13,6 +13,8 @@ from weights_convert import convert
 from weights_convert.inspect import as_table, inspect
 from weights_convert.write import Options
 
+VISION = "keep Qwen's vision tower and head (2.4 GB in bf16), which editing and --expand need"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0 if it worked, 2 after one line on stderr if not, 130 if interrupted."""
@@ -82,6 +84,7 @@ def build_parser() -> cli.Parser:
     )
     add_common(command, run_from_diffusers)
     command.add_argument("--preset", metavar="NAME", help="sample with the defaults of this preset")
+    command.add_argument("--with-vision", action="store_true", help=VISION)
 
     command = commands.add_parser("from-official", help="official DiT file, VAE, Qwen and CLIP → native folder")
     command.add_argument("--dit", metavar="FILE", help="safetensors file of the official release")
@@ -94,6 +97,7 @@ def build_parser() -> cli.Parser:
     command.add_argument(
         "--preset", metavar="NAME", help="which release this is: sets task, NABLA, shift, steps, guidance"
     )
+    command.add_argument("--with-vision", action="store_true", help=VISION)
 
     command = commands.add_parser("to-diffusers", help="native folder → Diffusers layout")
     command.add_argument("src", metavar="SRC", help="native folder, or a bundled model: nano")

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kandinsky5.checkpoint import MODELS, find_part, find_shipped, without_weights
+from kandinsky5.checkpoint import MODELS, OPTIONAL, find_part, find_shipped, models_of, without_weights
 from kandinsky5.clip import CLIPText
-from kandinsky5.config import PRESETS, PipelineConfig, SamplingConfig, find_preset
+from kandinsky5.config import PRESETS, PipelineConfig, QwenConfig, SamplingConfig, find_preset
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.files import check_inside, read_json, write_json
-from kandinsky5.qwen import Qwen
+from kandinsky5.qwen import Qwen, QwenHead
+from kandinsky5.qwen_vision import QwenVision
 from kandinsky5.screen import listed, printable, say
 from kandinsky5.tensor_files import FLOATS, Weights
 from kandinsky5.tokenizer import find_files
@@ -35,10 +36,17 @@ from weights_convert.diffusers_files import (
     write_tokenizer_config,
 )
 from weights_convert.read import read_weights
-from weights_convert.sizes import ModelConfig, build_config, to_their_config
+from weights_convert.sizes import PREPROCESSOR, ModelConfig, build_config, read_value, read_values, to_their_config
 from weights_convert.write import Options, Part, write_folder
 
-CLASSES = {"dit": DiT, "vae": VAE, "qwen": Qwen, "clip": CLIPText}
+CLASSES = {
+    "dit": DiT,
+    "vae": VAE,
+    "qwen": Qwen,
+    "clip": CLIPText,
+    "qwen_vision": QwenVision,
+    "qwen_head": QwenHead,
+}
 # Subfolder and file name of each model in the Diffusers layout.
 FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "text_encoder_2"}
 STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "qwen": "model", "clip": "model"}
@@ -60,6 +68,7 @@ def from_diffusers(
     preset: str | None = None,
     only: str | None = None,
     base: str | Path | None = None,
+    with_vision: bool = False,
     **options,
 ) -> PipelineConfig:
     """Write the native checkpoint folder `dst` from `src`, a folder in the Diffusers layout (`save_pretrained`).
@@ -67,6 +76,7 @@ def from_diffusers(
     preset: sample with its steps, guidance, shift, size and rope_scale by default; else with those of `SamplingConfig`.
     only: "dit", "vae", "qwen" or "clip"; then `src` may also be the folder or file of this model alone.
     base: native folder that all other models come from (their files are shared, not copied).
+    with_vision: keep Qwen's vision tower and head, which editing and prompt expansion need.
     options: fields of `write.Options`. ValueError, in one line, for anything that is missing or does not fit.
     """
     src, models = Path(src), _chosen(only)
@@ -79,6 +89,7 @@ def from_diffusers(
     for model in models:
         tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
+    sources |= read_vision(sources) if with_vision else {}
 
     config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src)
     config = load_config(Path(base) / "config.json") if base else config
@@ -102,6 +113,7 @@ def from_official(
     base: str | Path | None = None,
     qwen_tokenizer: str | Path | None = None,
     clip_tokenizer: str | Path | None = None,
+    with_vision: bool = False,
     **options,
 ) -> PipelineConfig:
     """Write the native checkpoint folder `dst` from the files that the authors' code reads.
@@ -121,6 +133,7 @@ def from_official(
             "the one model to convert (--only)"
         )
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
+    sources |= read_vision(sources) if with_vision else {}
     config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst))
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, task_known=False) if preset else config
@@ -134,8 +147,8 @@ def to_diffusers(
     """Write a folder in the Diffusers layout from the native folder `src`, or the bundled model of that name.
 
     only: this model alone, in its subfolder. base: folder in the Diffusers layout that provides all the rest.
-    The native folder has neither Qwen's vision tower nor its lm_head. Without `base`, the Qwen written here has a
-    vision tower of no layers and its embedding for a head: enough for these pipelines, which give it text alone.
+    Where the native folder has neither Qwen's vision tower nor its lm_head (`with_vision`), the Qwen written here has a
+    vision tower of no layers and its embedding for a head: enough for pipelines that give it text alone.
     ValueError, in one line, for anything that is missing or does not fit.
     """
     src, dst, settings = find_shipped(src), Path(dst), Options(**options)
@@ -144,15 +157,16 @@ def to_diffusers(
         what = "already in the Diffusers layout" if there else "not a native checkpoint folder"
         raise ValueError(f"{src} is {what}: give a folder that from-diffusers or from-official wrote")
     config = load_config(src / "config.json")
-    folders = {part: find_part(src, part, config.base) for part in (*MODELS, *(f"{m}_tokenizer" for m in TOKENIZERS))}
+    names = (*models_of(config), *(f"{model}_tokenizer" for model in TOKENIZERS))
+    folders = {name: find_part(src, name, config.base) for name in names}
     config = replace(config, base=None)  # what is written is complete
     parts = []
     for model in _chosen(only):
-        weights, stem = read_weights(folders[model], model), f"{FOLDERS[model]}/{STEMS[model]}"
-        parts.append(
-            build_part(model, getattr(config, model), weights, str, partial(tables.theirs, model), stem, settings)
-        )
-        tell_dropped(model, weights)
+        stem, pieces = f"{FOLDERS[model]}/{STEMS[model]}", []
+        for name in (model, *(OPTIONAL if model == "qwen" and config.qwen_vision else ())):
+            weights, theirs = read_weights(folders[name], name), partial(tables.theirs, name)
+            pieces.append(build_part(name, getattr(config, name), weights, str, theirs, stem, settings))
+        parts.append(join_parts(pieces))
 
     linked = {}
     if base:
@@ -163,7 +177,8 @@ def to_diffusers(
 
     def write_small_files(folder: Path) -> None:
         for model in _chosen(only):
-            write_json(folder / FOLDERS[model] / "config.json", to_their_config(model, getattr(config, model)))
+            theirs = to_their_config(model, getattr(config, model), config.qwen_vision)
+            write_json(folder / FOLDERS[model] / "config.json", theirs)
             tokenizer = folders.get(f"{model}_tokenizer", src) / f"{model}_tokenizer"
             if model in TOKENIZERS and not base and tokenizer.is_dir():
                 copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
@@ -190,14 +205,15 @@ def write_native(
             build_part(model, source.sizes, source.weights, partial(tables.theirs, model), str, model, options)
         )
     tokenizers = {model: source.tokenizer for model, source in sources.items() if source.tokenizer}
-    for model in TOKENIZERS.keys() - tokenizers if len(sources) == len(MODELS) else ():
+    for model in TOKENIZERS.keys() - tokenizers if sources.keys() >= {*MODELS} else ():
         raise ValueError(
             f"no tokenizer next to {sources[model].weights.source}: give its folder with --{model}-tokenizer"
         )
     if base:
         if config.base:
             raise ValueError(f"{base} (--base) itself needs models of {config.base!r}: give a complete folder")
-        ours = tuple(f"{model}{end}" for model in sources for end in (".safetensors", "-")) + ("config.json",)
+        replaced = [*sources, *(OPTIONAL if "qwen" in sources else ())]
+        ours = tuple(f"{model}{end}" for model in replaced for end in (".safetensors", "-")) + ("config.json",)
         ours += tuple(f"{model}_tokenizer" for model in tokenizers)
         linked = list_files(Path(base), lambda place: not place.parts[0].startswith(ours))
     check_config(config)  # what could not be loaded again is not written
@@ -209,7 +225,8 @@ def write_native(
             copy_tokenizer(tokenizer, folder / f"{model}_tokenizer")
 
     for model, source in sources.items():
-        tell_dropped(model, source.weights)
+        if model in MODELS and not (model == "qwen" and config.qwen_vision):
+            tell_dropped(model, source.weights)
     write_folder(dst, parts, write_small_files, linked, options)
 
 
@@ -227,6 +244,31 @@ def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> 
     if model in TOKENIZERS and not tokenizer and find_files(folder):
         tokenizer = folder
     return Source(weights, sizes, Path(tokenizer) if tokenizer else None)
+
+
+def read_vision(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Qwen's vision tower and head, from the files that Qwen was found in. ValueError if they are not there."""
+    if "qwen" not in sources:
+        raise ValueError("--with-vision keeps parts of Qwen, and this conversion has no Qwen: leave it out")
+    weights, sizes, tokenizer = sources["qwen"]
+    assert isinstance(sizes, QwenConfig)
+    where = str(weights.source)
+    config = find_config(weights.source)
+    theirs = read_json(config) if config else {}
+    section = read_values("qwen", theirs, where).get("mrope_section", sizes.rope_sections)
+    if section != sizes.rope_sections:
+        raise ValueError(f"{where}: config.json says mrope_section {section}; this code has {sizes.rope_sections}")
+    vision = read_value(dict, theirs.get("vision_config") or {}, "vision_config", where)
+    limits = (tokenizer or weights.source.parent) / "preprocessor_config.json"
+    if limits.is_file():
+        found = read_json(limits)
+        vision = vision | {key: found[key] for key in PREPROCESSOR if key in found}
+    if theirs.get("tie_word_embeddings") and "lm_head.weight" not in weights.tensors:
+        head = {"lm_head.weight": weights.tensors["model.embed_tokens.weight"]}
+        weights = weights._replace(tensors=weights.tensors | head)
+    shapes = {name: stored.shape for name, stored in weights.tensors.items()}
+    tower = Source(weights, build_config("qwen_vision", vision, shapes, where), None)
+    return {"qwen_vision": tower, "qwen_head": Source(weights, sizes, None)}
 
 
 def find_config(path: Path) -> Path | None:
@@ -269,6 +311,13 @@ def build_part(
     return Part(stem, tensors, dtypes, weights.metadata)
 
 
+def join_parts(pieces: list[Part]) -> Part:
+    """Parts with the same stem as one: a model of theirs that is several of ours."""
+    tensors = {name: stored for piece in pieces for name, stored in piece.tensors.items()}
+    dtypes = {name: dtype for piece in pieces for name, dtype in piece.dtypes.items()}
+    return Part(pieces[0].stem, tensors, dtypes, pieces[0].metadata)
+
+
 def describe_model(model: str, sizes: ModelConfig, where: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Names and shapes of our model's tensors, in its order; and which stay in float32 when it is cast.
 
@@ -291,12 +340,13 @@ def dropped(model: str, weights: Weights) -> list[str]:
 
 
 def tell_dropped(model: str, weights: Weights) -> None:
-    """Print what is dropped, and how large it is."""
+    """Print what is dropped, how large it is, and how to keep what may be needed."""
+    keep = "; --with-vision keeps it, for editing and --expand" if model == "qwen" else ""
     for start in tables.DROPPED[model]:
         sizes = [stored.nbytes for name, stored in weights.tensors.items() if name.startswith(start)]
         if sizes:
-            count = f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB"
-            say(f"dropped from {printable(weights.source)}: {start}* ({count})")
+            size = f"{sum(sizes) / 1e9:.2f} GB" if sum(sizes) >= 1e9 else f"{sum(sizes) / 1e6:,.1f} MB"
+            say(f"dropped from {printable(weights.source)}: {start}* ({len(sizes)} tensors, {size}){keep}")
 
 
 def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> PipelineConfig:
@@ -349,6 +399,9 @@ def _chosen(only: str | None) -> tuple[str, ...]:
 
 def _with_sizes(config: PipelineConfig, sources: Mapping[str, Source]) -> PipelineConfig:
     sizes: dict[str, Any] = {model: source.sizes for model, source in sources.items()}  # each goes by its model's name
+    sizes.pop("qwen_head", None)  # which has Qwen's
+    if "qwen" in sources:
+        sizes.setdefault("qwen_vision", None)
     return replace(config, **sizes)
 
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 
-from kandinsky5.checkpoint import MODELS, find_part, find_shipped
-from kandinsky5.config import PRESETS, DiTConfig
+from kandinsky5.checkpoint import MODELS, find_part, find_shipped, models_of
+from kandinsky5.config import PRESETS, DiTConfig, QwenVisionConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.files import read_json
 from kandinsky5.screen import listed, printable
@@ -20,10 +20,12 @@ from weights_convert.sizes import ModelConfig, build_config
 
 # Our name of a tensor that only this model has.
 MARKS = {
+    "qwen_vision": "merger.linear_in.weight",
     "dit": "patch_embedder.weight",
     "vae": "encoder.conv_in.weight",
     "qwen": "blocks.0.feed_forward.gate.weight",
     "clip": "position_embedding.weight",
+    "qwen_head": "weight",
 }
 
 # Next to model/, where the authors' download script puts the other three.
@@ -46,7 +48,8 @@ def inspect(path: str | Path) -> dict:
     elif any(list(path.glob(f"{m}.safetensors*")) for m in MODELS):
         config = load_config(path / "config.json")
         layout, tasks = "native", config.tasks
-        files = {m: sorted(find_part(path, m, config.base).glob(f"{m}.safetensors*"), reverse=True) for m in MODELS}
+        folders = {m: find_part(path, m, config.base) for m in models_of(config)}
+        files = {m: sorted(folder.glob(f"{m}.safetensors*"), reverse=True) for m, folder in folders.items()}
         rows = [inspect_model(found[0], tasks, getattr(config, m)) for m, found in files.items() if found]
     elif official := sorted(path.glob("model/*.safetensors")):
         layout = "official"
@@ -99,8 +102,9 @@ def recognise(weights: Weights) -> tuple[str, str, Weights]:
                     f"{weights.source} has tensors that a native {model} does not have: {error}"
                 ) from error
             return model, "native", weights._replace(tensors=tensors)
+    for model in MODELS:
         tensors = tables.respell(model, weights.tensors)
-        if tables.theirs(model, mark) in tensors:
+        if tables.theirs(model, MARKS[model]) in tensors:
             return model, "Diffusers", weights._replace(tensors=tensors)
     raise ValueError(f"{weights.source} holds none of {', '.join(MODELS)}: its tensors are {listed(weights.tensors)}")
 
@@ -109,7 +113,7 @@ def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, at
     """The presets that have this model; a DiT also tells task and attention apart, where these are known."""
     fitting = []
     for name, preset in PRESETS.items():
-        expected = getattr(preset, model)
+        expected = getattr(preset, model) or QwenVisionConfig()  # which presets leave out
         if isinstance(sizes, DiTConfig) and not attention_known:
             expected = replace(expected, nabla=sizes.nabla)
         if expected == sizes and (model != "dit" or tasks in (None, preset.tasks)):
@@ -132,7 +136,8 @@ def as_table(report: dict) -> str:
     notes = []
     for row in report["models"]:
         if row["other tensors"]:
-            notes.append(f"{row['model']}: {row['other tensors']} tensors that are not used here")
+            use = "only --with-vision keeps" if row["model"] == "qwen" else "are not used here"
+            notes.append(f"{row['model']}: {row['other tensors']} tensors that {use}")
         if row["missing tensors"]:
             notes.append(f"{row['model']}: {row['missing tensors']} tensors are MISSING")
     return "\n".join([f"{printable(report['path'])}: {report['layout']}{tasks}", *lines, *notes])
@@ -147,4 +152,6 @@ def summary(row: dict) -> str:
         return f"dim {sizes['dim']}, {sizes['num_text_blocks']} + {sizes['num_visual_blocks']} blocks, {attention}"
     if row["model"] == "vae":
         return f"channels {', '.join(map(str, sizes['channels']))}"
+    if row["model"] == "qwen_head":
+        return f"dim {sizes['dim']}, {sizes['vocab_size']:,} words"
     return f"dim {sizes['dim']}, {sizes['num_layers']} layers"

@@ -82,6 +82,18 @@ def see_qwen(shapes: Shapes) -> tuple[dict, dict]:
     return certain, {"num_heads": max(dim // 128, 1), "num_kv_heads": max(kv_dim // 128, 1)}
 
 
+def see_qwen_vision(shapes: Shapes) -> tuple[dict, dict]:
+    """The fields of `QwenVisionConfig`; in the family a head has 80 channels."""
+    dim = shapes.of("visual.patch_embed.proj.weight", axes=5)[0]
+    certain = {
+        "dim": dim,
+        "num_layers": shapes.number("visual.blocks.{}.norm1.weight"),
+        "ff_dim": shapes.of("visual.blocks.0.mlp.gate_proj.weight")[0],
+        "out_dim": shapes.of("visual.merger.mlp.2.weight")[0],
+    }
+    return certain, {"num_heads": max(dim // 80, 1)}
+
+
 def see_clip(shapes: Shapes) -> tuple[dict, dict]:
     """The fields of `CLIPConfig`; in the family a head has 64 channels, and the last two tokens are start and end."""
     vocab_size, dim = shapes.of("text_model.embeddings.token_embedding.weight")
@@ -96,4 +108,4 @@ def see_clip(shapes: Shapes) -> tuple[dict, dict]:
     return certain, family
 
 
-SEE = {"dit": see_dit, "vae": see_vae, "qwen": see_qwen, "clip": see_clip}
+SEE = {"dit": see_dit, "vae": see_vae, "qwen": see_qwen, "qwen_vision": see_qwen_vision, "clip": see_clip}

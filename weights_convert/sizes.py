@@ -8,7 +8,7 @@ import typing
 from dataclasses import asdict
 from typing import Any
 
-from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, VAEConfig
+from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, QwenVisionConfig, VAEConfig
 from kandinsky5.config_file import check_values, flatten, from_json
 from weights_convert.shapes import SEE, Shapes
 
@@ -45,6 +45,17 @@ KEYS = {
         "ff_dim": "intermediate_size",
         "norm_eps": "rms_norm_eps",
         "rope_theta": "rope_theta",
+        "image_token": "image_token_id",
+    },
+    "qwen_vision": {
+        "dim": "hidden_size",
+        "num_layers": "depth",
+        "num_heads": "num_heads",
+        "ff_dim": "intermediate_size",
+        "full_blocks": "fullatt_block_indexes",
+        "out_dim": "out_hidden_size",
+        "min_pixels": "min_pixels",  # these two of preprocessor_config.json
+        "max_pixels": "max_pixels",
     },
     "clip": {
         "vocab_size": "vocab_size",
@@ -59,7 +70,7 @@ KEYS = {
     },
 }
 # Their other keys that are read, and their types.
-OTHER_KEYS: dict[str, dict[str, type]] = {
+OTHER_KEYS: dict[str, dict[str, Any]] = {
     "dit": {
         "attention_type": str,
         "attention_P": float,
@@ -74,13 +85,21 @@ OTHER_KEYS: dict[str, dict[str, type]] = {
         "temporal_compression_ratio": int,
         "time_compression_ratio": int,  # Tencent's name of the same
     },
-    "qwen": {"head_dim": int},
+    "qwen": {"head_dim": int, "mrope_section": tuple[int, ...]},
+    "qwen_vision": {},
     "clip": {},
 }
+PREPROCESSOR = ("min_pixels", "max_pixels")  # of Qwen's vision, which stand in preprocessor_config.json
 NABLA_KEYS = ("attention_P", "attention_wT", "attention_wH", "attention_wW")
-MAY_BE_0 = ("num_text_blocks", "bos_token_id", "eos_token_id")
-ModelConfig = DiTConfig | VAEConfig | QwenConfig | CLIPConfig
-CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "qwen": QwenConfig, "clip": CLIPConfig}
+MAY_BE_0 = ("num_text_blocks", "bos_token_id", "eos_token_id", "mrope_section", "fullatt_block_indexes")
+ModelConfig = DiTConfig | VAEConfig | QwenConfig | QwenVisionConfig | CLIPConfig
+CONFIGS = {
+    "dit": DiTConfig,
+    "vae": VAEConfig,
+    "qwen": QwenConfig,
+    "qwen_vision": QwenVisionConfig,
+    "clip": CLIPConfig,
+}
 # What names the class to build.
 CLASS_KEYS: dict[str, dict[str, str | list[str]]] = {
     "dit": {"_class_name": "Kandinsky5Transformer3DModel"},
@@ -117,6 +136,16 @@ FIXED: dict[str, dict[str, tuple]] = {
         "type": ("default", "mrope"),
         "partial_rotary_factor": (1,),
         "quantization_config": (),
+    },
+    "qwen_vision": {
+        "hidden_act": ("silu",),
+        "patch_size": (14,),
+        "spatial_patch_size": (14,),
+        "temporal_patch_size": (2,),
+        "spatial_merge_size": (2,),
+        "window_size": (112,),
+        "in_channels": (3,),
+        "in_chans": (3,),
     },
     "clip": {
         "model_type": ("clip", "clip_text_model"),
@@ -212,8 +241,8 @@ def read_value(kind, value, key: str, where: str):
         raise ValueError(f"{where}: config.json says {error}: correct it") from error
 
 
-def to_their_config(model: str, sizes) -> dict:
-    """The config.json that diffusers or transformers builds a model of these sizes from."""
+def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -> dict:
+    """The config.json that diffusers or transformers builds a model of these sizes from; vision: of a whole Qwen."""
     config = {key: getattr(sizes, field) for field, key in KEYS[model].items()}
     given = ("act_fn", "mid_block_add_attention", "hidden_act", "use_sliding_window")
     config |= {key: FIXED[model][key][0] for key in given if key in FIXED[model]}
@@ -233,24 +262,22 @@ def to_their_config(model: str, sizes) -> dict:
     if model == "clip":
         config["projection_dim"] = sizes.dim
     if model == "qwen":
-        third = sizes.head_dim // 2 * 3 // 8
-        section = [sizes.head_dim // 2 - 2 * third, third, third]  # 16, 24, 24 for heads of 128
+        del config["image_token_id"]  # which goes to the top
         # What we do not have is made as small as possible: no vision layers, and the embedding as the head.
-        vision = {
-            "model_type": "qwen2_5_vl_vision",
-            "depth": 0,
-            "hidden_size": 16,
-            "num_heads": 1,
-            "intermediate_size": 16,
-        }
+        eyes = {"depth": 0, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": sizes.dim}
+        if vision:
+            keys = {field: key for field, key in KEYS["qwen_vision"].items() if field not in PREPROCESSOR}
+            eyes = {key: getattr(vision, field) for field, key in keys.items()}
+        rope = {"rope_type": "default", "rope_theta": sizes.rope_theta, "mrope_section": sizes.rope_sections}
         config = {
             "text_config": {
                 **config,
                 "model_type": "qwen2_5_vl_text",
-                "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta, "mrope_section": section},
+                "rope_parameters": rope,
             },
-            "vision_config": {**vision, "out_hidden_size": sizes.dim},
-            "tie_word_embeddings": True,
+            "vision_config": {**eyes, "model_type": "qwen2_5_vl_vision"},
+            "image_token_id": sizes.image_token,
+            "tie_word_embeddings": vision is None,
         }
     return {**CLASS_KEYS[model], **config}
 

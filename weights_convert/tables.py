@@ -116,6 +116,24 @@ QWEN = {
     "norm": "model.norm",
 }
 
+QWEN_VISION_BLOCK = {
+    "attention_norm": "norm1",
+    "attention.to_qkv": "attn.qkv",
+    "attention.to_out": "attn.proj",
+    "feed_forward_norm": "norm2",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.linear_in": "mlp.up_proj",
+    "feed_forward.linear_out": "mlp.down_proj",
+}
+QWEN_VISION = {
+    "patch_embedder": "visual.patch_embed.proj",
+    **under("blocks.{}", "visual.blocks.{}", QWEN_VISION_BLOCK),
+    "merger.norm": "visual.merger.ln_q",
+    "merger.linear_in": "visual.merger.mlp.0",
+    "merger.linear_out": "visual.merger.mlp.2",
+}
+QWEN_HEAD = {"": "lm_head"}
+
 CLIP_BLOCK = {
     "attention_norm": "layer_norm1",
     "to_q": "self_attn.q_proj",
@@ -133,13 +151,15 @@ CLIP = {
     "norm": "text_model.final_layer_norm",
 }
 
-TABLES = {"dit": DIT, "vae": VAE, "qwen": QWEN, "clip": CLIP}
+TABLES = {"dit": DIT, "vae": VAE, "qwen": QWEN, "clip": CLIP, "qwen_vision": QWEN_VISION, "qwen_head": QWEN_HEAD}
 
-# What we have no use for, by the start of its name: the parts that see images, predict words or compare the two.
+# What a model has no use for, by the start of its name: of Qwen's the other two models' tensors.
 DROPPED = {
     "dit": (),
     "vae": (),
     "qwen": ("lm_head.", "visual."),
+    "qwen_vision": ("model.", "lm_head."),
+    "qwen_head": ("model.", "visual."),
     "clip": (
         "vision_model.",
         "text_projection",

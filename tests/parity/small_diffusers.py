@@ -78,7 +78,9 @@ def build_vae(channels: tuple[int, ...] = (16, 24, 32, 32), groups: int = 8) -> 
     return AutoencoderKLHunyuanVideo(block_out_channels=channels, norm_num_groups=groups)
 
 
-def build_qwen(tie_word_embeddings: bool = False, **text_sizes) -> Qwen2_5_VLForConditionalGeneration:
+def build_qwen(
+    tie_word_embeddings: bool = False, vision: dict | None = None, **text_sizes
+) -> Qwen2_5_VLForConditionalGeneration:
     """Vision tower and lm_head too, as released checkpoints have them (tied, the embedding is the lm_head)."""
     text = dict(
         vocab_size=151680, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -86,7 +88,8 @@ def build_qwen(tie_word_embeddings: bool = False, **text_sizes) -> Qwen2_5_VLFor
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     )  # fmt: skip
     text |= text_sizes
-    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=text["hidden_size"])
+    vision = vision or dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32)
+    vision = {**vision, "out_hidden_size": text["hidden_size"]}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie_word_embeddings)
     )
