@@ -75,6 +75,9 @@ def probe(path: Path) -> Footage:
         if frame.color_trc in HDR:
             raise Unusable(f"is HDR ({HDR[frame.color_trc]}): convert it to SDR first, such as by ffmpeg -vf tonemap")
         times, last = _times(packets, stream)
+        declared = _declared_seconds(container, stream)
+        if declared - (times[-1] + last - times[0]) > max(0.5, 0.1 * declared):
+            raise ValueError(f"{path} is damaged: it ends after {times[-1] + last:.2f} of {declared:.2f} seconds")
         height, width = frame.height, round(frame.width * (stream.sample_aspect_ratio or 1))
         turned = round(frame.rotation / 90) % 2
     height, width = (width, height) if turned else (height, width)
@@ -166,6 +169,13 @@ def _times(packets: list[tuple[int | None, int]], stream: av.VideoStream) -> tup
     gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
     typical = gaps[len(gaps) // 2] if gaps else float(1 / rate)
     return times, float(shown[-1][1] * _tick(stream)) or typical
+
+
+def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """How long the video should be by its header; 0 where that does not say."""
+    if stream.duration:
+        return float(stream.duration * _tick(stream))
+    return 0.0 if container.streams.audio else (container.duration or 0) / av.time_base
 
 
 def _tick(stream: av.VideoStream) -> Fraction:
