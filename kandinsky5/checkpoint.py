@@ -213,6 +213,8 @@ def check_layout(folder: Path) -> None:
         raise ValueError(f"{folder} is one file of a checkpoint: give its folder, {place}")
     if has_config:
         return
+    if _holds_lora(folder if folder.suffix == ".safetensors" else next(folder.glob("*.safetensors"), folder)):
+        raise ValueError(f"{folder} is a LoRA and no checkpoint: give it with --lora, and its model with --checkpoint")
     inside = "*.safetensors" if folder.name == "model" else "model/*.safetensors"
     official = folder if folder.suffix == ".safetensors" else next(folder.glob(inside), None)
     if official:
@@ -226,6 +228,12 @@ def check_layout(folder: Path) -> None:
         f"{folder} holds no config.json, so it is no converted checkpoint; make one from the Diffusers layout: "
         "python -m weights_convert from-diffusers DIFFUSERS_FOLDER NEW_FOLDER"
     )
+
+
+def _holds_lora(file: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return any("lora_" in name or name.endswith((".A", ".B")) for name in read_safetensors(file).tensors)
+    return False
 
 
 def save_checkpoint(

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "extras": {*MODELS, "runtime", "extras", "request", "weights_convert"},  # LoRAs under other people's names
     "training": {*MODELS, "runtime", "training"},
     "nano": {*MODELS, "runtime", "training", "nano", "pipeline", "cli"},  # it samples and judges what it trains
-    "weights_convert": {*MODELS, "runtime", "weights_convert", "cli"},
+    "weights_convert": {*MODELS, "runtime", "weights_convert", "cli", "extras.lora"},
 }
 SHORT = {"Pipeline": "pipeline", "PRESETS": "config"}  # what kandinsky5/__init__.py passes on
 ENTRIES = ("__main__.py", "finetune.py")  # commands, which may ask the pipeline for a video

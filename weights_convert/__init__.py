@@ -2,5 +2,6 @@
 
 from weights_convert.convert import from_diffusers, from_official, to_diffusers
 from weights_convert.inspect import inspect
+from weights_convert.merge import merge_lora
 
-__all__ = ["from_diffusers", "from_official", "inspect", "to_diffusers"]
+__all__ = ["from_diffusers", "from_official", "inspect", "merge_lora", "to_diffusers"]

@@ -9,7 +9,7 @@ from kandinsky5 import cli
 from kandinsky5.checkpoint import MODELS
 from kandinsky5.config import NANO_NAMES, RELEASED_TEXT, PipelineConfig
 from kandinsky5.screen import printable
-from weights_convert import convert
+from weights_convert import convert, lora, merge
 from weights_convert.inspect import as_table, inspect
 from weights_convert.write import Options
 
@@ -46,6 +46,18 @@ def run_to_diffusers(**options) -> None:
             "Diffusers has no place for its prompt template: set it on their pipeline (docs/converting.md, Unreleased "
             "models in diffusers' pipelines)"
         )
+
+
+def run_lora(src: str, dst: str, to: str) -> None:
+    """`lora.convert`, and what it wrote on stdout."""
+    file = lora.convert(src, dst, to)
+    print(f"{printable(dst)}: {len(file.pairs)} modules, {file.layout} → {to}")
+
+
+def run_merge_lora(checkpoint: str, loras: list[dict], dst: str, **options) -> None:
+    """`merge.merge_lora`, likewise."""
+    config = merge.merge_lora(checkpoint, [(one["file"], one["weight"]) for one in loras], dst, **options)
+    print(f"{printable(dst)}: {config.name} with {printable(', '.join(one['file'] for one in loras))} merged into it")
 
 
 def run_inspect(path: str, as_json: bool) -> None:
@@ -103,6 +115,19 @@ def build_parser() -> cli.Parser:
     command.add_argument("src", metavar="SRC", help="native folder, or a bundled model: nano")
     add_common(command, run_to_diffusers)
 
+    command = commands.add_parser("lora", help="a LoRA from one layout to another")
+    command.add_argument("src", metavar="SRC", help="file or folder, in any of these layouts")
+    command.add_argument("dst", metavar="DST", help="file to write, or for official a folder; it must not exist yet")
+    command.add_argument("--to", choices=lora.LAYOUTS, required=True, help="the layout to write")
+    command.set_defaults(run=run_lora)
+
+    command = commands.add_parser("merge-lora", help="native folder and LoRAs → native folder")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="native folder, or a bundled model: nano")
+    command.add_argument(
+        "loras", metavar="LORA[:WEIGHT]", nargs="+", type=cli.lora_file, help="in any layout; weight 1 if not given"
+    )
+    add_output(command, run_merge_lora)
+
     command = commands.add_parser("inspect", help="what a file or folder is")
     command.add_argument("path", metavar="PATH", help="file or folder, or a bundled model: nano")
     command.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
@@ -112,11 +137,16 @@ def build_parser() -> cli.Parser:
 
 def add_common(command: argparse.ArgumentParser, run) -> None:
     """DST and the options of all three conversions; `run` is called with the parsed options."""
-    command.add_argument("dst", metavar="DST", help="folder to write; it must not exist yet")
+    add_output(command, run)
     command.add_argument("--only", choices=MODELS, help="convert this model alone")
     command.add_argument("--base", metavar="DIR", help="folder in DST's layout that has the other models")
     command.add_argument("--dtype", choices=convert.DTYPES, help="cast to this precision (default: as stored)")
     command.add_argument("--cast-all", action="store_true", help="cast the DiT's float32 parts too")
+
+
+def add_output(command: argparse.ArgumentParser, run) -> None:
+    """DST and how it is written; `run` is called with the parsed options."""
+    command.add_argument("dst", metavar="DST", help="folder to write; it must not exist yet")
     command.add_argument(
         "--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default: 5GB"
     )

@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 
-from kandinsky5.checkpoint import MODELS, find_part, find_shipped, models_of
-from kandinsky5.config import PRESETS, DiTConfig, QwenVisionConfig
+from kandinsky5.checkpoint import MODELS, SHIPPED, find_part, find_shipped, models_of
+from kandinsky5.config import NANO_NAMES, PRESETS, DiTConfig, QwenVisionConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.files import read_json
 from kandinsky5.screen import listed, printable
 from kandinsky5.tensor_files import Weights
-from weights_convert import tables
+from weights_convert import lora, tables
 from weights_convert.convert import FOLDERS, describe_model, find_config
 from weights_convert.diffusers_files import read_tasks
 from weights_convert.read import read_weights
@@ -54,6 +54,8 @@ def inspect(path: str | Path) -> dict:
     elif official := sorted(path.glob("model/*.safetensors")):
         layout = "official"
         rows = [inspect_model(found) for found in (*official, *map(path.joinpath, OFFICIAL_FOLDERS)) if found.exists()]
+    elif lora.is_lora(read_weights(path).tensors):
+        return {"path": str(path), "layout": "LoRA", "tasks": None, "models": [], "lora": inspect_lora(path)}
     else:
         layout, rows = "one model", [inspect_model(path)]
     return {"path": str(path), "layout": layout, "tasks": tasks, "models": rows}
@@ -85,6 +87,29 @@ def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: Model
         "sizes": asdict(sizes),
         "attention known": attention_known,
         "presets": presets_of(model, sizes, tasks, attention_known),
+    }
+
+
+def inspect_lora(path: Path) -> dict:
+    """Format, rank and alpha (several where modules differ), and the models whose Linears it fits."""
+    file = lora.read(path)
+    sizes = {f"{name}.weight": (len(pair.B), pair.A.shape[1]) for name, pair in file.pairs.items()}
+    dits = {name: preset.dit for name, preset in PRESETS.items()}
+    dits |= {name: load_config(SHIPPED / name / "config.json").dit for name in NANO_NAMES}
+    fitting: dict[DiTConfig, bool] = {}
+    for dit in {replace(dit, nabla=None) for dit in dits.values()}:
+        shapes = describe_model("dit", dit, "preset")[0]
+        fitting[dit] = all(shapes.get(name) == size for name, size in sizes.items())
+    return {
+        "names": file.layout,
+        "rank": sorted({len(pair.A) for pair in file.pairs.values()}),
+        "alpha": sorted({pair.alpha for pair in file.pairs.values()}),
+        "modules": len(file.pairs),
+        "parameters": sum(pair.A.numel() + pair.B.numel() for pair in file.pairs.values()),
+        "dtypes": sorted({str(pair.A.dtype).removeprefix("torch.") for pair in file.pairs.values()}),
+        "presets": [name for name, dit in dits.items() if fitting[replace(dit, nabla=None)]],
+        "trigger": file.metadata.get("trigger", ""),
+        "metadata": file.metadata,
     }
 
 
@@ -122,7 +147,9 @@ def presets_of(model: str, sizes: ModelConfig, tasks: tuple[str, ...] | None, at
 
 
 def as_table(report: dict) -> str:
-    """The report as a table."""
+    """The report as a table; of a LoRA in four lines."""
+    if "lora" in report:
+        return describe_lora(printable(report["path"]), report["lora"])
     rows = [("model", "file", "names", "stored as", "parameters", "sizes", "presets")]
     folder = report["path"] if Path(report["path"]).is_dir() else Path(report["path"]).parent
     for row in report["models"]:
@@ -141,6 +168,20 @@ def as_table(report: dict) -> str:
         if row["missing tensors"]:
             notes.append(f"{row['model']}: {row['missing tensors']} tensors are MISSING")
     return "\n".join([f"{printable(report['path'])}: {report['layout']}{tasks}", *lines, *notes])
+
+
+def describe_lora(path: str, found: dict) -> str:
+    """What a LoRA is, for people."""
+    rank, alpha = (" or ".join(f"{value:g}" for value in found[name]) for name in ("rank", "alpha"))
+    lines = [
+        f"{path}: LoRA, {found['names']} layout",
+        f"rank {rank}, alpha {alpha}; {found['modules']} modules, {found['parameters'] / 1e6:,.1f} M parameters "
+        f"stored as {', '.join(found['dtypes'])}",
+        f"fits {', '.join(found['presets']) or 'none of the known models'}",
+        f"trigger: {printable(found['trigger'], 200) or 'none'}",
+    ]
+    others = {key: text for key, text in found["metadata"].items() if key != "trigger"}
+    return "\n".join([*lines, *(f"{printable(key, 50)}: {printable(text, 200)}" for key, text in others.items())])
 
 
 def summary(row: dict) -> str:

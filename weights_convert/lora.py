@@ -108,7 +108,7 @@ def read(path: Path) -> File:
     if len(layouts) > 1:
         raise ValueError(f"{weights.source} mixes the layouts {', '.join(layouts)}: convert it again from its source")
     layout = next(iter(layouts))
-    modules = list(dict.fromkeys(module for module, _ in found))
+    modules = sorted({module for module, _ in found})
     check_halves(weights, modules, found)
     alphas = read_alphas(layout, weights, modules, found)
     pairs = {m: Pair(values(found[m, "A"]), values(found[m, "B"]), alphas[m]) for m in modules}
@@ -236,7 +236,10 @@ def write(file: File, dst: Path, layout: str) -> None:
         elif layout == "kohya":
             start = f"lora_unet_{theirs[ours].replace('.', '_')}"
             state |= {f"{start}.lora_down.weight": A, f"{start}.lora_up.weight": B}
-            state[f"{start}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+            single = torch.tensor(alpha, dtype=torch.float32)
+            state[f"{start}.alpha"] = (
+                single if float(single) == alpha else single.new_tensor(alpha, dtype=torch.float64)
+            )
         else:
             raise ValueError(f"layout {layout!r}: choose {', '.join(LAYOUTS)}")
     config = build_peft_config({theirs[ours]: pair for ours, pair in file.pairs.items()})
@@ -253,7 +256,7 @@ def write(file: File, dst: Path, layout: str) -> None:
 def describe_alphas(alphas: Mapping[str, float]) -> dict[str, str]:
     """The native layout's metadata: one number if all modules share it, else a table."""
     same = set(alphas.values())
-    return {"alpha": json.dumps(same.pop() if len(same) == 1 else dict(alphas))}
+    return {"alpha": json.dumps(same.pop() if len(same) == 1 else dict(alphas), sort_keys=True)}
 
 
 def build_peft_config(pairs: Mapping[str, Pair]) -> dict[str, Any]:
