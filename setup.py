@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "kandinsky5" / "__init__.py").read_text(encoding="utf-8"))[1]
 # `pip install .` would leave build/ in the checkout, a second copy of the package that editors and pytest find.
 BUILD = tempfile.TemporaryDirectory(prefix="kandinsky5-build-")
-TEST = ["pytest>=8", "ruff>=0.15", "mypy>=2.4", "pillow>=10"]
+TEST = ["pytest>=8", "ruff>=0.15", "mypy>=2.4"]
 
 setup(
     name="kandinsky5",
@@ -52,7 +52,8 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
         "numpy>=1.26",
-        "av>=18.1",
+        "av>=18.1",  # videos
+        "pillow>=11.3",  # images: the first version whose wheels read AVIF
         "tqdm>=4.66",
     ],
     extras_require={

@@ -294,7 +294,7 @@ def build_sample_parser() -> Parser:
     add = parser.add_argument
     add("prompt", nargs="?", help='what to show; long descriptions work best, up to 256 tokens; "": anything')
     add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
-    add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP); needs an i2v checkpoint")
+    add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); needs an i2v checkpoint")
     add("--negative-prompt", metavar="TEXT", help="what to avoid; no effect at --guidance 1")
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
     add("--width", type=int, metavar="PX", help="likewise; with --image both default to its shape")

@@ -8,15 +8,14 @@ import math
 import numbers
 import reprlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky5 import sampler, video_io
+from kandinsky5 import image_io, sampler, video_io
 from kandinsky5.config import PipelineConfig
+from kandinsky5.image_io import Source as Image
 from kandinsky5.rope import scale_for_size
 from kandinsky5.runtime.device import plain_defaults
 from kandinsky5.text_encoder import MAX_TOKENS
@@ -25,8 +24,6 @@ LONGEST_SIDE = 16384  # pixels: x264's limit
 LONGEST_PROMPT = 100_000  # characters; 256 tokens of them are read, and a longer text is not a prompt but a mistake
 ROPE_RULE = "give three positive numbers for T, H and W, up to a million, such as (1, 2, 2)"
 OUTPUT_TYPES = ("uint8", "float", "latents")
-
-Image = str | Path | Tensor | np.ndarray  # or Pillow's
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,25 +171,10 @@ def read_images(image: Image | list | None, count: int) -> tuple[Tensor, ...] | 
     if image is None:
         return None
     if not isinstance(image, (list, tuple)):
-        return (read_image(image),)
+        return (image_io.read_image(image),)
     if len(image) != count:
         raise ValueError(f"{len(image)} images for {count} prompts: give one image, or a list of one for each prompt")
-    return tuple(read_image(one) for one in image)
-
-
-def read_image(image: Image) -> Tensor:
-    """A path, an array or Pillow's image → uint8 (H, W, 3). Raises ValueError for what is no image."""
-    if isinstance(image, (str, Path)):
-        return video_io.read_image(image)
-    try:
-        pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"image {reprlib.repr(image)}: give a path, or uint8 (height, width, 3)") from error
-    if pixels.is_meta or pixels.layout != torch.strided:
-        raise ValueError(f"image is a tensor without pixels ({pixels.device}, {pixels.layout}): give uint8 pixels")
-    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ValueError(f"image is {pixels.dtype} {tuple(pixels.shape)}: give a path, or uint8 (height, width, 3)")
-    return pixels.cpu()
+    return tuple(image_io.read_image(one) for one in image)
 
 
 def check_task(config: PipelineConfig, has_image: bool) -> None:

@@ -1,4 +1,4 @@
-"""Reading images and videos, writing videos, with PyAV; pixels between uint8 and the VAE's [-1, 1].
+"""Reading and writing videos, with PyAV; pixels between uint8 and the VAE's [-1, 1]. Images: image_io.py.
 
 On disk and for the user pixels are uint8 RGB, channels last: an image (H, W, 3), a video (F, H, W, 3).
 For the VAE they are floats in [-1, 1], channels first: (B, 3, F, H, W).
@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import math
-import re
 import struct
 import tempfile
 import uuid
@@ -16,7 +15,6 @@ import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
@@ -26,35 +24,13 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from einops import rearrange
 
 from kandinsky5.files import check_regular, check_writable, free_name, parse_json, read_bytes, replacing
+from kandinsky5.image_io import LARGEST_IMAGE, open_image, reading
+from kandinsky5.image_io import read_image as read_image  # passed on: an image is a video's first frame
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
 # is up to 18 levels off in a smooth image; with these flags it interpolates (within 3 of libjpeg).
 SMOOTH = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-IMAGE_SIGNATURES: dict[Literal["mjpeg", "png", "webp"], bytes] = {
-    "mjpeg": rb"\xff\xd8\xff",
-    "png": rb"\x89PNG\r\n\x1a\n",
-    "webp": rb"RIFF....WEBP",
-}
-LARGEST_IMAGE = 2**28  # bytes of a file: a photo of 200 megapixels has about 100 MB
 LONGEST_COMMENT = 2**21  # characters of settings: six for each of a prompt of 100,000, and as many again
-# The axes to flip (0: rows, 1: columns) for EXIF orientations 1 to 4; 5 to 8 are the same after a transpose.
-ORIENTATION_FLIPS = ((), (1,), (0, 1), (0,))
-
-
-def read_image(path: str | Path) -> torch.Tensor:
-    """Read a JPEG, PNG or WebP file as it is meant to be seen -> uint8 (H, W, 3).
-
-    The EXIF orientation is applied, transparency is laid on white, grey, palette and 16-bit files become
-    8-bit RGB. Raises ValueError for a file that is none of these, is damaged or stops early.
-    """
-    with _reading(path, "give a whole JPEG, PNG or WebP file"):
-        data = read_bytes(path, LARGEST_IMAGE)
-        rgba = _decode_image(data).to_ndarray(format="rgba", interpolation=SMOOTH)
-    rgb, alpha = torch.from_numpy(rgba).float().split([3, 1], dim=-1)  # (H, W, 3), (H, W, 1)
-    rgb = ((rgb * alpha + 255 * (255 - alpha)) / 255).round().to(torch.uint8)
-    transposed, flips = divmod(_exif_orientation(data) - 1, 4)
-    upright = rgb.transpose(0, 1) if transposed else rgb  # (W, H, 3) or (H, W, 3)
-    return upright.flip(ORIENTATION_FLIPS[flips])
 
 
 def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
@@ -62,7 +38,7 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
 
     Raises ValueError if it cannot be read or is damaged.
     """
-    with _reading(path, "give a whole video file, such as an .mp4"), _open_video(path) as container:
+    with reading(path, "give a whole video file, such as an .mp4"), _open_video(path) as container:
         if not container.streams.video:
             raise ValueError("there is no video in it")
         stream = container.streams.video[0]
@@ -202,54 +178,20 @@ def _file_size_limit() -> int | None:
 
 def read_metadata(path: str | Path) -> dict[str, object]:
     """The `metadata` that `write_video` stored in the mp4 or PNG at `path`; ValueError if there is none."""
-    with _reading(path, "give an .mp4 or .png that sample.py wrote"):
+    with reading(path, "give an .mp4 or .png that sample.py wrote"):
         if Path(path).suffix.lower() == ".png":
-            tags = dict(_decode_image(read_bytes(path, LARGEST_IMAGE)).metadata)
+            tags = {str(name): tag for name, tag in open_image(read_bytes(path, LARGEST_IMAGE)).info.items()}
         else:
             with _open_video(path) as container:
                 tags = dict(container.metadata)
     comment = {name.lower(): text for name, text in tags.items()}.get("comment", "")  # re-muxed as mkv: COMMENT
     try:
         metadata = parse_json(comment.encode(), path) if len(comment) <= LONGEST_COMMENT else None
-    except ValueError:
+    except (ValueError, AttributeError):  # a GIF's is bytes
         metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} carries no settings: was it written by sample.py? Give the original file")
     return metadata
-
-
-def _decode_image(data: bytes) -> av.VideoFrame:
-    """The image in the bytes of a JPEG, PNG or WebP file. Raises ValueError or av.FFmpegError.
-
-    Straight to the decoder: a demuxer would take text for ANSI art, and %d in a name for a series of files.
-    """
-    names = [name for name, signature in IMAGE_SIGNATURES.items() if re.match(signature, data, re.DOTALL)]
-    if not names:
-        raise ValueError("it is no such image" if data else "it is empty")
-    decoder = av.CodecContext.create(names[0], "r")
-    decoder.options = {"err_detect": "explode"}  # a truncated JPEG is an error, not an image that is half grey
-    return (decoder.decode(av.Packet(data)) + decoder.decode(None))[0]
-
-
-def _exif_orientation(data: bytes) -> int:
-    """The EXIF orientation of an image file, 1 to 8; 1 (upright) where it gives none.
-
-    PyAV tells the rotation but not the mirroring, hence this. EXIF is a small TIFF file inside JPEG's APP1
-    segment, PNG's eXIf or WebP's EXIF chunk: byte order (II or MM), 42, the offset of a directory, and there
-    12-byte entries (tag, type, count, value). Orientation is tag 0x0112 (EXIF 2.32, §4.6).
-    """
-    found = re.search(rb"(?:Exif\0\0|eXIf|EXIF....)(II\*\0|MM\0\*)", data, re.DOTALL)
-    if not found:
-        return 1
-    tiff, order = data[found.start(1) :], "<" if found[1] == b"II*\0" else ">"
-    try:
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, directory)
-        entries = [struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i) for i in range(count)]
-    except struct.error:  # damaged: show the image as it is stored, like viewers do
-        return 1
-    orientation = {tag: value for tag, _, _, value in entries}.get(0x0112, 1)
-    return orientation if 1 <= orientation <= 8 else 1
 
 
 def _open_video(path: str | Path) -> av.container.InputContainer:
@@ -313,14 +255,6 @@ def _writing(path: Path) -> Iterator[Path]:
             yield temporary
     except (OSError, av.FFmpegError) as error:  # a full disk among them
         raise OSError(f"cannot write {path} ({_reason(error)}): free space or name another file") from error
-
-
-@contextlib.contextmanager
-def _reading(path: str | Path, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"cannot read {path} ({_reason(error)}): {remedy}") from error
 
 
 def _reason(error: Exception) -> str:

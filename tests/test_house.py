@@ -33,12 +33,13 @@ EXCEPTIONS = {
 }
 
 # For each place the rooms of the package that it may import; a folder stands for what is in it.
-LEAVES = {"config", "config_file", "files", "tensor_files", "screen", "video_io", "runtime.device"}
+LEAVES = {"config", "config_file", "files", "tensor_files", "screen", "image_io", "video_io", "runtime.device"}
 MODELS = {*DEFINITIONS, "attention", "tokenizer", "checkpoint", *LEAVES}
 MAY_IMPORT = {
     **{name: set() for name in ("config", "screen")},
     "files": {"screen"},
-    **{name: {"files", "screen"} for name in ("tensor_files", "tokenizer", "video_io")},
+    **{name: {"files", "screen"} for name in ("tensor_files", "tokenizer", "image_io")},
+    "video_io": {"files", "screen", "image_io"},
     "config_file": {"config", "files", "screen"},
     "checkpoint": {"config", "config_file", "files", "screen", "tensor_files", "tokenizer"},
     **{name: {"attention", "nabla", "rope", "config"} for name in ("dit", "qwen", "clip", "rope", "nabla", "sampler")},
@@ -48,7 +49,16 @@ MAY_IMPORT = {
     "qwen_vision": {"attention", "qwen", "rope", "config"},
     "text_encoder": {"clip", "qwen", "qwen_vision", "tokenizer", "config"},
     # Step skipping and LoRA are extras, which are imported only where they are asked for.
-    "request": {"config", "rope", "sampler", "text_encoder", "video_io", "runtime.device", "extras.magcache"},
+    "request": {
+        "config",
+        "rope",
+        "sampler",
+        "text_encoder",
+        "image_io",
+        "video_io",
+        "runtime.device",
+        "extras.magcache",
+    },
     "pipeline": {*MODELS, "request", "runtime", "extras.magcache", "extras.lora"},
     "cli": {"checkpoint", "config", "files", "screen", "request", "pipeline", "video_io", "extras"},
     "runtime": {*MODELS, "runtime"},
