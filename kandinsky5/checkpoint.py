@@ -85,37 +85,42 @@ class _NoFill(TorchFunctionMode):
 
 
 def load_weights(
-    model: nn.Module, folder: Path, name: str, device: torch.device | str, dtype: torch.dtype
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
 ) -> nn.Module:
     """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
     to dtype; these stay in half precision if they are stored so. On the CPU, tensors that have the right precision
-    are views of the mapped file. Raises ValueError, with the tensors' names and both shapes, if file and model
-    differ.
+    are views of the mapped file. weights: where the tensors are, if they are not simply the file's. Raises ValueError,
+    with the tensors' names and both shapes, if file and model differ.
     """
-    model = model.to(dtype)
-    expected, weights, device = model.state_dict(), find_weights(folder, name), torch.device(device)
+    model, weights = model.to(dtype), weights or find_weights(folder, name)
+    expected, device = model.state_dict(), torch.device(device)
     check_fit(weights, expected)
     if device.type != "meta":
-        views = map_tensors(weights.tensors, writable=True)
-        bar = tqdm(
-            expected.items(), desc=f"loading {name}", unit="tensor", delay=1, leave=False, file=Forgiving(sys.stderr)
-        )
-        state = {n: _cast(views[n], t.dtype, dtype).to(device) for n, t in bar}
+        shown = {"desc": f"loading {name}", "unit": "tensor", "delay": 1, "leave": False, "total": len(expected)}
+        views = tqdm(map_tensors(weights.tensors, writable=True), file=Forgiving(sys.stderr), **shown)
+        state = {n: _cast(view, expected[n].dtype, dtype).to(device) for n, view in views}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def map_weights(model: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def map_weights(
+    model: nn.Module, folder: Path, name: str, dtype: torch.dtype, weights: Weights | None = None
+) -> dict[str, Tensor]:
     """Prepare `model` for these weights as `load_weights` does, but return them: views of the mapped files as they are.
 
     The views can only be read, so files may be larger than the memory of the machine. Writing to one ends the process.
     """
     model.to(dtype).eval().requires_grad_(False)
-    weights = find_weights(folder, name)
+    weights = weights or find_weights(folder, name)
     check_fit(weights, model.state_dict())
-    views = map_tensors({n: weights.tensors[n] for n in model.state_dict()}, writable=False)
+    views = dict(map_tensors({n: weights.tensors[n] for n in model.state_dict()}, writable=False))
     state = {n: _cast(views[n].to("meta"), t.dtype, dtype) for n, t in model.state_dict().items()}
     model.load_state_dict(state, assign=True)  # which says in what precision each will be used
     return views
@@ -125,7 +130,8 @@ def _cast(stored: Tensor, own: torch.dtype, dtype: torch.dtype) -> Tensor:
     """A stored weight in the precision that it has in a model cast to `dtype`, where it is of dtype `own`.
 
     What stays in float32 there is multiplied by a layer that widens its weights itself (`dit.Float32Linear`): if
-    they are stored in half precision, a copy in float32 would hold the same values in twice the memory.
+    they are stored in half precision, a copy in float32 would hold the same values in twice the memory. So are the
+    scales of int8 weights.
     """
     return stored if own != dtype and stored.itemsize == 2 else stored.to(own)
 
@@ -191,10 +197,11 @@ def check_fit(weights: Weights, expected: Mapping[str, Tensor]) -> None:
             f"{weights.source} does not fit the model that config.json describes: {listed(problems)}. "
             "Use the config.json that was written with these weights, or convert the checkpoint again"
         )
-    if odd := [f"{name} ({stored.dtype})" for name, stored in found.items() if stored.dtype not in FLOATS]:
+    kinds = {name: FLOATS if x.is_floating_point() else ("I8",) for name, x in expected.items()}
+    if odd := [f"{name} ({stored.dtype})" for name, stored in found.items() if stored.dtype not in kinds[name]]:
         raise ValueError(
-            f"{weights.source} holds tensors that are not stored as {', '.join(FLOATS)}: {listed(odd)}; convert the "
-            "checkpoint again from weights that are not quantised"
+            f"{weights.source} holds tensors that are not stored as {', '.join(FLOATS)}, or as int8 with scales: "
+            f"{listed(odd)}; convert the checkpoint again (python -m weights_convert)"
         )
 
 

@@ -17,6 +17,8 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.files import read_json, write_json
 from kandinsky5.screen import listed
 
+UNIONS = (types.UnionType, typing.Union)  # `int | None`, and what Python makes of `Literal[1] | None`
+
 
 def save_config(config: PipelineConfig, path: str | Path) -> None:
     """Write `config` as JSON."""
@@ -43,7 +45,7 @@ def from_json(kind, value, key: str = ""):
     key: the names that lead to the value, for messages. ValueError for a value of another type, for infinite numbers,
     and for a name that is no field of the dataclass.
     """
-    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+    for option in typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,):
         origin, inside = typing.get_origin(option), typing.get_args(option)
         if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
             hints = typing.get_type_hints(option)
@@ -68,7 +70,7 @@ def from_json(kind, value, key: str = ""):
 
 def _in_words(kind) -> str:
     inside = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNIONS:
         return " or ".join(_in_words(option) for option in inside)
     if typing.get_origin(kind) is tuple:
         count = "" if inside[-1] is ... else f"{len(inside)} times "

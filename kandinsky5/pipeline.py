@@ -28,6 +28,7 @@ from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
 from kandinsky5.runtime.offload import awake, check_mode, find_place, rest
+from kandinsky5.runtime.quantize import prepare
 from kandinsky5.sampler import (
     Callback,
     check_finite,
@@ -63,6 +64,7 @@ class Pipeline:
     def load(
         cls, folder_or_preset: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
         attention: str = "auto", offload: str | None = None, compile: bool = False, tile_space: bool = False,
+        quantize: str | None = None,
     ) -> "Pipeline":  # fmt: skip
         """Load a native checkpoint folder (README: how to convert one), or a bundled model: "nano".
 
@@ -73,6 +75,7 @@ class Pipeline:
         offload: "model" keeps only the running model on the device, "blocks" only its running block (`offload.py`).
         compile: use torch.compile (`compile.py`); the first video takes a minute or more, and all differ by rounding.
         tile_space: let the VAE work in tiles of 256 pixels: less memory, not quite the same pixels (`vae_tiling.py`).
+        quantize: "int8" rounds the weights of the DiT's and Qwen's blocks to 8 bits while they load (`quantize.py`).
         Raises ValueError for invalid arguments, a folder in another layout, and weights that config.json does not fit.
         """
         device = choose_device(device)
@@ -93,10 +96,11 @@ class Pipeline:
             if model is None:
                 continue
             place = checkpoint.find_part(folder, name, config.base)
+            weights = prepare(model, checkpoint.find_weights(place, name), quantize)
             if offload:
-                rest(model, checkpoint.map_weights(model, place, name, dtype), device, offload)
+                rest(model, checkpoint.map_weights(model, place, name, dtype, weights), device, offload)
             else:
-                checkpoint.load_weights(model, place, name, device, dtype)
+                checkpoint.load_weights(model, place, name, device, dtype, weights)
         names = ("qwen_tokenizer", "clip_tokenizer")
         words, clip_words = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         text_encoder = TextEncoder(config.text, qwen, clip, words, clip_words, vision, head)
@@ -121,6 +125,7 @@ class Pipeline:
         models = {"DiT": self.dit, "VAE": self.vae, "Qwen": self.text_encoder.qwen, "CLIP": self.text_encoder.clip}
         sizes = (f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:,.1f} M" for name, m in models.items())
         video, dtype = self.config.sampling, str(self.dtype).removeprefix("torch.")
+        dtype += ", weights in int8," * any(p.dtype == torch.int8 for m in models.values() for p in m.parameters())
         return (
             f"Pipeline({self.config.name}: {' and '.join(self.config.tasks)}, {video.num_frames} frames of "
             f"{video.height}x{video.width}; parameters: {', '.join(sizes)}; {dtype} on {self.device})"

@@ -57,6 +57,47 @@ class Stored:
                     raise ValueError(f"{self.path} became shorter while it was read: copy or download it again")
                 yield torch.frombuffer(buffer, dtype=DTYPES[self.dtype])
 
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        values = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype], device="cpu")
+        position = 0
+        for piece in self.chunks():
+            values[position : position + len(piece)] = piece
+            position += len(piece)
+        return values.view(self.shape)
+
+
+@dataclass(frozen=True)
+class Computed(Stored):
+    """A tensor that is computed from others in files when it is read: `pieces` yields its values in order.
+
+    `path` and the bytes are those of the tensor that it is made of; `shape` and `dtype` are its own. The pieces may
+    have a wider precision than `dtype`.
+    """
+
+    pieces: Callable[[], Iterator[Tensor]]
+    kind: str = ""  # what the file has, for people
+
+    @classmethod
+    def of(
+        cls,
+        stored: Stored,
+        shape: tuple[int, ...],
+        dtype: str,
+        pieces: Callable[[], Iterator[Tensor]],
+        kind: str = "",
+    ) -> "Computed":
+        """One that is made of `stored`."""
+        return cls(stored.path, stored.start, stored.stop, shape, dtype, pieces, kind)
+
+    def rows(self, part: int, parts: int) -> Stored:
+        """ValueError: what is computed comes in one piece."""
+        raise ValueError(f"{self.path} stores in one matrix, quantised, what are {parts}: take weights in bf16")
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The values in order, (n,) at a time."""
+        return self.pieces()
+
 
 class Weights(NamedTuple):
     """All tensors of one model."""
@@ -134,28 +175,30 @@ def join(source: Path, shards: Iterable[Weights]) -> Weights:
     return Weights(source, tensors, metadata)
 
 
-def map_tensors(tensors: Mapping[str, Stored], writable: bool) -> dict[str, Tensor]:
-    """The tensors as views of their mapped files: nothing is read until it is used.
+def map_tensors(tensors: Mapping[str, Stored], writable: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name, as views of their mapped files: nothing is read until it is used, but what is `Computed`.
 
     writable: changes stay in memory (copy on write); such mappings count against the system's commit limit and may be
     refused for files larger than RAM. Read-only ones do not count; writing to one ends the process.
     ValueError if a file cannot be mapped.
     """
     files: dict[Path, mmap.mmap] = {}
-    views = {}
+    for name, stored in tensors.items():
+        if isinstance(stored, Computed):
+            yield name, stored.read()
+            continue
+        if stored.path not in files:
+            files[stored.path] = _map_file(stored.path, writable)
+        yield name, _view(files[stored.path], stored)
+
+
+def _view(file: mmap.mmap, stored: Stored) -> Tensor:
+    dtype, count = DTYPES[stored.dtype], prod(stored.shape)
+    if not count:
+        return torch.empty(stored.shape, dtype=dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # that is the point
-        for name, stored in tensors.items():
-            if stored.path not in files:
-                files[stored.path] = _map_file(stored.path, writable)
-            dtype, count = DTYPES[stored.dtype], prod(stored.shape)
-            flat = (
-                torch.frombuffer(files[stored.path], dtype=dtype, count=count, offset=stored.start) if count else None
-            )
-            views[name] = (
-                torch.empty(stored.shape, dtype=dtype, device="cpu") if flat is None else flat.view(stored.shape)
-            )
-    return views
+        return torch.frombuffer(file, dtype=dtype, count=count, offset=stored.start).view(stored.shape)
 
 
 def _map_file(path: Path, writable: bool) -> mmap.mmap:

@@ -25,7 +25,9 @@ import test_nano_text
 import test_offload
 import test_pieces
 import test_pipeline
+import test_quantize
 import test_text_encoder
+import test_weights_convert_int8
 from golden_data import load_golden_pipeline, measure_error
 from kandinsky5 import (
     Pipeline,
@@ -45,8 +47,9 @@ from kandinsky5 import (
 from kandinsky5.extras import magcache
 from kandinsky5.nano import train_text
 from kandinsky5.runtime import compile as compiling
-from kandinsky5.runtime import fast, fast_vae, kernels, offload, pieces
+from kandinsky5.runtime import fast, fast_vae, kernels, offload, pieces, quantize
 from random_weights import build_small_pipeline, save_small_checkpoint
+from weights_convert import scales
 
 
 class Mutation(NamedTuple):
@@ -451,6 +454,31 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("the next block fetched into the slot of the running one",
      lambda patch, folder: test_offload.test_cast_weights_take_turns_in_two_places(folder),
      offload.run_streamed, "slots[(i + 1) % 2]", "slots[0]"),
+    ("int8 with the scale of the next block",
+     lambda patch, folder: test_quantize.test_whole_models_equal_their_rounded_weights_and_are_near(),
+     quantize.dequantise, "scale.to(dtype)", "scale.roll(1, -1).to(dtype)"),
+    ("int8 with a zero point",
+     lambda patch, folder: test_quantize.test_whole_models_equal_their_rounded_weights_and_are_near(),
+     quantize.quantise, "steps.round_()", "steps.round_().sub_(1)"),
+    ("int8 with transposed scales",
+     lambda patch, folder: test_quantize.test_whole_models_equal_their_rounded_weights_and_are_near(),
+     quantize.dequantise, "scale.to(dtype)", "scale.T.reshape(scale.shape).to(dtype)"),
+    ("int8 without its scales",
+     lambda patch, folder: test_quantize.test_whole_models_equal_their_rounded_weights_and_are_near(),
+     quantize.dequantise, "blocks.mul_(scale.to(dtype)[..., None])", "blocks"),
+    ("a float32 island in int8",
+     lambda patch, folder: test_quantize.test_which_layers_are_int8(),
+     quantize.linears, "type(module) is kind", "isinstance(module, kind)"),
+    ("scales of int8 weights cast with the model",
+     lambda patch, folder: test_quantize.test_a_cast_changes_no_weight(torch.nn.Module.half),
+     quantize.Int8Linear._apply, "and x is self.scale", "and False"),
+    ("fp8 with the scales of the first rows",
+     lambda patch, folder: test_weights_convert_int8.test_scales_stay_with_their_rows_in_every_piece(folder, patch),
+     scales.multiply, "scales[first // high :", "scales[:"),
+    ("fp8 without its second factor",
+     lambda patch, folder: test_weights_convert_int8.test_fp8_and_its_scales_are_the_right_numbers(
+         "musubi-tuner, two factors", folder),
+     scales.multiply, "scales = scales * whole", "scales = scales + 0 * whole"),
 ]
 # fmt: on
 LIMITS = {name: 1 / 255 if name in cases.FRAME_CASES else cases.TOLERANCE[torch.float32] for name in cases.OURS}

@@ -29,6 +29,14 @@ def test_compile_is_recorded_and_replayed_only_if_requested(cli, monkeypatch):
     assert cli("--replay", "out.mp4", "--compile", "-o", "again.mp4")[0] == 0 and len(asked) == 2
 
 
+def test_int8_is_recorded_and_replayed_to_the_same_bytes(cli):
+    assert cli(*FOX, "--quantize", "int8", "-o", "a.mp4")[0] == cli(*FOX, "-o", "b.mp4")[0] == 0
+    assert cli("--replay", "a.mp4", "-o", "c.mp4")[0] == 0
+    a, b, c = (video_io.read_metadata(f"{name}.mp4") for name in "abc")
+    assert (a["quantize"], b["quantize"], c["quantize"]) == ("int8", None, "int8")
+    assert Path("a.mp4").read_bytes() == Path("c.mp4").read_bytes() != Path("b.mp4").read_bytes()
+
+
 # --- replay
 
 
@@ -193,6 +201,7 @@ def read_settings(cli) -> dict:
         ("rope_scale", [1, 2], "rope_scale is [1, 2] and should be a list of 3 times a finite number"),
         ("prompt", None, "prompt is None and should be a text"),
         ("dtype", "int8", "dtype is 'int8' and should be one of bfloat16, float16, float32"),
+        ("quantize", "int4", "quantize is 'int4' and should be one of int8 or null"),
         ("compile", 0, "compile is 0 and should be true or false"),
         ("step_skipping", {"conditional": [1.0, None]}, "conditional is None"),
         ("step_skipping", {}, "does not say its conditional"),

@@ -67,6 +67,7 @@ def test_defaults_are_the_checkpoints_and_are_in_the_file(cli, here):
         "compile": False,
         "tile_space": False,
         "enlarge": 1,
+        "quantize": None,
         "loras": [],
         "trigger": True,
         "version": kandinsky5.__version__,
@@ -401,7 +402,7 @@ def test_help_teaches(cli):
     for word in ("python sample.py", "--checkpoint", "--image", "--replay", "-o FILE", "diamond", "diffusers"):
         assert word in out, word
     options = [line for line in out.splitlines() if line.startswith("  -")]
-    assert len(options) == 28
+    assert len(options) == 29
 
 
 def test_importing_needs_no_gpu_network_or_reference():

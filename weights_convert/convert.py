@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from kandinsky5.checkpoint import MODELS, OPTIONAL, find_part, find_shipped, models_of, without_weights
 from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, QwenConfig, SamplingConfig, find_preset
@@ -21,8 +23,9 @@ from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.files import check_inside, read_json, write_json
 from kandinsky5.qwen import Qwen, QwenHead
 from kandinsky5.qwen_vision import QwenVision
+from kandinsky5.runtime.quantize import linears, quantise_stored
 from kandinsky5.screen import listed, printable, say
-from kandinsky5.tensor_files import FLOATS, Weights
+from kandinsky5.tensor_files import FLOATS, Computed, Stored, Weights
 from kandinsky5.tokenizer import find_files
 from kandinsky5.vae import VAE
 from weights_convert import tables
@@ -52,6 +55,7 @@ FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "
 STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "qwen": "model", "clip": "model"}
 TOKENIZERS = {"qwen": "tokenizer", "clip": "tokenizer_2"}
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+INT8 = ("dit", "qwen")  # the models that --dtype int8 quantises
 
 
 class Source(NamedTuple):
@@ -152,6 +156,8 @@ def to_diffusers(
     ValueError, in one line, for anything that is missing or does not fit.
     """
     src, dst, settings = find_shipped(src), Path(dst), Options(**options)
+    if settings.dtype == "int8":
+        raise ValueError("--dtype int8 is for native folders: diffusers does not read such weights; choose bf16")
     if not (src / "config.json").is_file():
         there = (src / "model_index.json").is_file()
         what = "already in the Diffusers layout" if there else "not a native checkpoint folder"
@@ -167,6 +173,8 @@ def to_diffusers(
             weights, theirs = read_weights(folders[name], name), partial(tables.theirs, name)
             pieces.append(build_part(name, getattr(config, name), weights, str, theirs, stem, settings))
         parts.append(join_parts(pieces))
+        if any(isinstance(stored, Computed) for stored in parts[-1].tensors.values()):
+            say(f"note: {model} is stored in int8; what is written is the same, rounded weights, in bf16 or --dtype")
 
     linked = {}
     if base:
@@ -200,6 +208,8 @@ def write_native(
     ValueError if a tokenizer is missing, or the models do not belong together.
     """
     parts, linked = [], {}
+    if options.dtype == "int8" and not sources.keys() & {*INT8}:
+        raise ValueError(f"--dtype int8 is for {' and '.join(INT8)}: {', '.join(sources)} stays as it is without it")
     for model, source in sources.items():
         parts.append(
             build_part(model, source.sizes, source.weights, partial(tables.theirs, model), str, model, options)
@@ -234,9 +244,12 @@ def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> 
     """A model's folder or file in any layout but the native one. tokenizer: its folder, if that is another one."""
     weights = read_weights(path)
     try:
-        weights = weights._replace(tensors=tables.respell(model, weights.tensors))
+        tensors = tables.respell(model, weights.tensors)
     except ValueError as error:
         raise ValueError(f"{weights.source}: {error}") from error
+    if others := len(weights.tensors) - len(tensors):
+        say(f"dropped from {printable(weights.source)}: {others} tensors that are not below those of the {model}")
+    weights = weights._replace(tensors=tensors)
     config = find_config(path)
     shapes = {name: stored.shape for name, stored in weights.tensors.items()}
     sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
@@ -290,21 +303,29 @@ def build_part(
     in the source and in the output. ValueError that lists tensors that are missing, unknown or of another shape.
     """
     shapes, islands = describe_model(model, sizes, str(weights.source))
+    empty = build_empty(model, sizes, "") if options.dtype == "int8" else None
+    int8 = {f"{name}.weight" for name, _ in linears(empty)} if empty else set()
     names = {ours: name_there(ours) for ours in shapes}
     known = {*names.values(), *dropped(model, weights)}
     problems = [f"{n} is missing" for n in names.values() if n not in weights.tensors]
     problems += [f"{n} is not known" for n in weights.tensors if n not in known]
-    tensors, dtypes = {}, {}
+    tensors: dict[str, Stored] = {}
+    dtypes: dict[str, str] = {}
     for ours, theirs in names.items():
         if stored := weights.tensors.get(theirs):
             if stored.shape != shapes[ours]:
                 problems.append(f"{theirs} is {stored.shape} in the file, {shapes[ours]} by the config.json")
             if stored.dtype not in FLOATS:
                 problems.append(f"{theirs} is stored as {stored.dtype} (quantised?), not as one of {', '.join(FLOATS)}")
+            if ours in int8 and not problems:
+                scale = f"{ours.removesuffix('weight')}scale"
+                tensors[ours], tensors[scale] = quantise_stored(stored)
+                dtypes |= {ours: "I8", scale: "BF16"}
+                continue
             tensors[name_here(ours)] = stored
             dtype = stored.dtype
-            if options.dtype:
-                dtype = "F32" if ours in islands and not options.cast_all else DTYPES.get(options.dtype, stored.dtype)
+            if options.dtype in DTYPES:
+                dtype = "F32" if ours in islands and not options.cast_all else DTYPES[options.dtype]
             dtypes[name_here(ours)] = dtype
     if problems:
         raise ValueError(f"{weights.source} holds no {model} of these sizes: {listed(problems)}")
@@ -323,15 +344,20 @@ def describe_model(model: str, sizes: ModelConfig, where: str) -> tuple[dict[str
 
     ValueError for sizes that no model can have.
     """
-    try:
-        with without_weights():
-            built = CLASSES[model](sizes)
-    except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise ValueError(f"{where}: no {model} can have the sizes {sizes}: {error}") from error
+    built = build_empty(model, sizes, where)
     islands = {
         f"{n}.{kind}" for n, m in built.named_modules() if isinstance(m, Float32Linear) for kind in ("weight", "bias")
     }
     return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, islands
+
+
+def build_empty(model: str, sizes: ModelConfig, where: str) -> nn.Module:
+    """Our model of these sizes, without weights; ValueError for sizes that no model can have."""
+    try:
+        with without_weights():
+            return CLASSES[model](sizes)
+    except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{where}: no {model} can have the sizes {sizes}: {error}") from error
 
 
 def dropped(model: str, weights: Weights) -> list[str]:

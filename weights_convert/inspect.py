@@ -11,7 +11,7 @@ from kandinsky5.config import NANO_NAMES, PRESETS, DiTConfig, QwenVisionConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.files import read_json
 from kandinsky5.screen import listed, printable
-from kandinsky5.tensor_files import Weights
+from kandinsky5.tensor_files import Computed, Weights
 from weights_convert import lora, tables
 from weights_convert.convert import FOLDERS, describe_model, find_config
 from weights_convert.diffusers_files import read_tasks
@@ -63,7 +63,8 @@ def inspect(path: str | Path) -> dict:
 
 def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: ModelConfig | None = None) -> dict:
     """One row. sizes: of a native config.json; else from the config.json next to the weights, and shapes."""
-    model, names, weights = recognise(read_weights(path))
+    stored_there = read_weights(path)
+    model, names, weights = recognise(stored_there)
     config = find_config(path)
     if sizes is None and config and names == "native":
         sizes = getattr(load_config(config), model)
@@ -75,14 +76,14 @@ def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: Model
     used = [stored for name, stored in weights.tensors.items() if name in ours]
     nbytes: Counter[str] = Counter()
     for stored in weights.tensors.values():
-        nbytes[stored.dtype] += stored.nbytes
+        nbytes[stored.kind if isinstance(stored, Computed) else stored.dtype] += stored.nbytes
     return {
         "model": model,
         "file": str(weights.source),
         "names": names,
         "dtypes": dict(nbytes.most_common()),  # bytes of each
         "parameters": sum(prod(stored.shape) for stored in used),
-        "other tensors": len(weights.tensors) - len(used),
+        "other tensors": len(stored_there.tensors) - len(used),
         "missing tensors": len(ours - weights.tensors.keys()),
         "sizes": asdict(sizes),
         "attention known": attention_known,

@@ -9,6 +9,7 @@ from kandinsky5.files import check_regular
 from kandinsky5.screen import listed
 from kandinsky5.tensor_files import Weights, join, read_index, read_safetensors
 from weights_convert.pickles import read_pt
+from weights_convert.scales import widen
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # model.fp16-00001-of-00002.safetensors: name, variant, number, count, and of other tools the variant here, ending
@@ -22,13 +23,14 @@ NO_WEIGHTS = re.compile(r"\.|rng_state|random_states|optimizer|scheduler|scaler|
 def read_weights(path: Path, stem: str = "*") -> Weights:
     """What a file, a set of shards, their index, or the one set of weights in a folder holds; none is loaded yet.
 
-    stem: in a folder, the file name up to `.safetensors`. ValueError, one line, for anything wrong with it.
+    8-bit weights are there as what they stand for (`scales.py`). stem: in a folder, the file name up to `.safetensors`.
+    ValueError, one line, for anything wrong with it.
     """
     files = find_files(path, stem) if path.is_dir() else [path]
     if (match := FILE.fullmatch(files[0].name)) and match[4]:  # a shard: all of them
         alike = [p for p in path.parent.iterdir() if set_of(p) == set_of(path)] if files == [path] else files
-        return join(files[0], map(read_file, list_shards(alike)))
-    return read_index(files[0], read_file) if INDEX.fullmatch(files[0].name) else read_file(files[0])
+        return widen(join(files[0], map(read_file, list_shards(alike))))
+    return widen(read_index(files[0], read_file) if INDEX.fullmatch(files[0].name) else read_file(files[0]))
 
 
 def read_file(path: Path) -> Weights:
@@ -36,7 +38,10 @@ def read_file(path: Path) -> Weights:
     with open(check_regular(path), "rb") as file:
         head = file.read(9)
     if head[:4] == b"GGUF":
-        raise ValueError(f"{path} is a GGUF file, mostly of quantised weights: take the original safetensors files")
+        raise ValueError(
+            f"{path} is a GGUF file, which is not read here: take the safetensors files, in bf16 or fp8; --dtype int8 "
+            "makes of them about what a Q8_0 file is"
+        )
     is_pickle = head[8:] != b"{" and (path.suffix in PICKLES or head[:2] == b"PK" or head[:1] == b"\x80")
     return read_pt(path) if is_pickle else read_safetensors(path)
 

@@ -218,17 +218,21 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 
 
 def unwrap(model: str, tensors: dict) -> dict:
-    """The tensors without what other tools put before all names, such as "model.diffusion_model." or "module.".
+    """The model's tensors without what other tools put before their names, such as "model.diffusion_model.".
 
-    ValueError if the model is there twice, such as plain and below "ema.".
+    What is not below that start, such as other models in the same file, is left out. Of two copies the one below "ema."
+    is taken, as it is what a trainer samples with. ValueError if the model is there twice otherwise.
     """
     mark, starts = MARKS[model]
     tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     heads = [name.removesuffix(mark) for name in tensors if name == mark or name.endswith(f".{mark}")]
     prefixes = {head.removesuffix(next((s for s in starts if head.endswith(s)), "")) for head in heads}
-    if len(prefixes) > 1:
+    averaged = {prefix for prefix in prefixes if prefix.endswith("ema.")}
+    chosen = averaged if len(averaged) == 1 else prefixes
+    if len(chosen) > 1:
         raise ValueError(f"it holds a {model} more than once, below {sorted(prefixes)}: save one of them alone")
-    return {name.removeprefix("".join(prefixes)): tensor for name, tensor in tensors.items()}
+    prefix = "".join(chosen)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def respell(model: str, tensors: dict) -> dict:

@@ -27,7 +27,8 @@ from kandinsky5.tensor_files import DTYPES, Stored, Weights, read_safetensors
 class Options:
     """The options of every conversion."""
 
-    dtype: str | None = None  # "bf16", "fp16" or "fp32": cast to it; None: leave every tensor as it is stored
+    dtype: str | None = None  # "bf16", "fp16" or "fp32": cast to it; None: leave every tensor as it is stored; "int8":
+    # so too, but quantise the Linears of the DiT's and Qwen's blocks (runtime/quantize.py)
     cast_all: bool = False  # cast the DiT's Float32Linears (dit.py) too; else they become or stay float32
     max_shard_size: int = 5 * 10**9  # bytes of a file, unless one tensor alone is larger
     resume: bool = False  # keep the files of an interrupted run that hold what would be written

@@ -49,6 +49,7 @@ HOW = (
     "attention",
     "compile",
     "tile_space",
+    "quantize",
     "enlarge",
     "trigger",
 )  # settings, not the request
@@ -94,6 +95,7 @@ class Settings:
     version: str
     enlarge: int = 1
     loras: tuple[Lora, ...] = ()
+    quantize: Literal["int8"] | None = None
     trigger: bool = True  # whether their trigger phrases are put before the prompt
 
 
