@@ -81,7 +81,7 @@ def run_command(tmp_path, pipe: FakePipeline, *arguments: str) -> dict:
 def test_a_pipeline_that_draws_its_prompts_scores_all(tmp_path, capsys):
     pipe = FakePipeline(honest=True)
     document = run_command(tmp_path, pipe, "--batch-size", "3", "--steps", "9", "--guidance", "2")
-    assert list(document["sets"]) == list(evaluate.SETS)
+    assert list(document["sets"]) == evaluate.DEFAULT_SETS
     assert document["sampling"] == {"num_inference_steps": 9, "guidance_scale": 2, "shift": 3}
     for name, summary in document["sets"].items():
         assert summary["clips"] == 8 and document["mistakes"][name] == [], name
@@ -99,7 +99,7 @@ def test_a_pipeline_that_draws_its_prompts_scores_all(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "scores.md").read_text(encoding="utf-8")
     lines = printed.splitlines()
-    assert len(lines) == 2 + len(evaluate.SETS) and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + len(evaluate.DEFAULT_SETS) and len({line.count("|") for line in lines}) == 1
     assert "| seen, Russian | 8 | 100.0 | 67.6 to 100.0 |" in printed
 
 

@@ -27,6 +27,19 @@ def test_drawn_clips_are_right():
     assert np.mean(right) >= 0.99
 
 
+def test_a_new_shape_is_known_from_its_drawing():
+    right = []
+    for i in range(24):
+        rng = np.random.default_rng([71, i])
+        scene = world.sample_scene(rng, world.NEW_SHAPE, 1)
+        caption, drawn = write_caption(scene, "english", rng), world.draw_scene(scene)
+        assert all_right(drawn, caption)
+        right.append(all_right(degrade(drawn, rng), caption))
+        for shape in SHAPES:  # what nano draws instead of it
+            assert not all_right(world.draw_scene(change_first(scene, shape=shape)), caption)
+    assert np.mean(right) >= 0.9
+
+
 def test_larger_clips_and_canvases_are_right():
     for _, scene, caption in prompts(4):
         assert all_right(world.draw_scene(scene, 33, 128, 128), caption)

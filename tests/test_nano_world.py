@@ -10,7 +10,19 @@ from einops import reduce
 
 from kandinsky5.nano import world
 from kandinsky5.nano.captions import write_caption
-from kandinsky5.nano.world import AREA, BACKGROUNDS, COLOURS, EXTENT, HELD_OUT, MOTIONS, SHAPES, TRIPLES, Object, Scene
+from kandinsky5.nano.world import (
+    AREA,
+    BACKGROUNDS,
+    COLOURS,
+    DRAWN_SHAPES,
+    EXTENT,
+    HELD_OUT,
+    MOTIONS,
+    SHAPES,
+    TRIPLES,
+    Object,
+    Scene,
+)
 
 SCENE = Scene("black", (Object("red", "diamond", "right", "small", (20, 30, 8), (40, 30, 8)),))
 
@@ -73,17 +85,17 @@ def test_objects_stay_inside_and_apart_and_move_as_described():
             assert not (grown & masks[1]).any()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", DRAWN_SHAPES)
 def test_edges_equal_an_average_of_eightfold_resolution(shape):
     obj = Object("red", shape, "right", "big", (25.3, 31.7, 9.4), (38.1, 31.7, 9.4))
     scene = Scene("white", (obj,))
     fine = world.draw_scene(scene, 3, 512, 512).astype(float)
     averaged = reduce(fine, "F (H a) (W b) C -> F H W C", "mean", a=8, b=8)
     error = np.abs(world.draw_scene(scene, 3) - averaged)
-    assert error.max() < 60 and error.mean() < 0.1  # of 220; without antialiasing more than 100 and 0.5
+    assert error.max() < 60 and error.mean() < 0.15  # of 220; without antialiasing more than 100 and 0.5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", DRAWN_SHAPES)
 def test_area_extent_and_centre_of_mass_are_as_drawn(shape):
     y, x = np.mgrid[-200:200, -200:200].astype(np.float32) + 0.5
     share = world.coverage(shape, x, y, np.float32(100))

@@ -1,10 +1,12 @@
 """Targets of distillation, against what they stand for computed by hand."""
 
+from functools import partial
+
 import torch
 
 from kandinsky5.sampler import euler_sample
 from kandinsky5.training.distill import guided_target, step_target
-from kandinsky5.training.flow import FlowBatch, predict
+from kandinsky5.training.flow import FlowBatch, drop_condition, predict
 from tiny_training import UNSCALED, random_dit, tiny_features
 
 
@@ -25,4 +27,6 @@ def test_guided_target_is_guidance_by_hand():
         conditional = predict(dit, x, t, features.select(i, i + 1), UNSCALED)
         unconditional = predict(dit, x, t, empty, UNSCALED)
         expected.append(unconditional + 1.5 * (conditional - unconditional))
-    torch.testing.assert_close(guided_target(dit, batch, features, empty, 1.5, UNSCALED), torch.cat(expected))
+    negative = drop_condition(features, torch.tensor([True, True]), empty)
+    passes = [partial(predict, dit, features=words, rope_scale=UNSCALED) for words in (features, negative)]
+    torch.testing.assert_close(guided_target(*passes, batch, 1.5), torch.cat(expected))

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from kandinsky5.dit import DiT
 from kandinsky5.files import locked
 from kandinsky5.nano import presets
 from kandinsky5.training import loop, state
 from kandinsky5.training.loop import generator
 from kandinsky5.training.recipe import Recipe
-from tiny_training import losses, same_weights, tiny_run, train
+from tiny_training import TINY, losses, same_weights, tiny_run, train
 
 
 def test_a_tiny_dit_learns_and_the_log_shows_it(tmp_path):
@@ -107,3 +108,22 @@ def test_a_step_takes_the_mean_gradient_of_its_batches_clipped(monkeypatch, tmp_
         expected = -0.1 * mean * min(1, clip / float(mean.norm()))
         torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-4, atol=0)
         torch.testing.assert_close(average.weight, expected * (1 - 2 / 11), rtol=1e-4, atol=0)  # decay (1 + 1)/(10 + 1)
+
+
+def test_gradients_of_each_block_are_logged(tmp_path):
+    dit, _ = tiny_run(tmp_path / "a", steps=2)
+    for name in ("text_blocks.0", "visual_blocks.0"):
+        assert all(float(row[f"gradient {name}"]) > 0 for row in state.read_rows(tmp_path / "a" / "loss.csv"))
+    for p in dit.visual_blocks[0].parameters():
+        p.grad = torch.full_like(p, 2.0)
+    count = sum(p.numel() for p in dit.visual_blocks[0].parameters())
+    assert loop.gradient_norms(dit) == pytest.approx({"gradient visual_blocks.0": 2 * count**0.5})
+
+
+def test_frozen_weights_stay_while_the_rest_is_trained(tmp_path):
+    torch.manual_seed(0)
+    start = DiT(TINY).state_dict()
+    dit, average = tiny_run(tmp_path / "a", freeze="attention")
+    for name, p in dit.named_parameters():
+        assert torch.equal(p, start[name]) == ("attention" in name or name.endswith("query")), name
+        assert "attention" not in name or torch.equal(average.state_dict()[name], start[name])

@@ -10,7 +10,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.training.loop import generator
 from kandinsky5.training.muon import Muon, orthogonalise
-from kandinsky5.training.recipe import Recipe, build_optimizers, learning_rate
+from kandinsky5.training.recipe import Recipe, build_optimizers, freeze, learning_rate
 from tiny_training import TINY
 
 
@@ -59,3 +59,18 @@ def test_orthogonalised_matrices_have_singular_values_near_1():
 def test_muon_that_matches_no_matrix_is_refused():
     with pytest.raises(ValueError, match="'no_such'"):
         build_optimizers(nn.Linear(2, 2), Recipe(1, muon="no_such"))
+
+
+def test_frozen_names_are_not_trained():
+    dit = DiT(TINY)
+    freeze(dit, r"^text_blocks|\.bias$")
+    frozen = {name for name, p in dit.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in dit.named_parameters() if n.startswith("text_blocks") or n.endswith(".bias")}
+    trained = {id(p) for group in build_optimizers(dit, Recipe(1))[0].param_groups for p in group["params"]}
+    assert trained == {id(p) for name, p in dit.named_parameters() if name not in frozen}
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "(", ""])
+def test_freezing_nothing_or_everything_is_refused(pattern):
+    with pytest.raises(ValueError):
+        freeze(DiT(TINY), pattern)

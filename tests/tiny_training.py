@@ -38,7 +38,7 @@ def train(*arguments, **options):
         return loop.train(*arguments, **options)
 
 
-def tiny_run(folder, steps=12, stop_after=None, dtype="float32", accumulate=1, muon="", cycles=1, **options):
+def tiny_run(folder, steps=12, stop_after=None, dtype="float32", accumulate=1, muon="", cycles=1, freeze="", **options):
     """A DiT that learns two latents by their prompts; returns it and its average."""
     torch.manual_seed(0)
     dit = DiT(TINY)
@@ -54,6 +54,7 @@ def tiny_run(folder, steps=12, stop_after=None, dtype="float32", accumulate=1, m
 
     checkpointing = options.pop("checkpointing", False)
     how = {"dtype": dtype, "accumulate": accumulate, "muon": muon, "checkpointing": checkpointing, "cycles": cycles}
+    how["freeze"] = freeze
     recipe = Recipe(steps, 1e-2, warmup=4, **how)
     options = {"log_every": 2} | options
     average = train(dit, loss, recipe, folder, stop_after=stop_after, **options)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.distill import guided_target, step_target
-from kandinsky5.training.flow import FlowBatch, flow_loss, predict
+from kandinsky5.training.flow import FlowBatch, drop_condition, flow_loss, predict
 from kandinsky5.training.loop import train
 from kandinsky5.training.modes import replaced, training_precision
 from kandinsky5.training.recipe import Recipe
@@ -113,7 +114,11 @@ def distill(
         times = TIMES.sample if guided else on_schedule
         batch, features = draw_batch(seed, student, clips, DISTILLATION_CLIPS, text_encoder, empty, times, BATCH)
         if guided:
-            target = guided_target(teacher, batch, features, empty, presets.SAMPLING.guidance_scale, rope_scale)
+            unprompted = drop_condition(features, torch.ones(len(batch.t), dtype=torch.bool), empty)
+            conditional, unconditional = (
+                partial(predict, teacher, features=words, rope_scale=rope_scale) for words in (features, unprompted)
+            )
+            target = guided_target(conditional, unconditional, batch, presets.SAMPLING.guidance_scale)
         else:
             target = several_steps_target(teacher, batch, features, schedule, rope_scale)
         predicted = predict(student, batch.x, batch.t, features, rope_scale)

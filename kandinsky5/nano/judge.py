@@ -4,8 +4,9 @@
 
 `judge_clip` takes only the frames. It finds the background (the median pixel), the colours that stand out from it and,
 for each colour and frame, position and size (moments) and shape (that whose drawing, there and as large, differs
-least); all frames together give the motion (a straight line through positions and sizes). `score` then says which words
-of a caption are true. A clip that is not of this world (noise, a blank, an object that vanishes, changes or jumps)
+least: a new shape needs only its drawing); all frames together give the motion (a straight line through positions and
+sizes). `score` then says which words of a caption are true. A clip that is not of this world (noise, a blank, an object
+that vanishes, changes or jumps)
 fails in at least one of them.
 
 Its limits: it does not see what is thinner than three pixels, such as a line across the background; half of the
@@ -22,7 +23,7 @@ import numpy as np
 from einops import rearrange, reduce
 
 from kandinsky5.nano.captions import Caption
-from kandinsky5.nano.world import AREA, BACKGROUNDS, CANVAS, COLOURS, DIRECTIONS, FPS, RADII, SHAPES, coverage
+from kandinsky5.nano.world import AREA, BACKGROUNDS, CANVAS, COLOURS, DIRECTIONS, DRAWN_SHAPES, FPS, RADII, coverage
 
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
 COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB
@@ -180,10 +181,10 @@ def _judge_object(colour: np.ndarray, share: np.ndarray, fps: float) -> tuple[Ob
     rows, columns = _where_any(share, axis=1), _where_any(share, axis=2)  # the rest is the same
     place = grid_x[rows, columns] - x[:, None, None], grid_y[rows, columns] - y[:, None, None]
     drawn, errors, radii = {}, {}, {}
-    for shape in SHAPES:
+    for shape in DRAWN_SHAPES:
         radii[shape] = np.sqrt(area / AREA[shape])
         drawn[shape], errors[shape] = _draw_like(share[:, rows, columns], shape, *place, radii[shape])
-    shape = min(SHAPES, key=lambda name: errors[name].mean())
+    shape = min(DRAWN_SHAPES, key=lambda name: errors[name].mean())
     template = np.zeros_like(share)
     template[:, rows, columns] = drawn[shape]
 

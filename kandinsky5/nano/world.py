@@ -35,6 +35,8 @@ COLOURS = {
 }
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (128, 128, 128), "white": (243, 243, 243)}
 SHAPES = ("circle", "square", "triangle", "diamond")
+NEW_SHAPE = "star"  # drawn and judged like the others, but nano was never shown one: docs/fine-tuning.md teaches it
+DRAWN_SHAPES = (*SHAPES, NEW_SHAPE)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink", "still")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
@@ -52,6 +54,7 @@ TRIPLES = {
     "all": ALL_TRIPLES,
     "train": tuple(triple for triple in ALL_TRIPLES if triple not in HELD_OUT),
     "held_out": tuple(triple for triple in ALL_TRIPLES if triple in HELD_OUT),
+    NEW_SHAPE: tuple(product(COLOURS, (NEW_SHAPE,), MOTIONS)),
 }
 
 
@@ -85,7 +88,7 @@ def sample_scene(
     """A random scene: attributes uniformly from the triples of `split`, then radii, travel and position.
 
     seed: anything `np.random.default_rng` takes; [seed, index] gives the same scene on every machine.
-    split: "train" (no held-out triple), "held_out" (only those) or "all".
+    split: "train" (no held-out triple), "held_out" (only those), "all", or NEW_SHAPE: "star" (objects of that shape).
     num_objects: 1 or 2, or None for two in 60 % of the scenes. Two have different colours and keep apart.
     canvas: height, width in units, at least 64 each.
     Raises ValueError for an unknown split, another number of objects or a small canvas.
@@ -199,16 +202,28 @@ def _diamond(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     return (np.abs(x) / DIAMOND_HALF_WIDTH + np.abs(y) / DIAMOND_HALF_HEIGHT - radius) * steepness
 
 
+def _star(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Five points, one up: every tenth of it is the same triangle, folded."""
+    angle = np.abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)  # from the nearest point
+    distance = np.sqrt(x * x + y * y)
+    inner_x, inner_y = STAR_INNER * math.sin(math.pi / 5), STAR_INNER * math.cos(math.pi / 5)
+    down, across = STAR_TIP - inner_y, inner_x  # along the edge, from the tip (0, STAR_TIP) to (inner_x, inner_y)
+    beyond = down * distance * np.sin(angle) + across * (distance * np.cos(angle) - STAR_TIP * radius)
+    return beyond / math.hypot(down, across)
+
+
 SIN_60 = math.sin(math.pi / 3)
 # In radii, chosen so that all shapes of one radius look about as large.
 SQUARE_HALF_SIDE, TRIANGLE_TIP = 0.9, 1.3
 DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT = 0.95, 1.35
+STAR_TIP, STAR_INNER = 1.5, 0.68  # from the centre to its five points, and to the five corners between them
 
 DISTANCE: dict[str, Callable] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "diamond": _diamond,
+    NEW_SHAPE: _star,
 }
 # Half the width, and the height above and below the centre of mass, of a shape of radius 1; and its area.
 EXTENT = {
@@ -216,12 +231,14 @@ EXTENT = {
     "square": (SQUARE_HALF_SIDE, SQUARE_HALF_SIDE, SQUARE_HALF_SIDE),
     "triangle": (TRIANGLE_TIP * SIN_60, TRIANGLE_TIP, TRIANGLE_TIP / 2),
     "diamond": (DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT, DIAMOND_HALF_HEIGHT),
+    NEW_SHAPE: (STAR_TIP * math.sin(2 * math.pi / 5), STAR_TIP, STAR_TIP * math.cos(math.pi / 5)),
 }
 AREA = {
     "circle": math.pi,
     "square": 4 * SQUARE_HALF_SIDE**2,
     "triangle": 1.5 * SIN_60 * TRIANGLE_TIP**2,
     "diamond": 2 * DIAMOND_HALF_WIDTH * DIAMOND_HALF_HEIGHT,
+    NEW_SHAPE: 5 * STAR_TIP * STAR_INNER * math.sin(math.pi / 5),
 }
 
 

@@ -9,5 +9,6 @@ footage    files: videos and images, their frames at given times
 folder     clips and captions of a folder
 data       a cache of them, encoded, and batches
 modes      precision, attention and memory of a model in training
+validation the loss by flow time, of held-out samples
 state      a run on disk
 """

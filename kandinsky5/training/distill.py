@@ -5,32 +5,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kandinsky5.dit import DiT
 from kandinsky5.sampler import guided_velocity
-from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.training.flow import FlowBatch, drop_condition, predict
+from kandinsky5.training.flow import FlowBatch
+
+Velocity = Callable[
+    [Tensor, Tensor], Tensor
+]  # a network with its conditioning: x (B, T, H, W, C_in), t (B,) → velocity
 
 
 @torch.no_grad()
-def guided_target(
-    teacher: DiT,
-    batch: FlowBatch,
-    features: TextFeatures,
-    empty: TextFeatures,
-    guidance_scale: float,
-    rope_scale: tuple[float, float, float],
-) -> Tensor:
+def guided_target(conditional: Velocity, unconditional: Velocity, batch: FlowBatch, guidance_scale: float) -> Tensor:
     """Guidance distillation: the teacher's velocity of two passes, for the student to predict in one.
 
-    empty: the features of the empty prompt. Returns (B, T, H, W, C) in float32, without gradients.
+    conditional, unconditional: the teacher with a condition, of any kind, and without. Returns (B, T, H, W, C) in
+    float32, without gradients.
     """
-    negative = drop_condition(features, torch.ones_like(batch.t, dtype=torch.bool), empty)
-    conditional, unconditional = (predict(teacher, batch.x, batch.t, f, rope_scale) for f in (features, negative))
-    return guided_velocity(conditional, unconditional, guidance_scale)
+    with_condition, without = (velocity(batch.x, batch.t) for velocity in (conditional, unconditional))
+    return guided_velocity(with_condition, without, guidance_scale)
 
 
 @torch.no_grad()
-def step_target(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:
+def step_target(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     """Step distillation (progressive, arXiv 2202.00512): the velocity whose one step ends where the teacher's n end.
 
     velocity: the teacher's, (x, t) → dx/dt; x (B, T, H, W, C) at times[0]; times (n + 1, B), descending. A student

@@ -23,7 +23,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
 from kandinsky5.training import state
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
-from kandinsky5.training.recipe import Recipe, build_optimizers, learning_rate, prepare_step
+from kandinsky5.training.recipe import Recipe, build_optimizers, freeze, learning_rate, prepare_step
 from kandinsky5.training.state import Model, Run
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
@@ -84,6 +84,8 @@ def train(
 @contextlib.contextmanager
 def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
     """The run in `folder`, new or resumed; inside, its model trains as `modes.py` says."""
+    if recipe.freeze:
+        freeze(model, recipe.freeze)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     began_with = state.digest(model) if recipe.origin else ""
     run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with)
@@ -109,8 +111,9 @@ def _take_step(run: Run, loss: Loss) -> list[dict[str, float]]:
             value, values = loss([recipe.seed, run.step, batch])
         (value.float() / recipe.accumulate).backward()
         rows.append({"loss": float(value.detach()), **values})
+    blocks = gradient_norms(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
-    rows[-1]["gradient"] = float(norm)
+    rows[-1] |= {"gradient": float(norm), **blocks}
     if torch.isfinite(norm):  # one bad batch must not spoil the run
         for optimizer in run.optimizers:
             optimizer.step()
@@ -118,6 +121,17 @@ def _take_step(run: Run, loss: Loss) -> list[dict[str, float]]:
     run.step += 1
     update_average(run.average, run.model, min(recipe.ema, (1 + run.step) / (10 + run.step)))
     return rows
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The gradient's norm in each block of a model's lists of blocks: {"gradient visual_blocks.0": …}."""
+    lists = [(name, blocks) for name, blocks in model.named_children() if isinstance(blocks, nn.ModuleList)]
+    norms = {}
+    for name, block in ((f"{name}.{i}", block) for name, blocks in lists for i, block in enumerate(blocks)):
+        gradients = [p.grad for p in block.parameters() if p.grad is not None]
+        if gradients:
+            norms[f"gradient {name}"] = float(torch.nn.utils.get_total_norm(gradients))
+    return norms
 
 
 def _log(run: Run, rows: list[dict[str, float]]) -> float:

@@ -22,6 +22,7 @@ class Recipe:
     cycles: int = 1  # how often all of `steps`, warm-up to cosine, are repeated; a finished run can take more cycles
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01  # of matrices and kernels; biases and norms have none
+    freeze: str = ""  # regular expression: weights whose names match are not trained
     muon: str = ""  # regular expression: Muon trains the matrices whose names match, AdamW everything else
     muon_rate: float = 3.0  # Muon's learning rate, as a multiple of AdamW's
     clip_norm: float = 1.0
@@ -44,6 +45,23 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     fallen = min(max(step - start, 0) / max(recipe.steps - start, 1), 1.0)
     cosine = (1 + math.cos(math.pi * fallen)) / 2
     return recipe.learning_rate * warm * (recipe.final_rate + (1 - recipe.final_rate) * cosine)
+
+
+def freeze(model: nn.Module, pattern: str) -> None:
+    """Leave the parameters whose names match the regular expression as they are: no gradient, no optimizer state.
+
+    Raises ValueError for an expression that is invalid, matches none, or leaves nothing to train.
+    """
+    try:
+        matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"freeze {pattern!r} is no regular expression ({error}): correct it") from error
+    if not matched:
+        raise ValueError(f"freeze {pattern!r} matches no parameter's name: correct it, or leave it out")
+    for parameter in matched:
+        parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"freeze {pattern!r} leaves nothing to train: let it match fewer names")
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -210,12 +210,20 @@ def plot_losses(path: Path, image: Path) -> None:
         return
     rows = read_rows(path)
     columns = [name for name in rows[0] if name not in ("step", "seconds", "rate")]
-    figure = Figure(figsize=(8, 2.2 * len(columns)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(columns), 1, squeeze=False)[:, 0], columns, strict=True):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        axes.plot(*zip(*points, strict=True), linewidth=0.8)
-        axes.set_title(name, fontsize=9)
-        if all(value > 0 for _, value in points):
+    panels = {name: [name] for name in columns if not name.startswith("gradient ")}
+    blocks = [name for name in columns if name.startswith("gradient ")]  # of each block, together
+    panels |= {"gradient of each block": blocks} if blocks else {}
+    figure = Figure(figsize=(8, 2.2 * len(panels)), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        positive = True
+        for name in names:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name.removeprefix("gradient "))
+            positive = positive and all(value > 0 for _, value in points)
+        axes.set_title(title, fontsize=9)
+        if len(names) > 1:
+            axes.legend(fontsize=5, ncols=4)
+        if positive:
             axes.set_yscale("log")
     with replacing(image) as temporary:
         figure.savefig(temporary, dpi=80)
