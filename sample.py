@@ -32,9 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
     from kandinsky5.video_io import write_video
 
     # What is wrong is said here, before the weights are loaded.
-    output = options.output or free_name("out.mp4")
-    check_apart({"-o": output}, {"--image": options.image})
-    check_writable(output)
     folder = find_checkpoint(options.checkpoint)
     config = load_config(folder / "config.json")
     request = Request.resolve(
@@ -51,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed=options.seed,
     )
     fps = config.sampling.fps
+    output = options.output or free_name("out.png" if request.num_frames == 1 else "out.mp4")
+    check_apart({"-o": output}, {"--image": options.image})
     check_writable(output, request.num_frames, fps)
 
     pipe = Pipeline.load(folder, options.device, options.dtype)

@@ -28,7 +28,7 @@ from kandinsky5.nano import captions, distill, train_dit, train_text, train_vae,
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
 from kandinsky5.qwen import Qwen
 from kandinsky5.runtime.memory import vae_memory
-from kandinsky5.vae import VAE
+from kandinsky5.vae2d import build_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE, RESULTS = ROOT / "docs" / "judge", ROOT / "benchmarks" / "results"
@@ -78,6 +78,8 @@ def shift_source(preset: str) -> str:
     """Which source of the shift a preset follows, and which say otherwise (docs/converting.md)."""
     if preset.endswith("10s") or "-10s-" in preset or preset == "i2v-lite-5s":
         return "guide; command line 5"
+    if PRESETS[preset].makes_images:
+        return "authors' pipeline; scheduler 5"
     if "pro-sft" in preset:
         return "scheduler, command line"
     return "as sft" if "pro" in preset else "command line, guide"
@@ -85,7 +87,7 @@ def shift_source(preset: str) -> str:
 
 def download(preset: str) -> str:
     """The last part of the Hugging Face name of a preset's weights; an -sd and an -hd preset share them."""
-    capitals = {"t2v": "T2V", "i2v": "I2V", "lite": "Lite", "pro": "Pro"}
+    capitals = {"t2v": "T2V", "i2v": "I2V", "t2i": "T2I", "i2i": "I2I", "lite": "Lite", "pro": "Pro"}
     words = preset.removesuffix("-sd").removesuffix("-hd").split("-")
     return "-".join(["Kandinsky-5.0", *(capitals.get(word, word) for word in words), "Diffusers"])
 
@@ -141,7 +143,7 @@ def peak(config: PipelineConfig, offload: str | None, tile_space: bool) -> float
 def weights_in_gb(config: PipelineConfig) -> tuple[dict[str, float], dict[str, float]]:
     """GB in bf16 of each model, and of each with two of its blocks."""
     with torch.device("meta"):
-        models = {"dit": DiT(config.dit), "qwen": Qwen(config.qwen), "vae": VAE(config.vae)}
+        models = {"dit": DiT(config.dit), "qwen": Qwen(config.qwen), "vae": build_vae(config.vae)}
         models["clip"] = CLIPText(config.clip)
     later = re.compile(r"text_blocks|(visual_)?blocks\.([2-9]|\d\d)")  # not in memory with --offload blocks
     whole, two = {}, {}

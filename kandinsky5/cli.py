@@ -211,7 +211,7 @@ def sample(arguments: list[str] | None = None) -> int:
         requested = {name: settings[name] for name in REQUEST if name in settings}
         request = Request.resolve(config, settings["prompt"], settings["image"], **requested)
         settings.setdefault("fps", config.sampling.fps)
-        check_writable(output, request.num_frames, settings["fps"], settings["quality"])
+        output = check_output(output, request.num_frames, settings["fps"], settings["quality"])
         enlarge = settings["enlarge"]
         if not 1 <= enlarge <= 16 or max(request.height, request.width) * enlarge > LONGEST_SIDE:
             raise ValueError(f"enlarge {enlarge}: give 1 to 16, with which no side passes {LONGEST_SIDE} pixels")
@@ -233,18 +233,26 @@ def sample(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def check_places(given: dict[str, Any], replayed: str | None, place: str | bool | None) -> Path:
-    """The file to write, once all that is wrong without any model has been refused with ValueError or OSError."""
+def check_places(given: dict[str, Any], replayed: str | None, place: str | bool | None) -> Path | None:
+    """The file to write if one is named, once what is wrong without any model was refused: ValueError or OSError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         raise ValueError("several processes would all make the same video: run sample.py without torchrun")
     if given.get("prompt") is None and replayed is None:
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
-    output = Path(given.pop("output", None) or free_name("out.mp4"))
+    named = given.pop("output", None)
+    output = Path(named) if named else None
     inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in ("image", "step_skipping", "checkpoint")}
     inputs |= {f"--lora {i}": one["file"] for i, one in enumerate(given.get("loras", ()), start=1)}
     check_apart({"-o": output, "--preview": place}, inputs | {"--replay": replayed})
     usual = {"num_frames": 1, "fps": 24, "quality": 8}
-    check_writable(output, **usual | {name: given[name] for name in usual if given.get(name) is not None})
+    check_output(output, **usual | {name: given[name] for name in usual if given.get(name) is not None})
+    return output
+
+
+def check_output(output: Path | None, num_frames: int, fps: float, quality: float = 8) -> Path:
+    """`output`, or the next free out.mp4; for one frame out.png. Raises ValueError or OSError, as `check_writable`."""
+    output = output or free_name("out.png" if num_frames == 1 else "out.mp4")
+    check_writable(output, num_frames, fps, quality)
     return output
 
 

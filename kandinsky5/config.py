@@ -24,13 +24,22 @@ Pay attention to the order of key actions shown in the scene.<|im_end|>
 <|im_start|>user
 {}<|im_end|>"""
 
-# The template of the authors' code for a single frame.
+# The template of the authors' code for an image, and for a single frame of a video.
 IMAGE_TEMPLATE = """\
 <|im_start|>system
 You are a promt engineer. Describe the image by detailing the color, shape, size, texture, quantity, text, spatial \
 relationships of the objects and background:<|im_end|>
 <|im_start|>user
 {}<|im_end|>"""
+
+# For editing, where <|image_pad|> stands for as many tokens as the vision tower makes of the image. The official code
+# drops 55 tokens, which are the 52 before the prompt and three of its own: the weights were trained so.
+EDIT_TEMPLATE = """\
+<|im_start|>system
+You are a promt engineer. Based on the provided source image (first image) and target image (second image), create \
+an interesting text prompt that can be used together with the source image to create the target image:<|im_end|>
+<|im_start|>user
+{}<|vision_start|><|image_pad|><|vision_end|><|im_end|>"""
 
 NEGATIVE_PROMPT = (
     "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, "
@@ -82,7 +91,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The causal 3D VAE of HunyuanVideo: 8× smaller in space, 4× in time."""
+    """A VAE; the defaults are HunyuanVideo's causal one: 8× smaller in space, 4× in time."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks_per_stage: int = 2  # in the encoder; the decoder has one more
@@ -92,6 +101,7 @@ class VAEConfig:
     scaling_factor: float = 0.476986  # latents = z · scaling_factor
     # After which stages the encoder's grid halves, and the decoder's doubles: True where time does so too.
     halves_time: tuple[bool, ...] = (False, True, True)
+    dimensions: int = 3  # 2: FLUX.1's, which takes each frame for itself (vae2d.py)
 
     @property
     def space_factor(self) -> int:
@@ -173,6 +183,8 @@ class TextConfig:
     dropped_tokens: int = 129  # the template's tokens before the prompt: their features are dropped
     image_template: str | None = None  # for a single frame; None: the same as for more
     image_dropped_tokens: int = 0
+    dropped_from_prompt: int = 0  # how many of the dropped tokens are the prompt's own first ones
+    max_tokens: int = 256  # of a prompt that are read
 
 
 RELEASED_TEXT = TextConfig(image_template=IMAGE_TEMPLATE, image_dropped_tokens=41)
@@ -191,6 +203,7 @@ class SamplingConfig:
     fps: int = 24
     rope_scale: tuple[float, float, float] | None = (1.0, 2.0, 2.0)  # None: by size (`rope.scale_for_size`)
     image_area: int = 512 * 768  # image-to-video without height and width: the image's shape at this area
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width): editing without them takes that most like its image
     negative_prompt: str = NEGATIVE_PROMPT
     normalise_first_frames: bool = True  # after image-to-video; needs a clip of about ten latent frames to make sense
 
@@ -212,7 +225,8 @@ class PipelineConfig:
     """The contents of `config.json` in a native checkpoint folder."""
 
     name: str = "t2v-lite-sft-5s"
-    tasks: tuple[str, ...] = ("t2v",)  # "t2v": prompt alone, "i2v": image and prompt
+    # "t2v": a video from a prompt, "i2v": from an image and a prompt; "t2i", "i2i": an image likewise, a frame of F = 1
+    tasks: tuple[str, ...] = ("t2v",)
     dit: DiTConfig = field(default_factory=DiTConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     qwen: QwenConfig = field(default_factory=QwenConfig)
@@ -229,6 +243,16 @@ class PipelineConfig:
         return self.qwen
 
     @property
+    def makes_images(self) -> bool:
+        """Whether single images come out and not videos."""
+        return not {"t2i", "i2i"}.isdisjoint(self.tasks)
+
+    @property
+    def edits(self) -> bool:
+        """Whether an image is a source to change and not frame 0."""
+        return "i2i" in self.tasks
+
+    @property
     def side_divisor(self) -> int:
         """What height and width must divide by: one patch of latents, or a NABLA tile of 8 × 8 patches."""
         patch = math.lcm(*self.dit.patch_size[1:])
@@ -237,6 +261,8 @@ class PipelineConfig:
 
 LITE = DiTConfig()
 PRO = DiTConfig(dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60, rope_axes=(32, 48, 48))
+IMAGE = DiTConfig(dim=2560, ff_dim=10240, num_visual_blocks=50, rope_axes=(32, 48, 48), visual_cond=False)
+FLUX = VAEConfig(scaling_factor=0.3611, halves_time=(False, False, False), dimensions=2)
 HD = {"height": 768, "width": 1280, "rope_scale": (1.0, 3.16, 3.16), "image_area": 1024 * 1024}
 
 
@@ -247,6 +273,30 @@ def build_preset(name: str, dit: DiTConfig, P: float | None = None, **sampling) 
         tasks=(name[:3],),
         dit=replace(dit, nabla=NablaConfig(P=P) if P else None),
         sampling=SamplingConfig(**sampling),
+    )
+
+
+def build_image_preset(name: str) -> PipelineConfig:
+    """The same for Lite's images: "t2i-…" from a prompt, "i2i-…" edits an image."""
+    text = TextConfig(template=IMAGE_TEMPLATE, dropped_tokens=41, max_tokens=512)
+    if name.startswith("i2i"):
+        text = TextConfig(template=EDIT_TEMPLATE, dropped_tokens=55, dropped_from_prompt=3, max_tokens=512)
+    return PipelineConfig(
+        name=name,
+        tasks=(name[:3],),
+        dit=replace(IMAGE, visual_cond=name.startswith("i2i")),
+        vae=FLUX,
+        text=text,
+        sampling=SamplingConfig(
+            guidance_scale=3.5,
+            shift=3.0,
+            height=1024,
+            width=1024,
+            num_frames=1,
+            rope_scale=(1.0, 1.0, 1.0),
+            sizes=((1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896)),
+            negative_prompt="",
+        ),
     )
 
 
@@ -280,6 +330,8 @@ PRESETS: dict[str, PipelineConfig] = {
         build_preset("i2v-pro-sft-5s-hd", PRO, P=0.8, **HD),
         build_preset("i2v-pro-distilled-5s-sd", PRO, **_DISTILLED),
         build_preset("i2v-pro-distilled-5s-hd", PRO, P=0.8, **_DISTILLED, **HD),
+        build_image_preset("t2i-lite-sft"),
+        build_image_preset("t2i-lite-pretrain"),
     )
 }
 

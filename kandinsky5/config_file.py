@@ -89,8 +89,10 @@ def _in_words(kind) -> str:
 
 
 MAY_BE_ZERO = (  # others are above
-    "num_text_blocks", "full_blocks", "dropped_tokens", "start_token", "end_token", "image_token", "guidance_scale",
+    "num_text_blocks", "full_blocks", "dropped_tokens", "dropped_from_prompt", "start_token", "end_token",
+    "image_token", "guidance_scale",
 )  # fmt: skip
+TASKS = ({"t2v"}, {"i2v"}, {"t2v", "i2v"}, {"t2i"}, {"i2i"})  # what one checkpoint may do
 MOST = 2**24  # of a whole number; products of a few of them are still sizes that PyTorch can say
 LONGEST = 10_000  # characters of a text, and eight values in a list: thirty times the released template
 
@@ -98,7 +100,9 @@ LONGEST = 10_000  # characters of a text, and eight values in a list: thirty tim
 # from these values before their tensors are looked at, so the limits are a few times what any released model has.
 RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("name", lambda name: name.isprintable() and len(name) <= 200, "at most 200 printable characters"),
-    ("tasks", lambda tasks: bool(tasks) and {*tasks} <= {"t2v", "i2v"}, "tasks are t2v, i2v or both"),
+    ("tasks", lambda tasks: {*tasks} in TASKS, "tasks are t2v, i2v or both, or t2i, or i2i"),
+    ("tasks sampling.num_frames", lambda tasks, n: n == 1 or {*tasks} <= {"t2v", "i2v"}, "an image is one frame"),
+    ("tasks dit.visual_cond", lambda tasks, cond: cond or "i2i" not in tasks, "editing has conditioning channels"),
     ("dit.rope_axes", lambda axes: not any(n % 2 for n in axes), "channels rotate in pairs"),
     ("dit.dim dit.rope_axes", lambda dim, axes: dim % sum(axes) == 0, "the axes' sum, one head, divides dim"),
     ("dit.patch_size", lambda patch: patch[0] == 1 and max(patch) <= 64, "one frame, at most 64 latents a side"),
@@ -109,6 +113,11 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("vae.channels vae.norm_groups", lambda channels, n: not any(c % n for c in channels), "groups divide channels"),
     ("vae.channels vae.halves_time", lambda a, b: len(a) >= max(len(b), 1), "each halving has its stage"),
     ("vae.blocks_per_stage", lambda n: n <= 16, "at most 16 blocks per stage (the released VAE has 2)"),
+    (
+        "vae.dimensions vae.halves_time",
+        lambda n, halves: n == 3 or n == 2 and not any(halves),
+        "3, or 2 in space alone",
+    ),
     ("vae.image_channels", lambda n: n == 3, "images are red, green and blue"),
     ("qwen.num_layers", lambda n: n <= 128, "at most 128 layers (the 7B has 28)"),
     ("qwen.dim qwen.num_heads", lambda dim, n: dim % (2 * n) == 0, "a head has an even number of channels"),
@@ -123,6 +132,9 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("clip.max_positions", lambda n: n >= 2, "there is room for the start and the end token"),
     ("text.template", lambda text: text.count("{}") == 1, "the prompt stands in it once, at {}"),
     ("text.image_template", lambda text: text is None or text.count("{}") == 1, "the prompt stands in it once, at {}"),
+    ("text.dropped_tokens text.dropped_from_prompt", lambda n, lost: lost <= n, "it counts some of the dropped tokens"),
+    ("text.max_tokens", lambda n: n <= 10_000, "at most 10,000 tokens of a prompt"),
+    ("sampling.sizes", lambda sizes: all(0 < n <= 2**14 for size in sizes for n in size), "1 to 16,384 pixels a side"),
     ("sampling.num_frames", lambda n: n <= 10_000, "at most 10,000 frames (seven minutes)"),
     ("sampling.height", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),
     ("sampling.width", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),

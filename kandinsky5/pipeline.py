@@ -41,6 +41,7 @@ from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE, Posterior
+from kandinsky5.vae2d import VAE2D, build_vae
 
 # Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
 # 4 % faster at 2,688 and at 4,096, 1 % here, then as fast (bf16, two threads, small model and Lite's width). Batching
@@ -53,7 +54,7 @@ Solver = Callable[..., Tensor]  # as sampler.euler_sample
 class Pipeline:
     """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
 
-    def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE, text_encoder: TextEncoder):
+    def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE | VAE2D, text_encoder: TextEncoder):
         self.config = config
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.loras: list = []  # of extras.lora.LoRA, by load_lora
@@ -88,7 +89,7 @@ class Pipeline:
         if tile_space:
             config = replace(config, tiling=replace(config.tiling, space=True))
         with checkpoint.without_weights():
-            dit, vae, qwen, clip = DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)
+            dit, vae, qwen, clip = DiT(config.dit), build_vae(config.vae), Qwen(config.qwen), CLIPText(config.clip)
             vision = QwenVision(config.qwen_vision) if config.qwen_vision else None
             head = QwenHead(config.qwen) if config.qwen_vision else None
         models = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip, "qwen_vision": vision, "qwen_head": head}

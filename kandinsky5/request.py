@@ -18,10 +18,9 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.image_io import Source as Image
 from kandinsky5.rope import scale_for_size
 from kandinsky5.runtime.device import plain_defaults
-from kandinsky5.text_encoder import MAX_TOKENS
 
 LONGEST_SIDE = 16384  # pixels: x264's limit
-LONGEST_PROMPT = 100_000  # characters; 256 tokens of them are read, and a longer text is not a prompt but a mistake
+LONGEST_PROMPT = 100_000  # characters; a few hundred tokens are read, and a longer text is not a prompt but a mistake
 ROPE_RULE = "give three positive numbers for T, H and W, up to a million, such as (1, 2, 2)"
 OUTPUT_TYPES = ("uint8", "float", "latents")
 
@@ -95,6 +94,7 @@ class Request:
             raise ValueError(f"guidance_scale {guidance:g}: it must be from -1000 to 1000; 1 turns guidance off")
         each = whole("num_videos_per_prompt", num_videos_per_prompt, 1, 10**4)
         seeds = choose_seeds(seed, count, each)
+        most = config.text.max_tokens if max_sequence_length is None else max_sequence_length
         shape = latent_shape(config, height, width, num_frames)
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {reprlib.repr(output_type)}: choose {', '.join(OUTPUT_TYPES)}")
@@ -110,9 +110,7 @@ class Request:
             seeds=seeds,
             latents=None if latents is None else check_latents(latents, (len(seeds), *shape)),
             latent_shape=shape, num_videos_per_prompt=each,
-            max_sequence_length=whole(
-                "max_sequence_length", MAX_TOKENS if max_sequence_length is None else max_sequence_length, 1, 10**4
-            ),
+            max_sequence_length=whole("max_sequence_length", most, 1, 10**4),
             output_type=output_type,
         )  # fmt: skip
 
@@ -160,7 +158,9 @@ def check_texts(name: str, texts: object, count: int | None) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise ValueError(f"{name} {reprlib.repr(text)}: give one string, or a list of {rule}")
         if len(text) > LONGEST_PROMPT:
-            raise ValueError(f"{name} of {len(text)} characters: give at most {LONGEST_PROMPT}; 256 tokens are read")
+            raise ValueError(
+                f"{name} of {len(text)} characters: give at most {LONGEST_PROMPT}; a few hundred tokens are read"
+            )
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{name} {reprlib.repr(text)}: it is not Unicode text; encode it as UTF-8")
     return tuple(listed)
@@ -179,13 +179,15 @@ def read_images(image: Image | list | None, count: int) -> tuple[Tensor, ...] | 
 
 def check_task(config: PipelineConfig, has_image: bool) -> None:
     """Raises ValueError where the checkpoint needs an image and has none, or the other way round."""
-    if not has_image and "t2v" not in config.tasks:
+    what, ends = ("images", "2i") if config.makes_images else ("videos", "2v")
+    if not has_image and f"t{ends}" not in config.tasks:
         raise ValueError(
-            f"{config.name} makes videos from an image and a prompt: give an image (--image), or use a t2v checkpoint"
+            f"{config.name} makes {what} from an image and a prompt: give an image (--image), or use a t{ends} "
+            "checkpoint"
         )
-    if has_image and "i2v" not in config.tasks:
+    if has_image and f"i{ends}" not in config.tasks:
         raise ValueError(
-            f"{config.name} makes videos from a prompt alone: leave the image out, or use an i2v checkpoint"
+            f"{config.name} makes {what} from a prompt alone: leave the image out, or use an i{ends} checkpoint"
         )
 
 
@@ -196,12 +198,20 @@ def choose_size(
     sampling = config.sampling
     if images is not None and height is None and width is None:
         area, divisor = sampling.image_area, config.side_divisor
-        sizes = [video_io.keep_aspect_size(one.shape[0], one.shape[1], area, divisor) for one in images]
+        if sampling.sizes:
+            sizes = [nearest_shape(one.shape[0], one.shape[1], sampling.sizes) for one in images]
+        else:
+            sizes = [video_io.keep_aspect_size(one.shape[0], one.shape[1], area, divisor) for one in images]
         if len(set(sizes)) > 1:
-            raise ValueError(f"these images ask for videos of {sizes}: give --height and --width, as all get one size")
+            raise ValueError(f"these images ask for results of {sizes}: give --height and --width, as all get one size")
         return sizes[0]
     height = sampling.height if height is None else height
     return whole("height", height), whole("width", sampling.width if width is None else width)
+
+
+def nearest_shape(height: int, width: int, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """That of `sizes`, (height, width) each, whose ratio of width to height is nearest, as in both references."""
+    return min(sizes, key=lambda size: abs(size[1] / size[0] - width / height))
 
 
 def check_size(config: PipelineConfig, height: int, width: int, num_frames: int) -> None:
@@ -214,6 +224,8 @@ def check_size(config: PipelineConfig, height: int, width: int, num_frames: int)
             raise ValueError(f"{name} {side}: {nabla}a side is a multiple of {divisor}; try {low} or {low + divisor}")
         if side > LONGEST_SIDE:
             raise ValueError(f"{name} {side}: an mp4 holds sides up to {LONGEST_SIDE}; give --height and --width")
+    if config.makes_images and num_frames != 1:
+        raise ValueError(f"{num_frames} frames: {config.name} makes single images; leave --num-frames out")
     if num_frames < 1 or (num_frames - 1) % time:
         low = max(num_frames - 1, 0) // time * time + 1
         raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")

@@ -20,8 +20,6 @@ from kandinsky5.qwen import Cache, Qwen, QwenHead
 from kandinsky5.qwen_vision import TOKEN, QwenVision, build_positions, prepare_image
 from kandinsky5.tokenizer import Tokenizer
 
-MAX_TOKENS = 256  # of Qwen's that are read of a prompt; the models were trained with so many
-
 
 class TextFeatures(NamedTuple):
     """What the DiT is told about B prompts."""
@@ -64,7 +62,7 @@ class TextEncoder(nn.Module):
                     f"{model.config.vocab_size}: these two do not belong together"
                 )
         for template, dropped in (self.template(), self.template(one_frame=True)):
-            prefix = len(qwen_tokenizer.encode(template.split("{}")[0]))
+            prefix = len(qwen_tokenizer.encode(template.split("{}")[0])) + config.dropped_from_prompt
             if prefix != dropped:
                 # A wrong crop would eat the prompt's first words or leak the template's last, without any other sign.
                 raise ValueError(
@@ -75,7 +73,7 @@ class TextEncoder(nn.Module):
     def encode(
         self,
         prompts: list[str],
-        max_sequence_length: int = MAX_TOKENS,
+        max_sequence_length: int | None = None,
         one_frame: bool = False,
         images: list[Tensor] | None = None,
     ) -> TextFeatures:
@@ -88,12 +86,10 @@ class TextEncoder(nn.Module):
         hides it from the DiT. The template's part before the prompt goes through Qwen once for all of them.
         """
         device, dropped = self.qwen.embedding.weight.device, self.template(one_frame)[1]
+        most = max_sequence_length or self.config.max_tokens
         seen = self.see(images or [])
         grids = [[grid] for _, grid in seen] or [[] for _ in prompts]
-        ids = [
-            self.qwen_ids(prompt, max_sequence_length, one_frame, grid)
-            for prompt, grid in zip(prompts, grids, strict=True)
-        ]
+        ids = [self.qwen_ids(prompt, most, one_frame, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         lengths = torch.tensor([len(i) for i in ids]) - dropped
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
         common = min(len(os.path.commonprefix(ids)), dropped)

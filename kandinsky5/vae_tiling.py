@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kandinsky5.config import Tiling
 from kandinsky5.vae import VAE, Posterior
+from kandinsky5.vae2d import VAE2D
 
 
-def encode(vae: VAE, video: Tensor, tiling: Tiling) -> Posterior:
+def encode(vae: VAE | VAE2D, video: Tensor, tiling: Tiling) -> Posterior:
     """`vae.encode`, tiled: video (B, 3, F, H, W) → Posterior of (B, 16, T, h, w)."""
     time, space = vae.config.time_factor, vae.config.space_factor
 
@@ -35,12 +36,12 @@ def encode(vae: VAE, video: Tensor, tiling: Tiling) -> Posterior:
     return Posterior.from_moments(torch.cat(list(pieces), dim=2))
 
 
-def decode(vae: VAE, z: Tensor, tiling: Tiling) -> Tensor:
+def decode(vae: VAE | VAE2D, z: Tensor, tiling: Tiling) -> Tensor:
     """`vae.decode`, tiled: z (B, 16, T, h, w) → video (B, 3, F, H, W)."""
     return torch.cat(list(decode_pieces(vae, z, tiling)), dim=2)
 
 
-def decode_pieces(vae: VAE, z: Tensor, tiling: Tiling) -> Iterator[Tensor]:
+def decode_pieces(vae: VAE | VAE2D, z: Tensor, tiling: Tiling) -> Iterator[Tensor]:
     """`decode`, a window at a time: yields (B, 3, f, H, W), in order, that make up the video.
 
     Whoever turns each piece into bytes as it comes never holds the whole video in floating point.

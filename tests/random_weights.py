@@ -22,7 +22,7 @@ from kandinsky5.pipeline import Pipeline
 from kandinsky5.qwen import Qwen
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
-from kandinsky5.vae import VAE
+from kandinsky5.vae2d import build_vae
 from tokenizer_data import tokenizer_folder
 
 SMALL_DIT = DiTConfig(
@@ -52,7 +52,12 @@ SMALL = PipelineConfig(
 
 def build_small_models(config: PipelineConfig = SMALL) -> dict[str, nn.Module]:
     """The four models of a checkpoint with random weights."""
-    models = {"dit": DiT(config.dit), "vae": VAE(config.vae), "qwen": Qwen(config.qwen), "clip": CLIPText(config.clip)}
+    models = {
+        "dit": DiT(config.dit),
+        "vae": build_vae(config.vae),
+        "qwen": Qwen(config.qwen),
+        "clip": CLIPText(config.clip),
+    }
     return {name: randomise(model) for name, model in models.items()}
 
 
@@ -67,7 +72,7 @@ def build_small_pipeline(config: PipelineConfig = SMALL, **changes) -> Pipeline:
 def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
     """A pipeline of any size without weights: all its tensors are on the meta device, in bf16."""
     with torch.device("meta"):
-        models = [DiT(config.dit), VAE(config.vae), Qwen(config.qwen), CLIPText(config.clip)]
+        models = [DiT(config.dit), build_vae(config.vae), Qwen(config.qwen), CLIPText(config.clip)]
     dit, vae, qwen, clip = (model.to(torch.bfloat16).eval() for model in models)
     return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers()))
 

@@ -12,6 +12,7 @@ DEFINITIONS = (
     "dit",
     "attention",
     "vae",
+    "vae2d",
     "vae_tiling",
     "nabla",
     "rope",
@@ -45,7 +46,8 @@ MAY_IMPORT = {
     **{name: {"attention", "nabla", "rope", "config"} for name in ("dit", "qwen", "clip", "rope", "nabla", "sampler")},
     "attention": {"nabla", "config"},
     "vae": {"config"},
-    "vae_tiling": {"vae", "config"},
+    "vae2d": {"vae", "config"},
+    "vae_tiling": {"vae", "vae2d", "config"},
     "qwen_vision": {"attention", "qwen", "rope", "config"},
     "text_encoder": {"clip", "qwen", "qwen_vision", "tokenizer", "config"},
     # Step skipping and LoRA are extras, which are imported only where they are asked for.

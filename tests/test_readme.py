@@ -170,7 +170,7 @@ def test_generated_tables_are_up_to_date():
 
 def test_presets_page_has_the_presets():
     page = (ROOT / "docs/converting.md").read_text()
-    rows = re.findall(r"^\| `(\w2v-[\w-]+)` \| `([\w.-]+)` \| (\d+) \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| `([ti]2[vi]-[\w-]+)` \| `([\w.-]+)` \| (\d+) \|", page, re.MULTILINE)
     assert [name for name, _, _ in rows] == list(PRESETS)
     assert [int(steps) for _, _, steps in rows] == [p.sampling.num_inference_steps for p in PRESETS.values()]
     assert {download for _, download, _ in rows} == downloads()

@@ -298,7 +298,7 @@ def test_recorded_text_is_printed_without_control_characters(cli):
 
 
 def test_an_emulated_precision_is_noted(cli, monkeypatch):
-    assert cli(*FOX, "--dtype", "bfloat16", "--num-frames", "1", "--steps", "1")[0] == 0
+    assert cli(*FOX, "--dtype", "bfloat16", "--num-frames", "1", "--steps", "1", "-o", "out.mp4")[0] == 0
     monkeypatch.setattr("kandinsky5.extras.replay.is_native", lambda dtype, device: dtype != torch.bfloat16)
     code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
     assert code == 0 and len(lines) == 1 and "--dtype float32" in lines[0]

@@ -328,7 +328,7 @@ def test_a_video_that_does_not_fit_is_refused_before_step_one(cli, refused, monk
 
 
 def test_tiles_in_space_are_asked_for_and_kept_in_the_file(cli):
-    code, _, _ = cli(*FOX, "--width", "320", "--num-frames", "1", "--tile-space")
+    code, _, _ = cli(*FOX, "--width", "320", "--num-frames", "1", "--tile-space", "-o", "out.mp4")
     assert code == 0 and video_io.read_metadata("out.mp4")["tile_space"] is True
     assert cli("--replay", "out.mp4", "-o", "again.mp4")[0] == 0
     assert cli("--replay", "out.mp4", "--no-tile-space", "-o", "whole.mp4")[0] == 0

@@ -22,16 +22,17 @@ import torch
 from kandinsky5 import vae_tiling, video_io
 from kandinsky5.config import Tiling, VAEConfig
 from kandinsky5.runtime import fast
-from kandinsky5.vae import VAE
+from kandinsky5.vae2d import build_vae
 
 def memory(key):
     return next(1024 * int(s.split()[1]) for s in Path("/proc/self/status").open() if s.startswith(key))
 
-channels, groups, size, dtype, space = json.loads(sys.argv[1])
+channels, groups, size, dtype, space, halves_time = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 with torch.no_grad():
     dtype = getattr(torch, dtype)
-    vae, z = VAE(VAEConfig(channels=channels, norm_groups=groups)).to(dtype), torch.randn(1, 16, *size, dtype=dtype)
+    config = VAEConfig(channels, norm_groups=groups, halves_time=halves_time, dimensions=2 + any(halves_time))
+    vae, z = build_vae(config).to(dtype), torch.randn(1, 16, *size, dtype=dtype)
     fast.install(vae)
     vae.decode(z[:, :, :1, :2, :2])  # what PyTorch loads when it first computes
     gc.collect()
@@ -45,25 +46,27 @@ with torch.no_grad():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("size", "dtype", "space"),
+    ("size", "dtype", "space", "dimensions"),
     [
-        ((5, 16, 24), "bfloat16", False),
-        ((5, 16, 16), "float32", False),
-        ((2, 24, 40), "bfloat16", True),  # in two tiles
-        ((7, 8, 16), "bfloat16", False),  # in two windows
-        ((5, 32, 32), "bfloat16", False),  # mostly what a block holds, little of it copies of a few frames
+        ((5, 16, 24), "bfloat16", False, 3),
+        ((5, 16, 16), "float32", False, 3),
+        ((2, 24, 40), "bfloat16", True, 3),  # in two tiles
+        ((7, 8, 16), "bfloat16", False, 3),  # in two windows
+        ((5, 32, 32), "bfloat16", False, 3),  # mostly what a block holds, little of it copies of a few frames
+        ((1, 32, 48), "float32", False, 2),
     ],
 )
-def test_memory_is_as_estimated(size, dtype, space):
+def test_memory_is_as_estimated(size, dtype, space, dimensions):
     """Peaks over the resting process are at most the estimate and at least six tenths of it.
 
     glibc is told to give back what is freed: else it may keep up to 0.3 GB, more than these small clips need.
     """
     if not is_native(getattr(torch, dtype), torch.device("cpu")):
         pytest.skip("emulated, PyTorch's convolution takes minutes here and four times the memory")
-    config = VAEConfig(channels=(16, 32, 64, 64), norm_groups=8)
+    halves_time = (False, dimensions == 3, dimensions == 3)
+    config = VAEConfig((16, 32, 64, 64), norm_groups=8, halves_time=halves_time, dimensions=dimensions)
     estimate = memory.vae_memory(config, size, getattr(torch, dtype), Tiling(space=space))
-    case = json.dumps([config.channels, config.norm_groups, size, dtype, space])
+    case = json.dumps([config.channels, config.norm_groups, size, dtype, space, halves_time])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", MEASURE, case], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

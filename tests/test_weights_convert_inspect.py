@@ -54,7 +54,7 @@ def test_presets_that_a_file_fits_are_named(tmp_path):
         file.truncate(len(header) + sum(map(part.nbytes, stored)))
     (report,) = inspect(tmp_path / "dit.safetensors")["models"]
     assert report["parameters"] == 2_007_702_848 and report["dtypes"] == {"BF16": 2 * 2_007_702_848}
-    assert report["presets"] == [name for name in PRESETS if "lite" in name]  # nothing says attention or task
+    assert report["presets"] == [name for name in PRESETS if "2v-lite" in name]  # nothing says attention or task
 
 
 def test_names_in_the_table_are_printable(tmp_path, capsys):

@@ -27,7 +27,7 @@ from kandinsky5.runtime.quantize import linears, quantise_stored
 from kandinsky5.screen import listed, printable, say
 from kandinsky5.tensor_files import FLOATS, Computed, Stored, Weights
 from kandinsky5.tokenizer import find_files
-from kandinsky5.vae import VAE
+from kandinsky5.vae2d import build_vae
 from weights_convert import tables
 from weights_convert.diffusers_files import (
     NATIVE_CONFIG,
@@ -39,12 +39,20 @@ from weights_convert.diffusers_files import (
     write_tokenizer_config,
 )
 from weights_convert.read import read_weights
-from weights_convert.sizes import PREPROCESSOR, ModelConfig, build_config, read_value, read_values, to_their_config
+from weights_convert.sizes import (
+    PREPROCESSOR,
+    ModelConfig,
+    build_config,
+    kind_of,
+    read_value,
+    read_values,
+    to_their_config,
+)
 from weights_convert.write import Options, Part, write_folder
 
-CLASSES = {
+CLASSES: dict[str, Callable] = {
     "dit": DiT,
-    "vae": VAE,
+    "vae": build_vae,
     "qwen": Qwen,
     "clip": CLIPText,
     "qwen_vision": QwenVision,
@@ -95,13 +103,14 @@ def from_diffusers(
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
     sources |= read_vision(sources) if with_vision else {}
 
-    config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src)
+    tasks = read_tasks(src) if whole else ("t2v",)
+    config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src, tasks)
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
         shift = config.sampling.shift if preset else read_shift(src / "scheduler" / "scheduler_config.json")
-        config = replace(config, tasks=read_tasks(src), sampling=replace(config.sampling, shift=shift))
+        config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
     config = _with_sizes(config, sources)
-    config = use_preset(config, preset, task_known=whole) if preset else config
+    config = use_preset(config, preset, whole, bool(base) or "vae" in sources) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
@@ -138,9 +147,10 @@ def from_official(
         )
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
     sources |= read_vision(sources) if with_vision else {}
-    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst))
+    image = "vae" in sources and kind_of("vae", sources["vae"].sizes) == "vae2d"
+    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst), ("t2i" if image else "t2v",))
     config = _with_sizes(config, sources)
-    config = use_preset(config, preset, task_known=False) if preset else config
+    config = use_preset(config, preset, False, bool(base) or "vae" in sources) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
     return config
 
@@ -170,8 +180,9 @@ def to_diffusers(
     for model in _chosen(only):
         stem, pieces = f"{FOLDERS[model]}/{STEMS[model]}", []
         for name in (model, *(OPTIONAL if model == "qwen" and config.qwen_vision else ())):
-            weights, theirs = read_weights(folders[name], name), partial(tables.theirs, name)
-            pieces.append(build_part(name, getattr(config, name), weights, str, theirs, stem, settings))
+            weights, sizes = read_weights(folders[name], name), getattr(config, name)
+            theirs = partial(tables.theirs, kind_of(name, sizes))
+            pieces.append(build_part(name, sizes, weights, str, theirs, stem, settings))
         parts.append(join_parts(pieces))
         if any(isinstance(stored, Computed) for stored in parts[-1].tensors.values()):
             say(f"note: {model} is stored in int8; what is written is the same, rounded weights, in bf16 or --dtype")
@@ -185,7 +196,8 @@ def to_diffusers(
 
     def write_small_files(folder: Path) -> None:
         for model in _chosen(only):
-            theirs = to_their_config(model, getattr(config, model), config.qwen_vision)
+            sizes = getattr(config, model)
+            theirs = to_their_config(kind_of(model, sizes), sizes, config.qwen_vision)
             write_json(folder / FOLDERS[model] / "config.json", theirs)
             tokenizer = folders.get(f"{model}_tokenizer", src) / f"{model}_tokenizer"
             if model in TOKENIZERS and not base and tokenizer.is_dir():
@@ -211,9 +223,8 @@ def write_native(
     if options.dtype == "int8" and not sources.keys() & {*INT8}:
         raise ValueError(f"--dtype int8 is for {' and '.join(INT8)}: {', '.join(sources)} stays as it is without it")
     for model, source in sources.items():
-        parts.append(
-            build_part(model, source.sizes, source.weights, partial(tables.theirs, model), str, model, options)
-        )
+        theirs = partial(tables.theirs, kind_of(model, source.sizes))
+        parts.append(build_part(model, source.sizes, source.weights, theirs, str, model, options))
     tokenizers = {model: source.tokenizer for model, source in sources.items() if source.tokenizer}
     for model in TOKENIZERS.keys() - tokenizers if sources.keys() >= {*MODELS} else ():
         raise ValueError(
@@ -243,8 +254,9 @@ def write_native(
 def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> Source:
     """A model's folder or file in any layout but the native one. tokenizer: its folder, if that is another one."""
     weights = read_weights(path)
+    kind = tables.kind_of(model, weights.tensors)
     try:
-        tensors = tables.respell(model, weights.tensors)
+        tensors = tables.respell(kind, weights.tensors)
     except ValueError as error:
         raise ValueError(f"{weights.source}: {error}") from error
     if others := len(weights.tensors) - len(tensors):
@@ -252,7 +264,7 @@ def read_source(model: str, path: Path, tokenizer: str | Path | None = None) -> 
     weights = weights._replace(tensors=tensors)
     config = find_config(path)
     shapes = {name: stored.shape for name, stored in weights.tensors.items()}
-    sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
+    sizes = build_config(kind, read_json(config) if config else {}, shapes, str(path))
     folder = path if path.is_dir() else path.parent
     if model in TOKENIZERS and not tokenizer and find_files(folder):
         tokenizer = folder
@@ -375,9 +387,10 @@ def tell_dropped(model: str, weights: Weights) -> None:
             say(f"dropped from {printable(weights.source)}: {start}* ({len(sizes)} tensors, {size}){keep}")
 
 
-def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> PipelineConfig:
-    """`config` with name, task, attention and sampling of a preset. ValueError for other sizes, or if the task is known
-    to be another one.
+def use_preset(config: PipelineConfig, preset: str, task_known: bool = True, vae_known: bool = True) -> PipelineConfig:
+    """`config` with name, task, attention, template and sampling of a preset, and its VAE's sizes if none are known.
+
+    ValueError for other sizes, or if the task is known to be another one.
 
     The preset wins over the checkpoint's own NABLA and shift: one download serves an -sd and an -hd preset.
     """
@@ -388,7 +401,13 @@ def use_preset(config: PipelineConfig, preset: str, task_known: bool = True) -> 
         raise ValueError(f"preset {preset} has another DiT than the checkpoint: {'; '.join(differences)}")
     if task_known and chosen.tasks != config.tasks:
         raise ValueError(f"preset {preset} is for {chosen.tasks[0]}, the checkpoint for {' and '.join(config.tasks)}")
-    return replace(config, name=preset, tasks=chosen.tasks, dit=chosen.dit, sampling=chosen.sampling)
+    if vae_known and chosen.vae.dimensions != config.vae.dimensions:
+        raise ValueError(
+            f"preset {preset} has a {chosen.vae.dimensions}-D VAE, the checkpoint a {config.vae.dimensions}-D one: "
+            "images need FLUX.1's, videos HunyuanVideo's"
+        )
+    own = {name: getattr(config, name) for name in ("qwen", "qwen_vision", "clip", "tiling", "base")}
+    return replace(chosen, vae=config.vae if vae_known else chosen.vae, **own)
 
 
 def presets_like(config: PipelineConfig, task_known: bool = True) -> list[str]:
@@ -431,9 +450,14 @@ def _with_sizes(config: PipelineConfig, sources: Mapping[str, Source]) -> Pipeli
     return replace(config, **sizes)
 
 
-def _new_config(folder: Path) -> PipelineConfig:
-    """A config called after a folder as given, or after the model if that is a commit in a Hugging Face cache."""
+def _new_config(folder: Path, tasks: tuple[str, ...]) -> PipelineConfig:
+    """A config for some tasks called after a folder as given, or after the model if that is a commit in a Hugging Face
+    cache. Images start from the defaults of a preset of their task, videos from `SamplingConfig`."""
     place = Path(os.path.abspath(folder))  # links are not followed
     cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
     name = place.parent.parent.name.split("--")[-1] if cached else place.name
-    return PipelineConfig(name=printable(name, 100), sampling=SamplingConfig(rope_scale=None))
+    name = printable(name, 100)
+    for preset in PRESETS.values():
+        if preset.makes_images and preset.tasks == tasks:
+            return replace(preset, name=name)
+    return PipelineConfig(name=name, tasks=tasks, sampling=SamplingConfig(rope_scale=None))

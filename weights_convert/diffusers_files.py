@@ -7,7 +7,11 @@ from kandinsky5.config_file import load_config
 from kandinsky5.files import check_inside, read_json, write_json
 from kandinsky5.tokenizer import Tokenizer, find_files
 
-TASKS = {"Kandinsky5T2VPipeline": "t2v", "Kandinsky5I2VPipeline": "i2v"}
+TASKS = {
+    "Kandinsky5T2VPipeline": "t2v",
+    "Kandinsky5I2VPipeline": "i2v",
+    "Kandinsky5T2IPipeline": "t2i",
+}
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 COMPONENTS = {
     "scheduler": ["diffusers", SCHEDULER],
@@ -35,7 +39,8 @@ LENGTHS = {"qwen": 131072, "clip": 77}
 def write_model_index(tasks: tuple[str, ...], path: Path, base: str | Path | None = None) -> None:
     """Which class each subfolder is for; with `base`, as in that folder."""
     pipelines = [name for name, task in TASKS.items() if task in tasks]
-    components = read_json(Path(base) / "model_index.json") if base else COMPONENTS
+    own = COMPONENTS | ({"vae": ["diffusers", "AutoencoderKL"]} if "t2i" in tasks else {})
+    components = read_json(Path(base) / "model_index.json") if base else own
     write_json(path, {**components, "_class_name": pipelines[0]})
 
 
@@ -74,7 +79,7 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
 
 
 def read_tasks(src: Path) -> tuple[str, ...]:
-    """("t2v",) or ("i2v",), by the pipeline class in model_index.json; ValueError for another class.
+    """("t2v",), ("i2v",) or ("t2i",), by the pipeline class in model_index.json; ValueError for another class.
 
     Both if our own config lies next to it and has both: model_index.json names one.
     """

@@ -16,13 +16,13 @@ from weights_convert import lora, tables
 from weights_convert.convert import FOLDERS, describe_model, find_config
 from weights_convert.diffusers_files import read_tasks
 from weights_convert.read import read_weights
-from weights_convert.sizes import ModelConfig, build_config
+from weights_convert.sizes import ModelConfig, build_config, kind_of
 
 # Our name of a tensor that only this model has.
 MARKS = {
     "qwen_vision": "merger.linear_in.weight",
     "dit": "patch_embedder.weight",
-    "vae": "encoder.conv_in.weight",
+    "vae": "encoder.mid.attention.norm.weight",
     "qwen": "blocks.0.feed_forward.gate.weight",
     "clip": "position_embedding.weight",
     "qwen_head": "weight",
@@ -71,8 +71,9 @@ def inspect_model(path: Path, tasks: tuple[str, ...] | None = None, sizes: Model
     attention_known = bool(sizes or config)
     if sizes is None:
         shapes = {name: stored.shape for name, stored in weights.tensors.items()}
-        sizes = build_config(model, read_json(config) if config else {}, shapes, str(path))
-    ours = {tables.theirs(model, name) for name in describe_model(model, sizes, str(path))[0]}
+        kind = tables.kind_of(model, weights.tensors)
+        sizes = build_config(kind, read_json(config) if config else {}, shapes, str(path))
+    ours = {tables.theirs(kind_of(model, sizes), name) for name in describe_model(model, sizes, str(path))[0]}
     used = [stored for name, stored in weights.tensors.items() if name in ours]
     nbytes: Counter[str] = Counter()
     for stored in weights.tensors.values():
@@ -120,17 +121,19 @@ def recognise(weights: Weights) -> tuple[str, str, Weights]:
     ValueError for tensors of any other model.
     """
     for model, mark in MARKS.items():
+        kind = tables.kind_of(model, weights.tensors)
         if mark in weights.tensors:
             try:
-                tensors = {tables.theirs(model, name): stored for name, stored in weights.tensors.items()}
+                tensors = {tables.theirs(kind, name): stored for name, stored in weights.tensors.items()}
             except KeyError as error:
                 raise ValueError(
                     f"{weights.source} has tensors that a native {model} does not have: {error}"
                 ) from error
             return model, "native", weights._replace(tensors=tensors)
     for model in MODELS:
-        tensors = tables.respell(model, weights.tensors)
-        if tables.theirs(model, MARKS[model]) in tensors:
+        kind = tables.kind_of(model, weights.tensors)
+        tensors = tables.respell(kind, weights.tensors)
+        if tables.theirs(kind, MARKS[model]) in tensors:
             return model, "Diffusers", weights._replace(tensors=tensors)
     raise ValueError(f"{weights.source} holds none of {', '.join(MODELS)}: its tensors are {listed(weights.tensors)}")
 

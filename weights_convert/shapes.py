@@ -6,6 +6,8 @@ family.
 
 import math
 
+from kandinsky5.config import FLUX
+
 
 class Shapes:
     """Shapes by name, with a plain error where a name is missing."""
@@ -69,6 +71,21 @@ def see_vae(shapes: Shapes) -> tuple[dict, dict]:
     return certain, {}
 
 
+def see_vae2d(shapes: Shapes) -> tuple[dict, dict]:
+    """The fields of `VAEConfig` for a 2-D VAE; FLUX.1's scaling where no config says one."""
+    first = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    stages = shapes.number(first)
+    certain = {
+        "channels": tuple(shapes.of(first.format(stage), axes=4)[0] for stage in range(stages)),
+        "blocks_per_stage": shapes.number("encoder.down_blocks.0.resnets.{}.conv1.weight"),
+        "image_channels": shapes.of("encoder.conv_in.weight", axes=4)[1],
+        "latent_channels": shapes.of("decoder.conv_in.weight", axes=4)[1],
+        "halves_time": (False,) * (stages - 1),
+        "dimensions": 2,
+    }
+    return certain, {"scaling_factor": FLUX.scaling_factor}
+
+
 def see_qwen(shapes: Shapes) -> tuple[dict, dict]:
     """The fields of `QwenConfig`; in the family a head has 128 channels."""
     vocab_size, dim = shapes.of("model.embed_tokens.weight")
@@ -108,4 +125,11 @@ def see_clip(shapes: Shapes) -> tuple[dict, dict]:
     return certain, family
 
 
-SEE = {"dit": see_dit, "vae": see_vae, "qwen": see_qwen, "qwen_vision": see_qwen_vision, "clip": see_clip}
+SEE = {
+    "dit": see_dit,
+    "vae": see_vae,
+    "vae2d": see_vae2d,
+    "qwen": see_qwen,
+    "qwen_vision": see_qwen_vision,
+    "clip": see_clip,
+}

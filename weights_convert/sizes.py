@@ -69,6 +69,7 @@ KEYS = {
         "end_token": "eos_token_id",
     },
 }
+KEYS["vae2d"] = KEYS["vae"]
 # Their other keys that are read, and their types.
 OTHER_KEYS: dict[str, dict[str, Any]] = {
     "dit": {
@@ -85,6 +86,7 @@ OTHER_KEYS: dict[str, dict[str, Any]] = {
         "temporal_compression_ratio": int,
         "time_compression_ratio": int,  # Tencent's name of the same
     },
+    "vae2d": {},
     "qwen": {"head_dim": int, "mrope_section": tuple[int, ...]},
     "qwen_vision": {},
     "clip": {},
@@ -96,6 +98,7 @@ ModelConfig = DiTConfig | VAEConfig | QwenConfig | QwenVisionConfig | CLIPConfig
 CONFIGS = {
     "dit": DiTConfig,
     "vae": VAEConfig,
+    "vae2d": VAEConfig,
     "qwen": QwenConfig,
     "qwen_vision": QwenVisionConfig,
     "clip": CLIPConfig,
@@ -104,6 +107,7 @@ CONFIGS = {
 CLASS_KEYS: dict[str, dict[str, str | list[str]]] = {
     "dit": {"_class_name": "Kandinsky5Transformer3DModel"},
     "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    "vae2d": {"_class_name": "AutoencoderKL"},
     "qwen": {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
     "clip": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
 }
@@ -125,6 +129,19 @@ FIXED: dict[str, dict[str, tuple]] = {
         "up_block_types": ("HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D"),
         "out_channels": (3,),
         "shift_factor": (0,),
+        "quantization_config": (),
+    },
+    "vae2d": {  # but for shift_factor, which neither reference applies
+        "_class_name": ("AutoencoderKL",),
+        "act_fn": ("silu",),
+        "mid_block_add_attention": (True,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "out_channels": (3,),
+        "use_quant_conv": (False,),
+        "use_post_quant_conv": (False,),
+        "latents_mean": (),
+        "latents_std": (),
         "quantization_config": (),
     },
     "qwen": {
@@ -155,6 +172,11 @@ FIXED: dict[str, dict[str, tuple]] = {
 }
 # The tables of a config.json that may hold what others have at the top.
 TABLES = ("text_config", "text_config_dict", "rope_parameters", "rope_scaling")
+
+
+def kind_of(model: str, sizes: ModelConfig) -> str:
+    """The key of these tables for a model of these sizes: "vae2d" for a 2-D VAE, else `model`."""
+    return "vae2d" if isinstance(sizes, VAEConfig) and sizes.dimensions == 2 else model
 
 
 def build_config(model: str, config: dict, shapes: dict[str, tuple[int, ...]], where: str) -> ModelConfig:
@@ -259,6 +281,11 @@ def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -
             "down_block_types": ["HunyuanVideoDownBlock3D"] * stages,
             "up_block_types": ["HunyuanVideoUpBlock3D"] * stages,
         }
+    if model == "vae2d":
+        stages = len(sizes.channels)
+        config |= {key: FIXED[model][key][0] for key in ("out_channels", "use_quant_conv", "use_post_quant_conv")}
+        config |= {key: [FIXED[model][key][0]] * stages for key in ("down_block_types", "up_block_types")}
+        config |= {"sample_size": 1024, "shift_factor": 0.1159}  # as FLUX.1's own file says, for other pipelines
     if model == "clip":
         config["projection_dim"] = sizes.dim
     if model == "qwen":

@@ -20,6 +20,13 @@ def theirs(model: str, name: str) -> str:
     return f"{TABLES[model][template].format(*indices)}.{kind}"
 
 
+def kind_of(model: str, tensors: dict) -> str:
+    """The key of these tables for a model's tensors: "vae2d" for a VAE whose convolutions are 2-D, else `model`."""
+    ends = MARKS["vae2d"][0]
+    flat = any(name.endswith(ends) and len(tensor.shape) == 4 for name, tensor in tensors.items())
+    return "vae2d" if model == "vae" and flat else model
+
+
 def as_template(module: str) -> tuple[str, list[str]]:
     """ "blocks.3.norm" → ("blocks.{}.norm", ["3"])."""
     number = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -99,6 +106,9 @@ VAE = {
     "decoder.stages.{}.{}.conv": "decoder.up_blocks.{}.upsamplers.0.conv.conv",
 }
 
+# FLUX.1's 2-D one: the same modules under their plain names, as no wrapper pads them, and no quant convs.
+VAE2D = {ours: theirs.removesuffix(".conv") for ours, theirs in VAE.items() if "quant_conv" not in ours}
+
 QWEN_BLOCK = {
     "attention_norm": "input_layernorm",
     "attention.to_q": "self_attn.q_proj",
@@ -151,12 +161,21 @@ CLIP = {
     "norm": "text_model.final_layer_norm",
 }
 
-TABLES = {"dit": DIT, "vae": VAE, "qwen": QWEN, "clip": CLIP, "qwen_vision": QWEN_VISION, "qwen_head": QWEN_HEAD}
+TABLES = {
+    "dit": DIT,
+    "vae": VAE,
+    "vae2d": VAE2D,
+    "qwen": QWEN,
+    "clip": CLIP,
+    "qwen_vision": QWEN_VISION,
+    "qwen_head": QWEN_HEAD,
+}
 
 # What a model has no use for, by the start of its name: of Qwen's the other two models' tensors.
 DROPPED = {
     "dit": (),
     "vae": (),
+    "vae2d": (),
     "qwen": ("lm_head.", "visual."),
     "qwen_vision": ("model.", "lm_head."),
     "qwen_head": ("model.", "visual."),
@@ -177,6 +196,7 @@ DROPPED = {
 RESPELLED = {
     "dit": {},
     "vae": {},
+    "vae2d": {},
     "qwen": {
         "language_model.model.": "model.",
         "model.language_model.": "model.",
@@ -210,6 +230,7 @@ OPENAI_CLIP = {
 MARKS = {
     "dit": ("visual_embeddings.in_layer.weight", ("",)),
     "vae": ("encoder.conv_in.conv.weight", ("",)),
+    "vae2d": ("encoder.conv_in.weight", ("",)),
     "qwen": ("embed_tokens.weight", ("model.language_model.", "language_model.model.", "language_model.", "model.")),
     "clip": ("token_embedding.weight", ("text_model.embeddings.", "embeddings.", "")),
 }

@@ -9,12 +9,13 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.extras.lora import LoRA
 from kandinsky5.request import Request
 from kandinsky5.screen import printable, say
-from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder
+from kandinsky5.text_encoder import TextEncoder
 
 
 def show(request: Request, config: PipelineConfig, text_encoder: TextEncoder, folder: Path) -> None:
     """All notes on a request to a checkpoint in `folder`."""
     note_other_size(request, folder, config)
+    note_other_shape(request, config)
     note_long_prompt(request.prompts[0], text_encoder)
 
 
@@ -35,11 +36,20 @@ def note_other_size(request: Request, folder: Path, config: PipelineConfig) -> N
         )
 
 
+def note_other_shape(request: Request, config: PipelineConfig) -> None:
+    """Where an image is requested in a size that its model was not trained on."""
+    sizes = config.sampling.sizes
+    if sizes and (request.height, request.width) not in sizes:
+        trained = ", ".join(f"{height}x{width}" for height, width in sizes)
+        say(f"note: {config.name} was trained on {trained}; other sizes may come out worse")
+
+
 def note_long_prompt(prompt: str, text_encoder: TextEncoder) -> None:
     """Where Qwen, or CLIP, does not read the whole prompt."""
     empty, whole = (len(text_encoder.qwen_ids(text, sys.maxsize)) for text in ("", prompt))
-    if (cut := whole - empty - MAX_TOKENS) > 0:
-        say(f"note: of a prompt {MAX_TOKENS} tokens are read, and this one has {cut} more: shorten it")
+    most = text_encoder.config.max_tokens
+    if (cut := whole - empty - most) > 0:
+        say(f"note: of a prompt {most} tokens are read, and this one has {cut} more: shorten it")
     room = text_encoder.clip.config.max_positions - 2  # start and end
     if cut <= 0 and (more := len(text_encoder.clip_tokenizer.encode(prompt)) - room) > 0:
         say(

@@ -26,13 +26,14 @@ from kandinsky5 import video_io
 from kandinsky5.runtime.offload import awake
 from kandinsky5.screen import Forgiving, say
 from kandinsky5.vae import VAE
+from kandinsky5.vae2d import VAE2D
 
 Show = Callable[[int, Tensor], None]
 
 SIDE = 384  # pixels of a preview's longer side in a file
 
 
-def build_callback(vae: VAE, show: Show, every: int = 1) -> Callable[[int, float, Tensor], None]:
+def build_callback(vae: VAE | VAE2D, show: Show, every: int = 1) -> Callable[[int, float, Tensor], None]:
     """A callback for `Pipeline.__call__` that calls `show(step, frame)` after every `every`-th step.
 
     frame: uint8 (B, H/8, W/8, 3), the middle frame. There is none after the first step: the velocity is taken from
@@ -64,7 +65,7 @@ def draw(latents: Tensor, colours: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_colours(vae: VAE, count: int = 32) -> Tensor:
+def fit_colours(vae: VAE | VAE2D, count: int = 32) -> Tensor:
     """The map (17, 3) from scaled latents and 1 to RGB in [-1, 1] that fits best: least squares over simple frames.
 
     On nano's own videos it explains 88 % of the variance of the colours; no such map could explain more than 91 %.

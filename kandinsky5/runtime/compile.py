@@ -24,9 +24,10 @@ from kandinsky5.runtime import fast
 from kandinsky5.runtime.fast_vae import FastGroupNorm
 from kandinsky5.runtime.kernels import attend_through
 from kandinsky5.vae import VAE
+from kandinsky5.vae2d import VAE2D
 
 
-def compile_models(dit: DiT, vae: VAE, attention: str = "auto", backend: str = "inductor") -> None:
+def compile_models(dit: DiT, vae: VAE | VAE2D, attention: str = "auto", backend: str = "inductor") -> None:
     """Compile in place; the work is done when a block first runs. Raises ValueError where there is no C++ compiler.
 
     attention: one of `kernels.KERNELS`. The DiT's blocks lose their fast forms, which the compiler does better.

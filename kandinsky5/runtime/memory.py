@@ -115,6 +115,10 @@ def vae_memory(config: VAEConfig, size: tuple[int, int, int], dtype: torch.dtype
     height, width = (min(side, tiling.pixels) if tiling.space else side for side in (space * h, space * w))
     before, last = (config.channels[min(i, len(config.channels) - 1)] for i in (1, 0))
     inside = window * height * width * (before + last)
+    pixels = frames * (space * h) * (space * w) * config.image_channels
+    if config.dimensions == 2:  # all at once: the block's input, normalised, activated, as the kernel wants it; floats
+        whole = height * width * (4 * before + 2 * last) + (2 * pixels if tiling.space else 0)
+        return dtype.itemsize * whole + 16 * pixels
 
     def copies(channels: int) -> int:
         frame = height * width * channels

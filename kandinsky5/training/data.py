@@ -26,7 +26,7 @@ from kandinsky5 import screen, vae_tiling, video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.files import locked, make_folder, replacing
 from kandinsky5.runtime.offload import awake, find_place
-from kandinsky5.text_encoder import MAX_TOKENS, TextEncoder, TextFeatures
+from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.folder import Clip, ClipSettings, find_clips
 from kandinsky5.training.loop import generator
 from kandinsky5.vae import VAE, Posterior
@@ -167,7 +167,7 @@ def encode_clip(vae: VAE, clip: Clip, config: PipelineConfig) -> dict[str, Tenso
 
 def encode_caption(text_encoder: TextEncoder, caption: str) -> dict[str, Tensor]:
     """Features of one caption: text (S, dim), pooled (dim,). An image's caption too has the template of videos."""
-    features = text_encoder.encode([caption], MAX_TOKENS)
+    features = text_encoder.encode([caption])
     return {"text": features.text[0].cpu().contiguous(), "pooled": features.pooled[0].cpu().contiguous()}
 
 
@@ -178,7 +178,7 @@ def _identity(clip: Clip) -> tuple:
 def _key(origin: str, model: VAE | TextEncoder, what: str, config: PipelineConfig) -> str:
     """Name of an entry: a hash of the weights, of how they compute, and of what is encoded."""
     dtype = find_place(model)[1]
-    how = (config.tiling,) if isinstance(model, VAE) else (model.template(), MAX_TOKENS)
+    how = (config.tiling,) if isinstance(model, VAE) else (model.template(), config.text.max_tokens)
     return hashlib.sha256(repr((type(model).__name__, origin, str(dtype), how, what)).encode()).hexdigest()
 
 

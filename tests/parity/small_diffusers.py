@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLHunyuanVideo,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Kandinsky5I2VPipeline,
+    Kandinsky5T2IPipeline,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
 )
@@ -29,7 +31,7 @@ from random_weights import randomise
 from theirs import QwenTokenizer
 from tokenizer_data import tokenizer_folder
 
-PIPELINES = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline}
+PIPELINES = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline, "t2i": Kandinsky5T2IPipeline}
 NABLA = dict(
     attention_type="nabla", attention_P=0.8, attention_wT=5, attention_wH=3, attention_wW=1,
     attention_add_sta=True, attention_method="topcdf",
@@ -54,10 +56,10 @@ def name_standard_tokenizer(folder: Path) -> None:
 
 
 def build_small_pipeline(kind: str = "t2v", nabla: bool = False, seed: int = 0) -> DiffusionPipeline:
-    """kind "t2v" or "i2v"; every parameter is random, norms, gates and modulations included."""
+    """kind: one of PIPELINES; every parameter is random, norms, gates and modulations included."""
     return PIPELINES[kind](
-        transformer=randomise(build_transformer(nabla), seed),
-        vae=randomise(build_vae(), seed + 1),
+        transformer=randomise(build_transformer(nabla, visual_cond=kind != "t2i"), seed),
+        vae=randomise(build_image_vae() if kind in ("t2i", "i2i") else build_vae(), seed + 1),
         text_encoder=randomise(build_qwen(), seed + 2),
         text_encoder_2=randomise(build_clip(), seed + 3),
         tokenizer=load_qwen_tokenizer(),
@@ -66,9 +68,11 @@ def build_small_pipeline(kind: str = "t2v", nabla: bool = False, seed: int = 0) 
     )
 
 
-def build_transformer(nabla: bool = False, text_dim: int = 64, pooled_dim: int = 32) -> Kandinsky5Transformer3DModel:
+def build_transformer(
+    nabla: bool = False, text_dim: int = 64, pooled_dim: int = 32, visual_cond: bool = True
+) -> Kandinsky5Transformer3DModel:
     return Kandinsky5Transformer3DModel(
-        in_visual_dim=16, out_visual_dim=16, visual_cond=True, patch_size=(1, 2, 2), in_text_dim=text_dim,
+        in_visual_dim=16, out_visual_dim=16, visual_cond=visual_cond, patch_size=(1, 2, 2), in_text_dim=text_dim,
         in_text_dim2=pooled_dim, time_dim=48, model_dim=64, ff_dim=96, num_text_blocks=2, num_visual_blocks=2,
         axes_dims=(8, 12, 12), **(NABLA if nabla else {}),
     )  # fmt: skip
@@ -76,6 +80,16 @@ def build_transformer(nabla: bool = False, text_dim: int = 64, pooled_dim: int =
 
 def build_vae(channels: tuple[int, ...] = (16, 24, 32, 32), groups: int = 8) -> AutoencoderKLHunyuanVideo:
     return AutoencoderKLHunyuanVideo(block_out_channels=channels, norm_num_groups=groups)
+
+
+def build_image_vae(channels: tuple[int, ...] = (16, 24, 32, 32), groups: int = 8) -> AutoencoderKL:
+    """FLUX.1's, smaller; `sample_size` is that of a tile."""
+    stages = len(channels)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
+        block_out_channels=channels, layers_per_block=2, latent_channels=16, norm_num_groups=groups, sample_size=32,
+        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
 
 
 def build_qwen(

@@ -3,6 +3,7 @@
 Nothing is loaded: both sides are on the meta device.
 """
 
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the parity suite needs the extra: pip install .[parity] -c constraints.txt")
 
-from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel  # noqa: E402
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPConfig,
     CLIPModel,
@@ -38,11 +39,21 @@ LITE = dict(
 PRO = dict(
     **DIT, time_dim=1024, model_dim=4096, ff_dim=16384, num_text_blocks=4, num_visual_blocks=60, axes_dims=[32, 48, 48]
 )  # fmt: skip
-# As the files of HunyuanVideo, Qwen2.5-VL-7B-Instruct (before text_config) and clip-vit-large-patch14 say it.
+IMAGE = dict(
+    **DIT, time_dim=512, model_dim=2560, ff_dim=10240, num_text_blocks=2, num_visual_blocks=50, axes_dims=[32, 48, 48]
+)  # fmt: skip
+T2I, I2I = IMAGE | {"visual_cond": False}, IMAGE
+# As the files of FLUX.1, HunyuanVideo, Qwen2.5-VL-7B-Instruct (before text_config) and clip-vit-large-patch14 say it.
 VAE = dict(
     block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32, in_channels=3, out_channels=3,
     latent_channels=16, scaling_factor=0.476986, spatial_compression_ratio=8, temporal_compression_ratio=4,
     act_fn="silu", mid_block_add_attention=True,
+)  # fmt: skip
+FLUX = dict(
+    block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32, in_channels=3, out_channels=3,
+    latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, act_fn="silu", mid_block_add_attention=True,
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=1024,
+    use_quant_conv=False, use_post_quant_conv=False, latents_mean=None, latents_std=None, force_upcast=True,
 )  # fmt: skip
 QWEN = dict(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
@@ -58,12 +69,18 @@ CLIP = dict(
 CASES = {
     "Lite": ("dit", LITE, lambda: Kandinsky5Transformer3DModel(**LITE), native.LITE),
     "Pro": ("dit", PRO, lambda: Kandinsky5Transformer3DModel(**PRO), native.PRO),
+    "T2I": ("dit", T2I, lambda: Kandinsky5Transformer3DModel(**T2I), native.IMAGE),
+    "I2I": ("dit", I2I, lambda: Kandinsky5Transformer3DModel(**I2I), replace(native.IMAGE, visual_cond=True)),
+    "FLUX VAE": ("vae2d", FLUX, lambda: AutoencoderKL(**FLUX), native.FLUX),
     "VAE": ("vae", VAE, AutoencoderKLHunyuanVideo, native.VAEConfig()),
     "Qwen": ("qwen", QWEN, lambda: Qwen2_5_VLForConditionalGeneration(qwen_config()), native.QwenConfig()),
     "CLIP": ("clip", CLIP, lambda: CLIPTextModel(CLIPTextConfig(**CLIP)), native.CLIPConfig()),
     "whole CLIP": ("clip", {"text_config": CLIP}, lambda: CLIPModel(CLIPConfig(text_config=CLIP)), native.CLIPConfig()),
 }
-PARAMETERS = {"Lite": 2_007_702_848, "Pro": 19_311_325_248, "VAE": 246_478_803}
+PARAMETERS = {
+    "Lite": 2_007_702_848, "Pro": 19_311_325_248, "VAE": 246_478_803,
+    "T2I": 6_022_080_576, "I2I": 6_022_254_656, "FLUX VAE": 83_819_683,
+}  # fmt: skip
 
 
 def qwen_config() -> Qwen2_5_VLConfig:
@@ -74,15 +91,18 @@ def qwen_config() -> Qwen2_5_VLConfig:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_of_the_released_size_is_mapped_or_dropped(case):
-    model, config, build, expected = CASES[case]
+    kind, config, build, expected = CASES[case]
+    model = kind.removesuffix("2d")
     with torch.device("meta"):
         reference = build().state_dict()
-    tensors = tables.respell(model, {name: stored(tensor) for name, tensor in reference.items()})
+    tensors = {name: stored(tensor) for name, tensor in reference.items()}
+    assert tables.kind_of(model, tensors) == kind
+    tensors = tables.respell(kind, tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
-    assert build_config(model, config, shapes, case) == expected
+    assert build_config(kind, config, shapes, case) == expected
     weights = Weights(Path(case), tensors, {})
-    part = build_part(model, expected, weights, partial(tables.theirs, model), str, model, Options())
+    part = build_part(model, expected, weights, partial(tables.theirs, kind), str, model, Options())
 
     assert {name: t.shape for name, t in part.tensors.items()} == describe_model(model, expected, case)[0]
     assert len(part.tensors) + len(dropped(model, weights)) == len(reference)

@@ -1,0 +1,182 @@
+"""FLUX.1's VAE, of the image models: image ↔ latents, 8× smaller in space, 16 channels.
+
+`vae.py` in two dimensions: the same stages, blocks and norms, with zeros around the image where that one replicates
+its border. A video is a batch of frames that know nothing of each other, so that shapes are those of the video VAE, and
+what cuts work into tiles, samples or decodes need not know which one it has.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kandinsky5.config import VAEConfig
+from kandinsky5.vae import VAE, GroupNorm, Posterior
+
+
+def build_vae(config: VAEConfig) -> "VAE | VAE2D":
+    """The VAE that a config describes."""
+    return VAE2D(config) if config.dimensions == 2 else VAE(config)
+
+
+class VAE2D(nn.Module):
+    """Encoder and decoder in one piece; see `VAEConfig` for the sizes."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, video: Tensor) -> Posterior:
+        """video (B, 3, F, H, W) in [−1, 1] → Posterior of (B, 16, F, H/8, W/8), unscaled."""
+        return Posterior.from_moments(self.encode_moments(video))
+
+    def encode_moments(self, video: Tensor) -> Tensor:
+        """video (B, 3, F, H, W) → mean and log-variance (B, 32, F, h, w), not yet clamped."""
+        return frame_by_frame(self.encoder, video)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, 16, F, h, w), unscaled → video (B, 3, F, 8h, 8w), about [−1, 1]."""
+        return frame_by_frame(self.decoder, z)
+
+
+def frame_by_frame(run: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+    """`run`, which maps images (B, C, H, W), on every frame of a video (B, C, F, H, W)."""
+    images = run(rearrange(video, "B C F H W -> (B F) C H W"))
+    return rearrange(images, "(B F) C H W -> B C F H W", B=len(video))
+
+
+class Encoder(nn.Module):
+    """image (B, 3, H, W) → (B, 32, h, w)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        first, last, groups = config.channels[0], config.channels[-1], config.norm_groups
+        self.conv_in = Conv(config.image_channels, first)
+        self.stages = nn.ModuleList()
+        channels = first
+        for stage, out_channels in enumerate(config.channels):
+            blocks = nn.Sequential()
+            for _ in range(config.blocks_per_stage):
+                blocks.append(ResidualBlock(channels, out_channels, groups))
+                channels = out_channels
+            if stage < len(config.halves_time):
+                blocks.append(Downsample(channels))
+            self.stages.append(blocks)
+        self.mid = Mid(last, groups)
+        self.norm_out = GroupNorm(groups, last)
+        self.conv_out = Conv(last, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)  # (B, 128, H, W)
+        for stage in self.stages:
+            x = stage(x)  # (B, 128, H/2, W/2), (B, 256, H/4, W/4), (B, 512, h, w), the same
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 32, h, w)
+
+
+class Decoder(nn.Module):
+    """z (B, 16, h, w) → image (B, 3, H, W)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        first, last, groups = config.channels[0], config.channels[-1], config.norm_groups
+        self.conv_in = Conv(config.latent_channels, last)
+        self.mid = Mid(last, groups)
+        self.stages = nn.ModuleList()
+        channels = last
+        for stage, out_channels in enumerate(reversed(config.channels)):
+            blocks = nn.Sequential()
+            for _ in range(config.blocks_per_stage + 1):
+                blocks.append(ResidualBlock(channels, out_channels, groups))
+                channels = out_channels
+            if stage < len(config.halves_time):
+                blocks.append(Upsample(channels))
+            self.stages.append(blocks)
+        self.norm_out = GroupNorm(groups, first)
+        self.conv_out = Conv(first, config.image_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))  # (B, 512, h, w)
+        for stage in self.stages:
+            x = stage(x)  # (B, 512, 2h, 2w), (B, 512, 4h, 4w), (B, 256, H, W), (B, 128, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+class Mid(nn.Module):
+    """Residual block, attention, residual block: (B, C, H, W) → the same."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        self.attention = ImageAttention(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attention(self.block_1(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, conv, twice, plus the input: (B, C, H, W) → (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm_1 = GroupNorm(groups, in_channels)
+        self.conv_1 = Conv(in_channels, out_channels)
+        self.norm_2 = GroupNorm(groups, out_channels)
+        self.conv_2 = Conv(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_1(F.silu(self.norm_1(x)))
+        y = self.conv_2(F.silu(self.norm_2(y)))
+        return self.shortcut(x) + y
+
+
+class ImageAttention(nn.Module):
+    """One head over all pixels: (B, C, H, W) → the same."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rearrange(self.norm(x), "B C H W -> B 1 (H W) C")
+        out = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))  # (B, 1, H·W, C)
+        return x + rearrange(self.to_out(out), "B 1 (H W) C -> B C H W", H=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """A strided conv, padded with zeros on the right and below only: (B, C, H, W) → (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a conv: (B, C, H, W) → (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+class Conv(nn.Conv2d):
+    """A 3×3 conv with zeros around the image: (B, C, H, W) → (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
