@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from kandinsky5.config import NANO_NAMES, PipelineConfig, find_preset
 from kandinsky5.config_file import load_config, save_config
-from kandinsky5.files import make_folder, read_bytes, replacing
+from kandinsky5.files import new_folder, read_bytes, replacing
 from kandinsky5.screen import Forgiving, listed
 from kandinsky5.tensor_files import DTYPES, FLOATS, Weights, map_tensors, read_index, read_safetensors
 from kandinsky5.tokenizer import LARGEST_FILE, find_files
@@ -250,30 +249,25 @@ def save_checkpoint(
 
     models: those of `models_of(config)`; tokenizers: the folders of "qwen" and "clip", whose files are copied.
     If config.base is set, that folder may hold some of them, or all but the DiT.
-    All is written to a temporary folder next to it, which is renamed at the end. FileExistsError if `folder` exists.
+    It appears when it is complete (`files.new_folder`). Raises FileExistsError if `folder` exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: name a new folder, or remove it first")
-    assert config.base or (set(models) == set(models_of(config)) and set(tokenizers) == {"qwen", "clip"}), (
-        models,
-        tokenizers,
-    )
-    make_folder(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, model in models.items():
-            save_weights(model.state_dict(), partial / f"{name}.safetensors")
-        for name, source in tokenizers.items():
-            (partial / f"{name}_tokenizer").mkdir()
-            for path in find_files(Path(source)):
-                shutil.copyfile(path, partial / f"{name}_tokenizer" / path.name)
-        save_config(config, partial / "config.json")
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    whole = set(models_of(config)) <= set(models) and set(tokenizers) == {"qwen", "clip"}
+    assert config.base or whole, (models, tokenizers)
+    with new_folder(folder) as partial:
+        fill_checkpoint(partial, config, models, tokenizers)
+
+
+def fill_checkpoint(
+    folder: Path, config: PipelineConfig, models: Mapping[str, nn.Module], tokenizers: Mapping[str, str | Path]
+) -> None:
+    """Write what `save_checkpoint` writes into a folder that is there."""
+    for name, model in models.items():
+        save_weights(model.state_dict(), folder / f"{name}.safetensors")
+    for name, source in tokenizers.items():
+        (folder / f"{name}_tokenizer").mkdir()
+        for path in find_files(Path(source)):
+            shutil.copyfile(path, folder / f"{name}_tokenizer" / path.name)
+    save_config(config, folder / "config.json")
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -7,7 +7,6 @@ imports PyTorch before the command line is known to be sound.
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import math
 import os
 import re
@@ -58,7 +57,8 @@ def main() -> NoReturn:
 def dispatch(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names. Raises ValueError if there is none of that name."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    present = {name: text for name, (module, text) in COMMANDS.items() if _exists(module)}
+    root = Path(__file__).parents[1]
+    present = {n: text for n, (module, text) in COMMANDS.items() if (root / f"{module.replace('.', '/')}.py").is_file()}
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
         print(HELP + "\n".join(f"    {name:10} {text}" for name, text in present.items()))
@@ -75,13 +75,6 @@ def dispatch(arguments: list[str] | None = None) -> int:
     if name == "sample":
         return sample(arguments[1:])
     return importlib.import_module(COMMANDS[name][0]).main(arguments[1:]) or 0
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def run(main: Callable[[], int | None], stopped: str = "nothing was written") -> int:

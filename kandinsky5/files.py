@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 import uuid
@@ -125,6 +126,50 @@ def make_folder(path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise OSError(f"{path} is a file, or lies below one: name a folder") from error
+
+
+@contextlib.contextmanager
+def new_folder(place: str | Path, replace: bool = False, resume: bool = False) -> Iterator[Path]:
+    """A folder next to `place` to write to: it takes that name when all has gone well, and an error removes it.
+
+    An interrupted or killed run leaves it, as `.NAME.partial`: with `resume` it is used as it is, else emptied first.
+    replace: a folder may be there already, and stays until then. Raises FileExistsError if it may not, ValueError if
+    another process is writing it.
+    """
+    place = Path(place)
+    partial, old = (place.with_name(f".{place.name}.{end}") for end in ("partial", "old"))
+    if replace and old.is_dir() and not place.is_dir():
+        old.rename(place)  # interrupted between the two renames below
+    if os.path.lexists(place) and not replace:
+        raise FileExistsError(f"{place} exists already: choose another name, or remove it first")
+    make_folder(place.parent)
+    partial.mkdir(exist_ok=True)
+    with locked(partial, f"another process is writing {place}: wait for it, or stop it"):
+        try:
+            if not resume:
+                for path in partial.iterdir():
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield partial
+            _sync(*partial.rglob("*"), partial)
+            if place.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                place.rename(old)
+            partial.rename(place)
+            _sync(place.parent)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(*paths: Path) -> None:
+    """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_replaceable(path: str | Path) -> None:

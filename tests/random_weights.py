@@ -37,13 +37,14 @@ SMALL_DIT = DiTConfig(
 )
 SMALL_NABLA = NablaConfig(P=0.5, window=(3, 1, 1))
 SMALL_VAE = VAEConfig(channels=(16, 32, 32, 32), norm_groups=8)
+TINY_VAE = replace(SMALL_VAE, channels=(8, 16, 16, 16), norm_groups=4, blocks_per_stage=1)
 SMALL_QWEN = QwenConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ff_dim=24)  # the real vocabulary
 SMALL_CLIP = CLIPConfig(dim=24, num_layers=2, num_heads=2, ff_dim=32)  # likewise
 SMALL = PipelineConfig(
     name="small",
     tasks=("t2v", "i2v"),
     dit=SMALL_DIT,
-    vae=SMALL_VAE,
+    vae=TINY_VAE,
     qwen=SMALL_QWEN,
     clip=SMALL_CLIP,
     sampling=SamplingConfig(num_inference_steps=2, height=32, width=48, num_frames=5, rope_scale=None, image_area=1536),

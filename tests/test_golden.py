@@ -3,10 +3,6 @@
 How the results came about: data/golden/README.md. To make them again: `python tests/parity/make_goldens.py`.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,7 +11,6 @@ from golden_data import GOLDEN, fingerprint, load_about, load_golden_pipeline, l
 from kandinsky5 import Pipeline
 from kandinsky5.runtime.device import is_native
 
-TESTS = Path(__file__).parent
 COMPONENTS = [name for name in cases.OURS if name not in cases.FRAME_CASES]
 
 
@@ -57,14 +52,3 @@ def test_the_goldens_are_those_of_todays_cases(exact):
 
 def test_the_goldens_are_small():
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) <= 10e6
-
-
-def test_neither_diffusers_nor_transformers_is_imported():
-    """In a process of its own, as the parity suite may run in this one; converting, loading and running included."""
-    code = f"""import sys; sys.path[:0] = {[str(TESTS.parent), str(TESTS)]}
-from golden_data import *
-import test_golden, test_mutations, sample
-assert measure_error("pooled", load_golden_pipeline()) < 1e-5
-print(sorted(name for name in sys.modules if name.split(".")[0] in ("diffusers", "transformers")))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr

@@ -114,6 +114,13 @@ def test_imports_run_one_way(place):
         assert wrong == set(), path
 
 
+def test_only_the_parity_suite_imports_the_references():
+    """What runs at import is checked in a process of its own, in test_sample.py."""
+    places = [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "weights_convert").glob("*.py")]
+    for path in [*places, *(ROOT / "tests").glob("*.py")]:
+        assert not re.search(r"^\s*(?:import|from) (?:diffusers|transformers|peft)\b", code(path), re.MULTILINE), path
+
+
 def test_rooms_of_the_story_are_short():
     for name in STORY:
         text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ import torch
 from kandinsky5 import video_io
 from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.dit import DiT
-from kandinsky5.nano import distill, evaluate, export, presets, train_dit, train_text, train_vae
+from kandinsky5.nano import distill, evaluate, export, presets, samples, train_dit, train_text, train_vae
 from kandinsky5.nano.clips import ClipStore
 from kandinsky5.training import state
 from kandinsky5.training.flow import FlowTimes
@@ -37,8 +37,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
         monkeypatch.setattr(stage, "train", train_one_step)
     monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
     monkeypatch.setattr(train_vae, "test", try_vae_on_few)
-    for stage in (train_dit, distill):
-        monkeypatch.setattr(stage, "test", try_dit_in_one_step)
+    monkeypatch.setattr(samples, "judge_samples", try_dit_in_one_step)
     monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 2000)
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
@@ -129,12 +128,12 @@ def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, ra
 def test_an_interrupted_export_loses_no_model(monkeypatch, tmp_path, random_dit_run):
     """Between its two renames: the old nano, which VAE and encoders come from, is next to it."""
     shutil.copytree(random_dit_run, tmp_path / "dit")
-    shutil.copytree(SHIPPED / "nano", tmp_path / "nano.old")
+    shutil.copytree(SHIPPED / "nano", tmp_path / ".nano.old")
     nano = tmp_path / "nano"
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
     assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
     assert nano.joinpath("vae.safetensors").read_bytes() == (SHIPPED / "nano" / "vae.safetensors").read_bytes()
-    shutil.copytree(nano, tmp_path / "nano.old")  # interrupted before the old one was removed
+    shutil.copytree(nano, tmp_path / ".nano.old")  # interrupted before the old one was removed
     run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path, "--vae", nano, "--text", nano)
     assert {path.name for path in tmp_path.iterdir()} == {"dit", "nano"}
 
@@ -245,9 +244,9 @@ def try_vae_on_few(vae, folder, step, count=8, test=train_vae.test):
     return test(vae, folder, step, min(count, 8))
 
 
-def try_dit_in_one_step(config, dit, vae, text_encoder, picture, count=8, test=train_dit.test):
+def try_dit_in_one_step(config, dit, vae, text_encoder, image, count=8, test=samples.judge_samples):
     config = replace(config, sampling=replace(config.sampling, num_inference_steps=1))
-    return test(config, dit, vae, text_encoder, picture, min(count, 8))
+    return test(config, dit, vae, text_encoder, image, min(count, 8))
 
 
 def evaluate_in_one_step(*arguments, evaluate=evaluate.evaluate, **options):

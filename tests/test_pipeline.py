@@ -206,7 +206,11 @@ def with_two_blocks(config: PipelineConfig) -> PipelineConfig:
     return replace(config, dit=dit, qwen=qwen, clip=clip)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# Presets that differ in steps, guidance and shift alone run the same operations.
+DIFFERENT = {(repr(p.dit), p.tasks, size_of(p), p.sampling.rope_scale): name for name, p in PRESETS.items()}
+
+
+@pytest.mark.parametrize("name", DIFFERENT.values())
 def test_every_preset_runs_at_its_size_on_the_meta_device(name):
     """From token ids to latents; an operation that meets a tensor left on the CPU fails there.
 
@@ -252,6 +256,7 @@ def test_videos_are_decoded_one_after_the_other(pipe, monkeypatch):
 
 def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
     video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_memory((1, 2, 4, 6, 16), "uint8")
+    whole = pipe._check_memory((1, 2, 64, 64, 16), "uint8")
     assert pipe._check_memory((3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
     assert pipe._check_memory((3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed)
@@ -264,7 +269,7 @@ def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
     with pytest.raises(ValueError, match="512x512") as caught:
         pipe.decode(torch.zeros(1, 2, 64, 64, 16))
     assert "--tile-space" not in str(caught.value)  # it would not fit in tiles either
-    monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed + 5 * 10**8)
+    monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: whole - 1)
     with pytest.raises(ValueError, match=r"512x512.*--tile-space: 0.\d GB"):
         pipe.decode(torch.zeros(1, 2, 64, 64, 16))
     assert run(pipe, output_type="latents").shape == (1, 2, 4, 6, 16) and len(frames) == 1  # nothing to decode
@@ -399,10 +404,11 @@ def test_a_second_call_is_refused_while_one_runs(pipe):
     assert run(pipe).equal(expected)
 
 
-def test_a_pipeline_can_be_pickled_and_copied(pipe):
-    expected = run(pipe)
+def test_a_pipeline_can_be_pickled_and_copied():
+    pipe, few = Pipeline.load("nano", "cpu", torch.float32), {"num_inference_steps": 1, "num_frames": 1}
+    expected = run(pipe, **few)
     for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
-        assert run(other).equal(expected)
+        assert run(other, **few).equal(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -135,7 +135,7 @@ def test_files_of_another_base_do_not_stay(tmp_path, monkeypatch):
     (first / "qwen_tokenizer" / "only_here.txt").write_text("first")
     texts = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, "sync")
+        interrupt(patch, "write_shard")  # after the small files
         from_diffusers(src, tmp_path / "dst", only="dit", base=first, progress=False)
     from_diffusers(src, tmp_path / "dst", only="dit", base=second, resume=True, progress=False)
     assert not (tmp_path / "dst" / "qwen_tokenizer" / "only_here.txt").exists()

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky5.files import locked, make_folder, parse_json, replacing, write_json
+from kandinsky5.files import make_folder, new_folder, parse_json, replacing, write_json
 from kandinsky5.screen import Forgiving, listed, printable, say
 from kandinsky5.tensor_files import DTYPES, Stored, Weights, read_safetensors
 
@@ -80,7 +79,7 @@ def write_folder(
         say(f"{printable(destination)} is complete: every file is what would be written")
         return
     total = sum(sizes.values()) * (2 if options.verify else 1)
-    with new_folder(destination, options.resume) as folder, progress_bar(total, options) as bar:
+    with new_folder(destination, resume=options.resume) as folder, progress_bar(total, options) as bar:
         done = {file for file in shards if is_written(folder / file, *shards[file], bar.update)}
         clear(folder, keep=done)
         check_free_space(folder, sum(size for file, size in sizes.items() if file not in done))
@@ -97,32 +96,6 @@ def progress_bar(total: int, options: Options) -> tqdm:
     """Bytes written on stderr, if asked for."""
     shown = {"unit": "B", "unit_scale": True, "disable": not options.progress, "file": Forgiving(sys.stderr)}
     return tqdm(total=total, desc="converting", **shown)
-
-
-@contextmanager
-def new_folder(destination: Path, resume: bool) -> Iterator[Path]:
-    """A folder next to `destination` to write to. When all has gone well it takes that name; an error removes it.
-
-    An interrupted or killed run leaves it behind, under its own name, for `resume`. ValueError if `destination`
-    exists, or another run is writing it.
-    """
-    if destination.exists() or destination.is_symlink():
-        raise ValueError(f"{destination} exists already: choose another name, or remove it first")
-    make_folder(destination.parent)
-    partial = destination.with_name(f".{destination.name}.partial")
-    partial.mkdir(exist_ok=True)
-    with locked(partial, f"another conversion is writing {destination}: wait for it, or stop it"):
-        try:
-            if not resume:
-                clear(partial, keep=set())
-            yield partial
-            sync(*partial.rglob("*"))
-            sync(partial)
-            os.rename(partial, destination)
-            sync(destination.parent)
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
 
 def clear(folder: Path, keep: set[str]) -> None:
@@ -306,13 +279,3 @@ def link(path: Path, place: Path) -> None:
         os.link(path.resolve(), place)
     except OSError:
         shutil.copyfile(path, place)
-
-
-def sync(*paths: Path) -> None:
-    """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

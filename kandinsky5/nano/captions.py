@@ -32,7 +32,7 @@ def write_caption(scene: Scene, language: str, rng: np.random.Generator) -> Capt
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r} is unknown: choose {' or '.join(LANGUAGES)}")
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    described = tuple(_describe(obj, with_size=rng.random() < 0.7) for obj in objects)
+    described = tuple(describe(obj, with_size=rng.random() < 0.7) for obj in objects)
     background = scene.background if rng.random() < 0.75 else None
     relation = None
     if len(objects) == 2 and rng.random() < 0.6:
@@ -44,7 +44,8 @@ def write_caption(scene: Scene, language: str, rng: np.random.Generator) -> Capt
     return Caption(text, background, described, relation, about)
 
 
-def _describe(obj: Object, with_size: bool) -> dict[str, str]:
+def describe(obj: Object, with_size: bool = True) -> dict[str, str]:
+    """What a caption may say of an object."""
     described = {"colour": obj.colour, "shape": obj.shape, "motion": obj.motion}
     return described | {"size": obj.size} if with_size and obj.size else described
 

@@ -20,9 +20,18 @@ from kandinsky5 import cli
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
-from kandinsky5.nano.clips import BATCH, CLIPS_AT_MOST, ClipStore, draw_batch
-from kandinsky5.nano.stages import as_checkpoint, check_folder, load_dit, load_vae
-from kandinsky5.nano.train_dit import STOPPED, TIMES, test
+from kandinsky5.nano.clips import BATCH, ClipStore, draw_batch
+from kandinsky5.nano.samples import sampler
+from kandinsky5.nano.stages import (
+    STOPPED,
+    add_run_options,
+    as_checkpoint,
+    check_folder,
+    choose_recipe,
+    load_dit,
+    load_vae,
+)
+from kandinsky5.nano.train_dit import TIMES, clip_loss
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -31,7 +40,6 @@ from kandinsky5.training.flow import FlowBatch, drop_condition, flow_loss, predi
 from kandinsky5.training.loop import train
 from kandinsky5.training.modes import replaced, training_precision
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.vae import VAE
 
 RECIPES = {
     "nocfg": Recipe(steps=1000, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
@@ -45,7 +53,8 @@ CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": prese
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen
 DISTILLATION_CLIPS = 12_000
 LONG_BATCH = 8  # clips of 33 frames at 128 × 128
-LONG_CLIPS_AT_FIRST, LONG_CLIPS_PER_STEP = 640, 1  # on disk; each is drawn and encoded in a third of a second
+LONG_CLIPS_AT_FIRST = 640  # and one more at each step; each is drawn and encoded in a third of a second
+LONG_SAMPLES, LONG_SAMPLE_EVERY = 8, 800  # each takes ten times as long as one of nano
 SPARSE_CLIPS = 6656  # those that the long stage left, and more
 SPARSE_TIMES = replace(TIMES, shift=2.0)  # nearer the noise, where frames have to agree on the layout
 SPARSE_PROMPT_DROPPED = 0.3  # guidance has two passes, so the one without a prompt matters nearly as much
@@ -72,23 +81,12 @@ def main() -> None:
 def _parse() -> tuple[argparse.Namespace, Recipe]:
     """The options, and the recipe that follows from them."""
     parser = cli.Parser("python -m kandinsky5.nano.distill", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("stage", choices=RECIPES)
-    add("--folder", type=Path, required=True, help="of the run; an unfinished one resumes")
-    add("--teacher", type=Path, required=True, help="run or checkpoint to start from")
-    add("--clips", type=Path, required=True, help="folder of latents; missing ones are drawn")
-    add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")
-    add("--text", type=Path, required=True, help="folder of the text encoders' runs, or a checkpoint")
-    add("--steps", type=int, help="default: the stage's recipe")
-    add("--seed", type=int, default=0, help="of batches and noise; choose another than the teacher's")
-    add("--checkpointing", action="store_true", help="less memory, more work, the same result")
+    parser.add_argument("stage", choices=RECIPES)
+    add_run_options(parser)
+    parser.add_argument("--teacher", type=Path, required=True, help="run or checkpoint to start from")
+    parser.add_argument("--clips", type=Path, required=True, help="folder of latents; missing ones are drawn")
     arguments = parser.parse_args()
-    recipe = RECIPES[arguments.stage]
-    steps = recipe.steps if arguments.steps is None else arguments.steps
-    if steps < 1 or arguments.seed < 0:
-        parser.error(f"--steps {steps} must be at least 1 and --seed {arguments.seed} at least 0")
-    options = {"steps": steps, "seed": arguments.seed, "checkpointing": arguments.checkpointing}
-    return arguments, replace(recipe, **options, origin=str(arguments.teacher))
+    return arguments, choose_recipe(parser, arguments, RECIPES[arguments.stage], arguments.teacher)
 
 
 def distill(
@@ -125,26 +123,17 @@ def distill(
         return flow_loss(predicted, target, batch.loss_mask), {}
 
     with training_precision(teacher):
-        return train(student, loss, recipe, folder, _sampler(config, clips.vae, text_encoder, folder), sample_every=400)
+        return train(student, loss, recipe, folder, sampler(config, clips.vae, text_encoder, folder, 32), 400)
 
 
 def train_long(
     folder: Path, config: PipelineConfig, teacher: DiT, clips: ClipStore, text_encoder: TextEncoder, recipe: Recipe
 ) -> DiT:
     """Continue from `teacher` with clips of 33 frames of 128 × 128, through NABLA; returns the average."""
-    torch.manual_seed(recipe.seed)
-    dit = start_from(teacher, config)
-    empty, rope_scale = text_encoder.encode([""]), config.sampling.rope_scale
-    assert rope_scale
-
-    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        available = min(LONG_CLIPS_AT_FIRST + LONG_CLIPS_PER_STEP * seed[1], CLIPS_AT_MOST)
-        batch, features = draw_batch(seed, dit, clips, available, text_encoder, empty, TIMES.sample, LONG_BATCH)
-        predicted = predict(dit, batch.x, batch.t, features, rope_scale)
-        return flow_loss(predicted, batch.velocity, batch.loss_mask), {}
-
-    sample = _sampler(config, clips.vae, text_encoder, folder, count=8)  # each takes ten times as long as one of nano
-    return train(dit, loss, recipe, folder, sample, sample_every=800)
+    sample = sampler(config, clips.vae, text_encoder, folder, LONG_SAMPLES)
+    dit, count = start_from(teacher, config), LONG_CLIPS_AT_FIRST
+    loss = clip_loss(dit, clips, text_encoder, TIMES, config.sampling.rope_scale, count, LONG_BATCH)
+    return train(dit, loss, recipe, folder, sample, LONG_SAMPLE_EVERY)
 
 
 def train_sparse(
@@ -173,9 +162,9 @@ def train_sparse(
         value = flow_loss(predicted, target, batch.loss_mask)
         return value, {"loss_full" if full else "loss_nabla": float(value.detach())}
 
-    sample = _sampler(config, clips.vae, text_encoder, folder, count=8)
+    sample = sampler(config, clips.vae, text_encoder, folder, LONG_SAMPLES)
     with training_precision(teacher):
-        return train(student, loss, recipe, folder, sample, sample_every=800)
+        return train(student, loss, recipe, folder, sample, LONG_SAMPLE_EVERY)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
@@ -202,13 +191,6 @@ def several_steps_target(
         return predict(teacher, torch.cat([x, condition], dim=-1), t, features, rope_scale) * batch.loss_mask
 
     return step_target(velocity, x, times)
-
-
-def _sampler(config: PipelineConfig, vae: VAE, text_encoder: TextEncoder, folder: Path, count: int = 32):
-    def sample(dit: DiT, step: int) -> dict[str, float]:
-        return test(config, dit, vae, text_encoder, folder / f"sample_{step:06d}.png", count)
-
-    return sample
 
 
 if __name__ == "__main__":

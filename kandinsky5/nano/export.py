@@ -10,9 +10,7 @@ import argparse
 import contextlib
 import json
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +18,10 @@ import torch
 from torch import nn
 
 from kandinsky5 import cli, screen
-from kandinsky5.checkpoint import find_checkpoint, find_part, fingerprint, save_checkpoint
+from kandinsky5.checkpoint import fill_checkpoint, find_checkpoint, find_part, fingerprint
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
-from kandinsky5.files import write_text
+from kandinsky5.files import new_folder, write_text
 from kandinsky5.nano import presets, world
 from kandinsky5.nano.evaluate import JUDGE_SEED, SETS, format_table
 from kandinsky5.nano.stages import is_checkpoint, load_vae
@@ -44,7 +42,7 @@ def main() -> None:
             if judged and not judged.is_file():
                 screen.say(f"there is no {judged}: the card of {name} says that it is not evaluated yet")
             folder = arguments.to / name
-            with _replacing_folder(folder) as new:
+            with new_folder(folder, replace=True) as new:  # VAE and tokenizers may come from the old one
                 export(name, arguments.runs / run, arguments.vae, arguments.text, new)
                 before = stages_before(name, arguments.runs, arguments.vae, arguments.text)
                 write_card(name, arguments.runs / run, before, new, judged, remarks.get(name, ""))
@@ -78,27 +76,8 @@ def _parse() -> tuple[argparse.Namespace, dict[str, str]]:
     return arguments, remarks
 
 
-@contextlib.contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """Inside, a new folder is written; if all went well it takes the place of `folder`, which stays until then."""
-    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-    if old.is_dir() and not folder.is_dir():
-        old.rename(folder)  # interrupted between the two renames below
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.is_dir():  # only now: VAE and tokenizers may have come from there
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) -> None:
-    """Write the averaged weights of `run` into the new `folder`."""
+    """Write the averaged weights of `run` into `folder`."""
     config = presets.PRESETS[name]
     models: dict[str, nn.Module] = {"dit": load_average(DiT(config.dit), run)}
     tokenizers = {}
@@ -111,7 +90,7 @@ def export(name: str, run: Path, vae_run: Path, text_run: Path, folder: Path) ->
     for model in models.values():
         for parameter in model.parameters():  # the float32 islands too: they compute in float32 from bf16 weights
             parameter.data = parameter.data.to(torch.bfloat16)
-    save_checkpoint(folder, config, models, tokenizers)
+    fill_checkpoint(folder, config, models, tokenizers)
 
 
 def find_tokenizer(source: Path, name: str) -> Path:

@@ -1,18 +1,43 @@
-"""What nano's training stages share: where they may live, and what they start from."""
+"""What nano's training stages share: their options, where they may live, and what they start from."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from kandinsky5 import cli
 from kandinsky5.checkpoint import find_shipped
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.pipeline import Pipeline
+from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import load_average
 from kandinsky5.vae import VAE
 
 RESUMES = "run the same command to resume (saved every minute; nothing is saved in the first)"
+STOPPED = f"{RESUMES}; clips already drawn are kept"
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every run of a DiT."""
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="of the run; an unfinished one resumes")
+    add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")
+    add("--text", type=Path, required=True, help="folder of the text encoders' runs, or a checkpoint")
+    add("--steps", type=int, help="default: the recipe's")
+    add("--seed", type=int, default=0, help="of batches and noise; choose another than the run's that it starts from")
+    add("--checkpointing", action="store_true", help="less memory, more work, the same result")
+
+
+def choose_recipe(parser: cli.Parser, arguments: argparse.Namespace, recipe: Recipe, origin: Path | None) -> Recipe:
+    """The recipe with these options. Raises ValueError for invalid ones."""
+    steps = recipe.steps if arguments.steps is None else arguments.steps
+    if min(steps, recipe.cycles) < 1 or arguments.seed < 0:
+        given = f"--steps {steps}, --cycles {recipe.cycles}, --seed {arguments.seed}"
+        parser.error(f"{given}: steps and cycles must be at least 1, the seed at least 0")
+    options = {"steps": steps, "seed": arguments.seed, "checkpointing": arguments.checkpointing}
+    return replace(recipe, **options, origin=str(origin or ""))
 
 
 def check_folder(folder: Path, holds_runs: bool) -> None:

@@ -82,11 +82,6 @@ def draw_pair(seed: list[int]) -> tuple[Scene, Caption]:
     return scene, write_caption(scene, LANGUAGES[rng.integers(2)], rng)
 
 
-def draw_caption(seed: list[int]) -> Caption:
-    """The caption of `draw_pair`."""
-    return draw_pair(seed)[1]
-
-
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
@@ -94,15 +89,19 @@ def train_tokenizers(folder: Path) -> None:
     """Byte-level BPE of captions for both encoders: `qwen_tokenizer/` and `clip_tokenizer/tokenizer.json`."""
     captions, bar = [], screen.bar(TOKENIZER_CAPTIONS, "drawing captions for the tokenizers", "caption")
     for i in range(TOKENIZER_CAPTIONS):
-        captions.append(draw_caption([1, i]))
+        captions.append(draw_pair([1, i])[1])
         bar.update()
     bar.close()
     corpus = [caption.text for caption in captions]
     letters = [" ".join(string.printable), " ".join(map(chr, range(ord("а"), ord("я") + 1)))]  # as separate words
     conversation = [presets.TEMPLATE.replace("{}", answer(caption)) for caption in captions[:4000]]
+    qwen, clip = models.BPE(), models.BPE(end_of_word_suffix="</w>")
+    lower = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    isolated = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
     for name, backend, special, texts in (
-        ("qwen", _qwen_backend(), QWEN_SPECIAL, corpus + conversation),
-        ("clip", _clip_backend(), CLIP_SPECIAL, corpus + letters),
+        ("qwen", _byte_level(qwen, normalizers.NFC(), isolated), QWEN_SPECIAL, corpus + conversation),
+        ("clip", _byte_level(clip, lower, words), CLIP_SPECIAL, corpus + letters),
     ):
         # "Special" for the trainer, which numbers them first; only the special tokens proper are kept as such below.
         numbered_first = [*special, *(_last_letters(backend, texts) if name == "clip" else [])]
@@ -131,20 +130,9 @@ def _last_letters(backend: Backend, texts: list[str]) -> list[str]:
     return sorted({word[-1] + "</w>" for found in words for word, _ in found})
 
 
-def _qwen_backend() -> Backend:
-    backend = Backend(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _clip_backend() -> Backend:
-    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
+def _byte_level(model: models.Model, normalizer: normalizers.Normalizer, split: pre_tokenizers.PreTokenizer) -> Backend:
+    backend = Backend(model)
+    backend.normalizer = normalizer
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     backend.decoder = decoders.ByteLevel()
@@ -181,7 +169,7 @@ def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
     model, tokenizer = LanguageModel(), Backend.from_file(str(folder / "qwen_tokenizer" / "tokenizer.json"))
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        captions = [draw_caption([2, *seed, i]) for i in range(QWEN_BATCH)]
+        captions = [draw_pair([2, *seed, i])[1] for i in range(QWEN_BATCH)]
         encoded = [tokenizer.encode(conversation(caption)) for caption in captions]
         ids = pad_sequence([torch.tensor(row.ids) for row in encoded], batch_first=True, padding_value=-100)  # (B, S)
         logits, described = (x.float() for x in model(ids[:, :-1].clamp(min=0)))

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from kandinsky5 import cli, screen, video_io
 from kandinsky5.nano import presets
-from kandinsky5.nano.captions import Caption
+from kandinsky5.nano.captions import Caption, describe
 from kandinsky5.nano.clips import draw_videos
 from kandinsky5.nano.evaluate import reconstruct
 from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.single_frame import forget_the_past, single_frame
 from kandinsky5.nano.stages import RESUMES, check_folder
-from kandinsky5.nano.world import SHAPES, Scene, coverage, draw_scene, sample_scene
+from kandinsky5.nano.world import SHAPES, coverage, draw_scene, sample_scene
 from kandinsky5.runtime import fast
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.training.loop import generator, train
@@ -216,28 +216,16 @@ def test(vae: VAE, folder: Path, step: int, count: int = 24) -> dict[str, float]
     fast.install(vae)
     truth = np.stack([draw_scene(scene) for scene in scenes])  # (B, F, H, W, 3)
     results, frames = reconstruct(vae, truth), reconstruct(vae, truth[:, :1])
-    right = [score(judge_clip(clip), describe(scene))["all"] for clip, scene in zip(results, scenes, strict=True)]
+    captions = [Caption("", scene.background, tuple(map(describe, scene.objects))) for scene in scenes]
+    right = [score(judge_clip(clip), caption)["all"] for clip, caption in zip(results, captions, strict=True)]
     pairs = [np.concatenate([truth[i, ::4], results[i, ::4]], axis=1) for i in range(6)]  # (5, 2H, W, 3)
-    save_sheet(np.concatenate(pairs, axis=1), folder / f"sample_{step:06d}.png")
+    sheet = np.concatenate(list(np.concatenate(pairs, axis=1)), axis=1)  # (12H, 5W, 3)
+    video_io.write_video(folder / f"sample_{step:06d}.png", sheet[None])
     return {
         "clip_psnr": float(np.mean([psnr(a, b) for a, b in zip(truth, results, strict=True)])),
         "frame_psnr": float(np.mean([psnr(a, b) for a, b in zip(truth[:, :1], frames, strict=True)])),
         "judged_right": float(np.mean(right)),
     }
-
-
-def describe(scene: Scene) -> Caption:
-    """A caption without text that leaves nothing out: what the judge should find in a perfect clip of the scene."""
-    objects = tuple(
-        {"colour": obj.colour, "shape": obj.shape, "motion": obj.motion} | ({"size": obj.size} if obj.size else {})
-        for obj in scene.objects
-    )
-    return Caption("", scene.background, objects)
-
-
-def save_sheet(columns: np.ndarray, path: Path) -> None:
-    """Images (N, H, W, 3) in a row as one PNG."""
-    video_io.write_video(path, np.concatenate(list(columns), axis=1)[None])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ in pixels, give `sample_scene` a larger `canvas`. x grows to the right and y dow
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TypeVar
@@ -278,11 +278,6 @@ def _place(rng: np.random.Generator, objects: list[Object], canvas: tuple[int, i
         corner[axis] = cursor + spare * float(cut)
         corner[1 - axis] = MARGIN + (room[1 - axis] - extent[1 - axis]) * float(rng.random())
         x, y = corner[0] - box[0], corner[1] - box[1]
-        placed.append(
-            Object(
-                obj.colour, obj.shape, obj.motion, obj.size,
-                (x, y, obj.start[2]), (x + obj.end[0], y + obj.end[1], obj.end[2]),
-            )
-        )  # fmt: skip
+        placed.append(replace(obj, start=(x, y, obj.start[2]), end=(x + obj.end[0], y + obj.end[1], obj.end[2])))
         cursor += extent[axis] + GAP
     return tuple(placed)
