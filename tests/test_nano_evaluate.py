@@ -162,3 +162,10 @@ def test_prompts_are_the_same_in_every_run():
 def test_a_wrong_command_ends_with_a_message(arguments):
     with pytest.raises(ValueError, match="--help lists the options"):
         evaluate.main(arguments)
+
+
+def test_a_lora_is_judged_with_its_checkpoint(tmp_path):
+    pipe, loaded = FakePipeline(honest=True), []
+    pipe.load_lora = lambda file, weight: loaded.append((file, weight))
+    document = run_command(tmp_path, pipe, "--sets", "star", "--lora", "stars.safetensors:0.5")
+    assert loaded == [("stars.safetensors", 0.5)] and document["settings"]["loras"][0]["weight"] == 0.5

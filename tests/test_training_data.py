@@ -16,7 +16,8 @@ import torch
 from footage_files import flat, write
 from kandinsky5 import Pipeline, video_io
 from kandinsky5.config import SamplingConfig
-from kandinsky5.training.data import Clips
+from kandinsky5.training import data
+from kandinsky5.training.data import Clips, encode_clip
 from kandinsky5.training.folder import ClipSettings
 
 CAPTIONS = ["a red circle moves left", "a big blue square", "синий круг", "a"]
@@ -67,7 +68,8 @@ def batches(clips: Clips, size: int = 2, count: int = 3):
 
 
 @torch.no_grad()
-def test_latents_are_the_pipelines(pipe, clips):
+def check_latents(pipe: Pipeline, clips: Clips) -> None:
+    """Latents and first frames are samples of the posteriors of what the clips show, scaled."""
     for batch in batches(clips):
         for clip, latents, first in zip(batch.clips, batch.latents, batch.first_frame, strict=True):
             posterior = pipe.vae.encode(video_io.from_uint8(clip.read()[None]))
@@ -79,13 +81,54 @@ def test_latents_are_the_pipelines(pipe, clips):
 
 
 @torch.no_grad()
-def test_features_are_of_the_clips_own_caption(pipe, clips):
+def check_features(pipe: Pipeline, clips: Clips) -> None:
+    """Features are those of the clips' own captions with the template of videos, for an image too."""
     for batch in batches(clips):
         for i, clip in enumerate(batch.clips):
-            own = pipe.text_encoder.encode([clip.caption])  # the template of videos, for an image too
-            got = batch.features.select(i, i + 1)
+            own, got = pipe.text_encoder.encode([clip.caption]), batch.features.select(i, i + 1)
+            assert own.text.shape == got.text.shape
             assert all(torch.allclose(a.float(), b.float(), atol=1e-5) for a, b in zip(got, own, strict=True))
     assert torch.allclose(clips.empty().text, pipe.text_encoder.encode([""]).text, atol=1e-5)
+
+
+def test_latents_and_features_are_the_pipelines(pipe, clips):
+    check_latents(pipe, clips)
+    check_features(pipe, clips)
+
+
+def shuffled(clips: Clips, name: str) -> Clips:
+    first, second, *rest = getattr(clips, name)
+    return replace(clips, **{name: (second, first, *rest)})
+
+
+@pytest.mark.parametrize("mistake", [
+    "captions shuffled", "clips shuffled", "not scaled", "first frame of the clip", "image template",
+])  # fmt: skip
+def test_mistakes_are_noticed(pipe, clips, tmp_path, monkeypatch, mistake):
+    if mistake == "captions shuffled":
+        clips = shuffled(clips, "texts")
+    elif mistake == "clips shuffled":
+        clips = shuffled(clips, "entries")
+    elif mistake == "not scaled":
+        clips = replace(clips, config=replace(clips.config, vae=replace(clips.config.vae, scaling_factor=1.0)))
+    elif mistake == "first frame of the clip":
+        monkeypatch.setattr(data, "encode_clip", lambda *arguments: repeat_first(encode_clip(*arguments)))
+    else:
+        monkeypatch.setattr(data, "encode_caption", lambda encoder, text: as_image(encoder, text))
+    if mistake in ("first frame of the clip", "image template"):
+        clips = clips.encode(pipe.vae, pipe.text_encoder, tmp_path / "wrong", "these weights")
+    with pytest.raises(AssertionError):
+        check_latents(pipe, clips)
+        check_features(pipe, clips)
+
+
+def repeat_first(entry: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return entry | {f"first_{name}": entry[name][:, :1].clone() for name in ("mean", "logvar")}
+
+
+def as_image(encoder, text: str) -> dict[str, torch.Tensor]:
+    features = encoder.encode([text], one_frame=True)
+    return {"text": features.text[0].contiguous(), "pooled": features.pooled[0].contiguous()}
 
 
 def test_latents_are_drawn_anew_in_every_step(clips):

@@ -50,7 +50,7 @@ SETS = {
     "image to video": EvaluationSet("train", 1, ("english", "russian"), "image"),
     "VAE": EvaluationSet("all", None, ("english",), "vae"),
     "ground truth": EvaluationSet("all", None, ("english",), "drawn"),
-    "star": EvaluationSet(NEW_SHAPE, 1, ("english",)),  # nano does not know it; a LoRA can (docs/fine-tuning.md)
+    "star": EvaluationSet(NEW_SHAPE, 1, ("english",)),  # nano does not know it; a LoRA can (docs/teach-a-word.md)
 }
 DEFAULT_SETS = [name for name in SETS if name != "star"]
 ANSWERS = (
@@ -201,6 +201,8 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
         if not pipe.dit.config.nabla:
             raise ValueError(f"--full-attention: {args.checkpoint} has no NABLA: leave it out")
         pipe.dit.config = replace(pipe.dit.config, nabla=None)
+    for one in args.loras:
+        pipe.load_lora(one["file"], one["weight"])
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     sampling = {name: getattr(pipe.config.sampling, name) for name in (*options, "shift")}
     sampling |= {name: value for name, value in options.items() if value is not None}
@@ -233,6 +235,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--canvas", type=int, nargs=2, default=CANVAS, metavar=("H", "W"), help="of the scenes (default: 64 64)")
     add("--seed", type=int, default=JUDGE_SEED, help="of the scenes; use another for tuning (default: %(default)s)")
     add("--full-attention", action="store_true", help="let a DiT with NABLA attend to all tokens")
+    lora_help = "judge the checkpoint with a LoRA; may be repeated (default weight: 1)"
+    add(
+        "--lora", action="append", default=[], dest="loras", type=cli.lora_file, metavar="FILE[:WEIGHT]", help=lora_help
+    )
     add("--device", default="auto", help="default: auto, a GPU if there is one")
     add(
         "--dtype",

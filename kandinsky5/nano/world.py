@@ -35,7 +35,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (128, 128, 128), "white": (243, 243, 243)}
 SHAPES = ("circle", "square", "triangle", "diamond")
-NEW_SHAPE = "star"  # drawn and judged like the others, but nano was never shown one: docs/fine-tuning.md teaches it
+NEW_SHAPE = "star"  # drawn and judged like the others, but nano was never shown one: docs/teach-a-word.md does
 DRAWN_SHAPES = (*SHAPES, NEW_SHAPE)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink", "still")
