@@ -7,7 +7,7 @@ import pytest
 
 from footage_files import flat, write, write_sound
 from kandinsky5.config import PipelineConfig, SamplingConfig
-from kandinsky5.training.folder import ClipSettings, find_clips
+from kandinsky5.training.folder import ClipSettings, describe_files, find_clips
 
 CONFIG = PipelineConfig(sampling=SamplingConfig(height=32, width=48, num_frames=5, fps=10))
 
@@ -75,11 +75,11 @@ def test_unusable_files_are_left_out_with_a_reason(tmp_path):
     write_sound(tmp_path / "sound.mp4")
     (tmp_path / "sound.txt").write_text("a song")
     found = find_clips(tmp_path, settings())
-    assert [clip.file for clip in found.clips] == ["a.mp4"] and [*found.left_out] == [
-        "one.mp4",
-        "short.mp4",
-        "sound.mp4",
-    ]
+    assert [clip.file for clip in found.clips] == ["a.mp4"]
+    assert [*found.left_out] == ["one.mp4", "short.mp4", "sound.mp4"]
+    table = describe_files(found.clips, found.left_out).splitlines()
+    assert len(table) == 5 and table[1].split()[:5] == ["0.50", "10.00", "32", "48", "1"]
+    assert table[1].endswith("a.mp4: a fox")
 
 
 def test_damaged_files_are_skipped_only_on_request(tmp_path):

@@ -10,7 +10,7 @@ without a usable clip is left out, and said; damaged files stop everything unles
 import csv
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,20 @@ def cut(path: Path, name: str, caption: str, settings: ClipSettings) -> Iterator
         starts = [first + i * each for i in range(count)]
     for start in starts:
         yield Clip(name, content, footage, footage.times[0] + start / settings.fps, size, each, settings.fps, text)
+
+
+def describe_files(clips: Sequence[Clip], left_out: Mapping[str, str]) -> str:
+    """A table with a line per file: what it is, which clips it gives, its caption; then what is left out, and why."""
+    files: dict[str, list[Clip]] = {}
+    for clip in clips:
+        files.setdefault(clip.file, []).append(clip)
+    lines = [f"{'seconds':>8} {'fps':>6} {'height':>6} {'width':>6}   clips  of frames, height, width   file: caption"]
+    for name, own in files.items():
+        footage, first = own[0].footage, own[0]
+        measured = f"{footage.seconds:8.2f} {footage.rate:6.2f} {footage.height:6} {footage.width:6}"
+        shape = f"{first.num_frames} x {first.size[0]} x {first.size[1]}"
+        lines.append(f"{measured} {len(own):7}  {shape:>27}   {printable(name, 60)}: {printable(first.caption, 60)}")
+    return "\n".join([*lines, *(f"left out: {printable(name, 60)} {why}" for name, why in left_out.items())])
 
 
 # ---------------------------------------------------------------------------------------------- captions
