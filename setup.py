@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kandinsky5*", "weights_convert*"]),
     package_data={
-        "kandinsky5": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.md"],
+        "kandinsky5": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.md", "**/*.txt"],
         "weights_convert": ["py.typed"],
     },
     install_requires=[

@@ -175,7 +175,7 @@ checkpoint's own default."""
 DEFAULTS = {
     "checkpoint": "nano", "image": None, "step_skipping": False, "quality": 8.0, "enlarge": 1, "device": "auto",
     "dtype": "auto", "attention": "auto", "compile": False, "offload": None, "tile_space": False, "loras": (),
-    "trigger": True, "quantize": None,
+    "trigger": True, "quantize": None, "expand": False,
 }  # fmt: skip
 REQUEST = (  # arguments of Request.resolve
     "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "schedule",
@@ -194,7 +194,7 @@ def sample(arguments: list[str] | None = None) -> int:
     output = check_places(given, replayed, place)
     with _replaying(replayed):
         from kandinsky5 import Pipeline, checkpoint, video_io  # takes seconds
-        from kandinsky5.extras import lora, notes, preview, replay
+        from kandinsky5.extras import expand, lora, notes, preview, replay
         from kandinsky5.request import LONGEST_SIDE, Request
 
         settings = DEFAULTS | (replay.read_settings(replayed, given) if replayed else {}) | given
@@ -204,6 +204,10 @@ def sample(arguments: list[str] | None = None) -> int:
         requested = {name: settings[name] for name in REQUEST if name in settings}
         request = Request.resolve(config, settings["prompt"], settings["image"], **requested)
         settings.setdefault("fps", config.sampling.fps)
+        instruction = None
+        if how := settings["expand"]:
+            one_frame, file = request.num_frames == 1, how if isinstance(how, str) else None
+            instruction = expand.choose_instruction(config, settings["image"] is not None, one_frame, file)
         output = check_output(output, request.num_frames, settings["fps"], settings["quality"])
         enlarge = settings["enlarge"]
         if not 1 <= enlarge <= 16 or max(request.height, request.width) * enlarge > LONGEST_SIDE:
@@ -214,6 +218,9 @@ def sample(arguments: list[str] | None = None) -> int:
         pipe = Pipeline.load(folder, **{name: settings[name] for name in LOAD})
         for one, said in zip(loras, settings["loras"], strict=True):
             pipe.load_lora(one, said["weight"], settings["trigger"])
+        if instruction:
+            settings |= {"expanded_from": settings["prompt"], "instruction_sha256": instruction.sha256}
+            request = expand.expand_request(pipe.text_encoder, request, instruction, settings["image"])
         notes.show(request, pipe.config, pipe.text_encoder, folder)
         notes.note_triggers(pipe.loras)
         callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
@@ -234,7 +241,8 @@ def check_places(given: dict[str, Any], replayed: str | None, place: str | bool 
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
     named = given.pop("output", None)
     output = Path(named) if named else None
-    inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in ("image", "step_skipping", "checkpoint")}
+    files = ("image", "step_skipping", "expand", "checkpoint")
+    inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in files}
     inputs |= {f"--lora {i}": one["file"] for i, one in enumerate(given.get("loras", ()), start=1)}
     check_apart({"-o": output, "--preview": place}, inputs | {"--replay": replayed})
     usual = {"num_frames": 1, "fps": 24, "quality": 8}
@@ -297,6 +305,8 @@ def build_sample_parser() -> Parser:
     add("prompt", nargs="?", help='what to show; long descriptions work best, up to 256 tokens; "": anything')
     add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
     add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); needs an i2v checkpoint")
+    add("--expand", nargs="?", const=True, type=file(".txt"), metavar="FILE.txt",
+        help="let Qwen write the prompt out in detail; by our instruction, or by yours with {} in it")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", help="what to avoid; no effect at --guidance 1")
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
     add("--width", type=int, metavar="PX", help="likewise; with --image both default to its shape")

@@ -16,19 +16,16 @@ import torch
 from torch import Tensor
 
 from kandinsky5 import checkpoint, vae_tiling, video_io
-from kandinsky5.clip import CLIPText
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
-from kandinsky5.qwen import Qwen, QwenHead
-from kandinsky5.qwen_vision import QwenVision
 from kandinsky5.request import Image, Request
 from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
-from kandinsky5.runtime.offload import awake, check_mode, find_place, rest
-from kandinsky5.runtime.quantize import prepare
+from kandinsky5.runtime.loading import load_models
+from kandinsky5.runtime.offload import awake, check_mode, find_place
 from kandinsky5.sampler import (
     Callback,
     check_finite,
@@ -41,7 +38,7 @@ from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE, Posterior
-from kandinsky5.vae2d import VAE2D, build_vae
+from kandinsky5.vae2d import VAE2D
 
 # Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
 # 4 % faster at 2,688 and at 4,096, 1 % here, then as fast (bf16, two threads, small model and Lite's width). Batching
@@ -88,23 +85,11 @@ class Pipeline:
         check_models_fit(config)
         if tile_space:
             config = replace(config, tiling=replace(config.tiling, space=True))
-        with checkpoint.without_weights():
-            dit, vae, qwen, clip = DiT(config.dit), build_vae(config.vae), Qwen(config.qwen), CLIPText(config.clip)
-            vision = QwenVision(config.qwen_vision) if config.qwen_vision else None
-            head = QwenHead(config.qwen) if config.qwen_vision else None
-        models = {"dit": dit, "vae": vae, "qwen": qwen, "clip": clip, "qwen_vision": vision, "qwen_head": head}
-        for name, model in models.items():
-            if model is None:
-                continue
-            place = checkpoint.find_part(folder, name, config.base)
-            weights = prepare(model, checkpoint.find_weights(place, name), quantize)
-            if offload:
-                rest(model, checkpoint.map_weights(model, place, name, dtype, weights), device, offload)
-            else:
-                checkpoint.load_weights(model, place, name, device, dtype, weights)
+        models = load_models(folder, config, device, dtype, offload, quantize)
         names = ("qwen_tokenizer", "clip_tokenizer")
         words, clip_words = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
-        text_encoder = TextEncoder(config.text, qwen, clip, words, clip_words, vision, head)
+        dit, vae, qwen, clip, *vision_and_head = models.values()
+        text_encoder = TextEncoder(config.text, qwen, clip, words, clip_words, *vision_and_head)
         fast.install(dit, vae)
         kernels.install(dit, attention)
         kernels.install(text_encoder, "auto")
@@ -205,6 +190,14 @@ class Pipeline:
 
         while self.loras:
             lora.remove(self.dit, self.loras.pop())
+
+    @plain_defaults()
+    def expand(self, prompt: str | list[str], image: Image | list | None = None, **how: Any) -> str | list[str]:
+        """The prompt, or each of a list, as Qwen writes it out in detail. Raises as `extras.expand.expand_all` does."""
+        from kandinsky5.extras import expand
+
+        with self._alone():
+            return expand.expand_all(self.text_encoder, self.config, prompt, image, **how)
 
     def encode_text(self, request: Request, progress: bool = False) -> TextFeatures:
         """Features of the B prompts and, with guidance, of the B negative ones after them: text (2B, S, dim)."""

@@ -14,12 +14,14 @@ from kandinsky5.config import (
     NablaConfig,
     PipelineConfig,
     QwenConfig,
+    QwenVisionConfig,
     SamplingConfig,
     VAEConfig,
 )
 from kandinsky5.dit import DiT
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.qwen import Qwen
+from kandinsky5.runtime.loading import build_models
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae2d import build_vae
@@ -39,6 +41,7 @@ SMALL_NABLA = NablaConfig(P=0.5, window=(3, 1, 1))
 SMALL_VAE = VAEConfig(channels=(16, 32, 32, 32), norm_groups=8)
 TINY_VAE = replace(SMALL_VAE, channels=(8, 16, 16, 16), norm_groups=4, blocks_per_stage=1)
 SMALL_QWEN = QwenConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ff_dim=24)  # the real vocabulary
+SMALL_VISION = QwenVisionConfig(dim=16, num_layers=2, num_heads=2, ff_dim=24, full_blocks=(1,), out_dim=16)
 SMALL_CLIP = CLIPConfig(dim=24, num_layers=2, num_heads=2, ff_dim=32)  # likewise
 SMALL = PipelineConfig(
     name="small",
@@ -52,13 +55,8 @@ SMALL = PipelineConfig(
 
 
 def build_small_models(config: PipelineConfig = SMALL) -> dict[str, nn.Module]:
-    """The four models of a checkpoint with random weights."""
-    models = {
-        "dit": DiT(config.dit),
-        "vae": build_vae(config.vae),
-        "qwen": Qwen(config.qwen),
-        "clip": CLIPText(config.clip),
-    }
+    """The models of a checkpoint with random weights: four, or with `qwen_vision` six."""
+    models = build_models(config)
     return {name: randomise(model) for name, model in models.items()}
 
 
@@ -66,8 +64,8 @@ def build_small_pipeline(config: PipelineConfig = SMALL, **changes) -> Pipeline:
     """A pipeline of small random models and the real tokenizers; `changes` replace fields of the config."""
     config = replace(config, **changes)
     models = build_small_models(config)
-    text_encoder = TextEncoder(config.text, models["qwen"], models["clip"], *load_tokenizers())
-    return Pipeline(config, models["dit"], models["vae"], text_encoder)
+    dit, vae, qwen, clip, *vision_and_head = models.values()
+    return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers(), *vision_and_head))
 
 
 def build_meta_pipeline(config: PipelineConfig) -> Pipeline:

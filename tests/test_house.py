@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "runtime.device",
         "extras.magcache",
     },
-    "pipeline": {*MODELS, "request", "runtime", "extras.magcache", "extras.lora"},
+    "pipeline": {*MODELS, "request", "runtime", "extras.expand", "extras.magcache", "extras.lora"},
     "cli": {"checkpoint", "config", "files", "screen", "request", "pipeline", "video_io", "extras"},
     "runtime": {*MODELS, "runtime"},
     "extras": {*MODELS, "runtime", "extras", "request", "weights_convert"},  # LoRAs under other people's names

@@ -26,8 +26,10 @@ import test_offload
 import test_pieces
 import test_pipeline
 import test_quantize
+import test_qwen_vision
 import test_text_encoder
 import test_weights_convert_int8
+import vision_data
 from golden_data import load_golden_pipeline, measure_error
 from kandinsky5 import (
     Pipeline,
@@ -37,6 +39,7 @@ from kandinsky5 import (
     nabla,
     pipeline,
     qwen,
+    qwen_vision,
     rope,
     sampler,
     text_encoder,
@@ -48,7 +51,7 @@ from kandinsky5.extras import magcache
 from kandinsky5.nano import train_text
 from kandinsky5.runtime import compile as compiling
 from kandinsky5.runtime import fast, fast_vae, kernels, offload, pieces, quantize
-from random_weights import build_small_pipeline, save_small_checkpoint
+from random_weights import SMALL_VISION, build_small_pipeline, save_small_checkpoint
 from weights_convert import scales
 
 
@@ -451,6 +454,49 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("pieces without the text's mask",
      lambda patch, folder: test_pieces.test_pieces_are_the_whole(None, 1000),
      pieces.PiecewiseVisualBlock.finish, "None, text_mask", "None, None"),
+    # Qwen with images, and its writing
+    *[(f"Qwen: {name}", lambda patch, folder, test=test: test(tuple(vision_data.build_models().values())), *change)
+      for name, test, *change in (
+        ("windows filled column by column", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.to_windows, "(h w) (a b) C", "(h w) (b a) C"),
+        ("windows as wide as four patches", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.WindowAttention.forward, '"W N S D"', '"1 N (W S) D"'),
+        ("blocks that see all are counted from one", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.QwenVision.__init__, "VisionBlock(config, i in", "VisionBlock(config, i + 1 in"),
+        ("padding of windows seen", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.QwenVision.forward, "torch.ones(h, w, 1", "torch.ones(-h // 8 * -8, -w // 8 * -8, 1"),
+        ("half of the pairs turn with the column first", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.QwenVision.build_angles, "[rows[:, None].expand(-1, w, -1), columns[None].expand(h, -1, -1)]",
+         "[columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)]"),
+        ("pairs turn with rows and columns by turns", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.QwenVision.build_angles, "dim=-1)", "dim=-1).unflatten(-1, (2, -1)).mT.flatten(-2)"),
+        ("neighbours merged column by column", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.Merger.forward, "(a b C)", "(b a C)"),
+        ("GELU by tanh", test_qwen_vision.test_tokens_of_an_image,
+         qwen_vision.Merger.forward, "F.gelu(self.linear_in(x))", "F.gelu(self.linear_in(x), approximate='tanh')"),
+        ("text goes on behind an image's tokens", functools.partial(test_qwen_vision.test_positions_and_states, 1),
+         qwen_vision.build_positions, "max(rows, columns)", "rows * columns"),
+        ("rows and columns of positions exchanged", functools.partial(test_qwen_vision.test_positions_and_states, 1),
+         qwen_vision.build_positions, "place + cells.T", "place + cells[:, [0, 2, 1]].T"),
+        ("pairs for H and W exchanged", functools.partial(test_qwen_vision.test_positions_and_states, 1),
+         qwen.Qwen.build_angles, "h[:, 1], w[:, 2]", "h[:, 2], w[:, 1]"),
+        ("images' tokens in each other's place", functools.partial(test_qwen_vision.test_positions_and_states, 2),
+         qwen.Qwen.forward, "images.to(x))", "images.flip(0).to(x))"),
+        ("penalty not on the prompt", functools.partial(test_qwen_vision.test_writes_the_same_words, 2),
+         qwen.generate, ".scatter(1, ids, True)\n    while", "\n    while"),
+        ("penalty multiplies all scores", functools.partial(test_qwen_vision.test_writes_the_same_words, 0),
+         qwen.generate, "scores / penalty, scores * penalty", "scores * penalty, scores * penalty"),
+        ("new words at the last word's place", functools.partial(test_qwen_vision.test_writes_the_same_words, 1),
+         qwen.generate, ".expand(-1, 3, -1) + 1", ".expand(-1, 3, -1)"),
+        ("cached keys one place off", test_qwen_vision.test_cache_changes_nothing,
+         qwen.GroupedAttention.forward, "cache[self] = k, v", "cache[self] = k.roll(1, dims=2), v"),
+        ("padding on the left seen", test_qwen_vision.test_texts_of_unequal_length_write_what_each_writes_alone,
+         qwen.Qwen.forward, "seen & mask[:, None, None] | seen.triu(P)", "seen | mask[:, None, None] & seen"),
+      )],
+    ("features with an image where the last one was",
+     lambda patch, folder: test_qwen_vision.test_features_with_images_are_those_of_one_pass(
+         build_small_pipeline(qwen_vision=SMALL_VISION, text=test_qwen_vision.EDIT).text_encoder),
+     text_encoder.TextEncoder.encode, ".T[common:]", ".T[: len(i) - common]"),
     ("the next block fetched into the slot of the running one",
      lambda patch, folder: test_offload.test_cast_weights_take_turns_in_two_places(folder),
      offload.run_streamed, "slots[(i + 1) % 2]", "slots[0]"),

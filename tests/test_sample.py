@@ -70,6 +70,8 @@ def test_defaults_are_the_checkpoints_and_are_in_the_file(cli, here):
         "quantize": None,
         "loras": [],
         "trigger": True,
+        "expanded_from": None,
+        "instruction_sha256": None,
         "version": kandinsky5.__version__,
     }
 
@@ -402,7 +404,7 @@ def test_help_teaches(cli):
     for word in ("python sample.py", "--checkpoint", "--image", "--replay", "-o FILE", "diamond", "diffusers"):
         assert word in out, word
     options = [line for line in out.splitlines() if line.startswith("  -")]
-    assert len(options) == 29
+    assert len(options) == 30
 
 
 def test_importing_needs_no_gpu_network_or_reference():

@@ -16,18 +16,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kandinsky5.checkpoint import MODELS, OPTIONAL, find_part, find_shipped, models_of, without_weights
-from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig, QwenConfig, SamplingConfig, find_preset
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
-from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.dit import Float32Linear
 from kandinsky5.files import check_inside, read_json, write_json
-from kandinsky5.qwen import Qwen, QwenHead
-from kandinsky5.qwen_vision import QwenVision
+from kandinsky5.runtime.loading import CLASSES
 from kandinsky5.runtime.quantize import linears, quantise_stored
 from kandinsky5.screen import listed, printable, say
 from kandinsky5.tensor_files import FLOATS, Computed, Stored, Weights
 from kandinsky5.tokenizer import find_files
-from kandinsky5.vae2d import build_vae
 from weights_convert import tables
 from weights_convert.diffusers_files import (
     NATIVE_CONFIG,
@@ -50,14 +47,6 @@ from weights_convert.sizes import (
 )
 from weights_convert.write import Options, Part, write_folder
 
-CLASSES: dict[str, Callable] = {
-    "dit": DiT,
-    "vae": build_vae,
-    "qwen": Qwen,
-    "clip": CLIPText,
-    "qwen_vision": QwenVision,
-    "qwen_head": QwenHead,
-}
 # Subfolder and file name of each model in the Diffusers layout.
 FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "text_encoder_2"}
 STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "qwen": "model", "clip": "model"}

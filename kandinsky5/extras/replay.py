@@ -52,6 +52,8 @@ HOW = (
     "quantize",
     "enlarge",
     "trigger",
+    "expanded_from",
+    "instruction_sha256",
 )  # settings, not the request
 
 
@@ -97,6 +99,8 @@ class Settings:
     loras: tuple[Lora, ...] = ()
     quantize: Literal["int8"] | None = None
     trigger: bool = True  # whether their trigger phrases are put before the prompt
+    expanded_from: str | None = None  # the prompt as given, where it was expanded (expand.py)
+    instruction_sha256: str | None = None  # of the instruction that it was expanded by
 
 
 def describe(
@@ -144,6 +148,10 @@ def read_settings(path: str, given: dict) -> dict:
     recorded = _read(path)
     if recorded["num_inference_steps"] > MOST_STEPS and "num_inference_steps" not in given:
         raise ValueError(f"{path} requests num_inference_steps {recorded['num_inference_steps']}: confirm with --steps")
+    if given.get("expand") and "prompt" not in given and recorded["expanded_from"] is not None:
+        raise ValueError(f"the prompt of {path} was expanded already: leave --expand out, or give another prompt")
+    if "prompt" in given or given.get("expand"):
+        recorded |= {"expanded_from": None, "instruction_sha256": None}
     paths = {name: recorded[name] for name in ("image", "checkpoint") if name not in given}
     for name in ("image", "checkpoint"):
         recorded[name] = given[name] if name in given else _find(path, name, recorded)

@@ -1,0 +1,53 @@
+"""The models of a checkpoint: built without weights, then filled at once, from resting files, or in int8."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kandinsky5 import checkpoint
+from kandinsky5.clip import CLIPText
+from kandinsky5.config import PipelineConfig
+from kandinsky5.dit import DiT
+from kandinsky5.qwen import Qwen, QwenHead
+from kandinsky5.qwen_vision import QwenVision
+from kandinsky5.runtime.offload import rest
+from kandinsky5.runtime.quantize import prepare
+from kandinsky5.vae2d import build_vae
+
+CLASSES: dict[str, Callable[..., nn.Module]] = {
+    "dit": DiT,
+    "vae": build_vae,
+    "qwen": Qwen,
+    "clip": CLIPText,
+    "qwen_vision": QwenVision,
+    "qwen_head": QwenHead,
+}
+
+
+def build_models(config: PipelineConfig) -> dict[str, Any]:
+    """A checkpoint's models by name, in the order of `checkpoint.models_of`."""
+    return {name: CLASSES[name](getattr(config, name)) for name in checkpoint.models_of(config)}
+
+
+def load_models(
+    folder: Path,
+    config: PipelineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str | None = None,
+    quantize: str | None = None,
+) -> dict[str, Any]:
+    """The same with the weights in `folder` or its base. Raises ValueError if config.json does not fit them."""
+    with checkpoint.without_weights():
+        models = build_models(config)
+    for name, model in models.items():
+        place = checkpoint.find_part(folder, name, config.base)
+        weights = prepare(model, checkpoint.find_weights(place, name), quantize)
+        if offload:
+            rest(model, checkpoint.map_weights(model, place, name, dtype, weights), device, offload)
+        else:
+            checkpoint.load_weights(model, place, name, device, dtype, weights)
+    return models
