@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "cli": {"checkpoint", "config", "files", "screen", "request", "pipeline", "video_io", "extras"},
     "runtime": {*MODELS, "runtime"},
     "extras": {*MODELS, "runtime", "extras", "request", "weights_convert"},  # LoRAs under other people's names
-    "training": {*MODELS, "runtime", "training"},
+    "training": {*MODELS, "runtime", "training", "request"},
     "nano": {*MODELS, "runtime", "training", "nano", "pipeline", "cli"},  # it samples and judges what it trains
     "weights_convert": {*MODELS, "runtime", "weights_convert", "cli", "extras.lora"},
 }

@@ -69,7 +69,7 @@ def test_a_run_with_gradient_checkpointing_is_the_same_run(tmp_path, monkeypatch
     plain, _ = tiny_run(tmp_path / "plain", steps=3, dtype="bfloat16")
     assert not blocks
     forgetful, _ = tiny_run(tmp_path / "forgetful", steps=3, dtype="bfloat16", checkpointing=True)
-    assert len(blocks) == 3 * len(plain.visual_blocks)
+    assert len(blocks) == 3 * (len(plain.visual_blocks) + len(plain.text_blocks))
     assert same_weights(plain, forgetful)
 
 

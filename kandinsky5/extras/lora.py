@@ -160,6 +160,15 @@ def save(lora: LoRA, path: str | Path, metadata: Mapping[str, str]) -> None:
     save_weights(state, Path(path), {"format": "pt", **metadata, **own, **describe_alphas(alphas)})
 
 
+def export(file: Path, folder: Path) -> None:
+    """Write a LoRA in the authors' layout, `folder`/official, and diffusers', `folder`/diffusers.safetensors."""
+    from weights_convert.lora import read, write
+
+    found = read(file)
+    write(found, folder / "official", "official")
+    write(found, folder / "diffusers.safetensors", "diffusers")
+
+
 def check_fit(dit: DiT, lora: LoRA) -> None:
     """Raise ValueError that names the Linears which this DiT does not have, or has in another size."""
     modules, unknown, other = dict(dit.named_modules()), [], []

@@ -8,6 +8,10 @@ distill    targets of distillation
 footage    files: videos and images, their frames at given times
 folder     clips and captions of a folder
 data       a cache of them, encoded, and batches
+clip_loss  what a DiT learns from them, and the loss of held-out clips
+finetune   the command: a LoRA, or all weights, from a folder of clips
+previews   its videos, next to the base model's
+report     what it says before and after
 modes      precision, attention and memory of a model in training
 validation the loss by flow time, of held-out samples
 state      a run on disk

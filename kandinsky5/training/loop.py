@@ -10,6 +10,8 @@ step 7,000 is the same whether the run got there in one go or was interrupted an
 
 import contextlib
 import copy
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +43,7 @@ def train(
     stop_after: int | None = None,
     progress: bool = True,
 ) -> Model:
-    """Train `model` in place; return a copy of it with the averaged weights.
+    """Train `model` in place; return a copy of it with the averaged weights, or itself if there is no average.
 
     loss: seed → a scalar, and values for the log; its only randomness is derived from the seed.
     folder: of the run. An unfinished run in it resumes, with exactly the result of one that was never interrupted.
@@ -49,36 +51,67 @@ def train(
     sample: called with the averaged model every `sample_every` steps; what it returns goes to `samples.csv`.
     log_every: steps averaged in one row of the log. The state is saved along with a row, every `save_seconds`.
     stop_after: return after this step as if interrupted (the schedule is still the recipe's).
+    Ctrl-C and SIGTERM end the run after the step that is being taken, and save it; a second one ends it at once.
     """
     folder = Path(folder)
     make_folder(folder)
     with (
         locked(folder, f"another process is training in {folder}: wait for it, stop it, or choose another folder"),
         _begin(model, recipe, folder) as run,
+        _interrupts() as interrupts,
     ):
         total = recipe.cycles * recipe.steps
         last = min(total, total if stop_after is None else stop_after)
         start, saved, seconds_before = time.monotonic(), time.monotonic(), run.seconds
         if run.step:
             screen.say(f"{folder} {'resumes from' if run.step < last else 'is finished at'} step {run.step:,}")
-        rows: list[dict[str, float]] = []
         with screen.bar(total, folder.name, "step", show=progress) as bar:
             bar.n = bar.initial = run.step
             while run.step < last:
-                rows += _take_step(run, loss)
+                run.rows += _take_step(run, loss)
                 bar.update()
                 if sample is not None and run.step % sample_every == 0:
                     values = sample(run.average, run.step) or {}
                     state.append_row(folder / "samples.csv", {"step": run.step, **values})
                 if run.step % log_every == 0 or run.step == last:
                     run.seconds = seconds_before + time.monotonic() - start
-                    bar.set_postfix(loss=f"{_log(run, rows):.4f}", refresh=False)
-                    rows = []
+                    bar.set_postfix(loss=f"{_log(run):.4f}", refresh=False)
                     if time.monotonic() - saved > save_seconds or run.step == last:
                         state.save(run)
                         state.plot_losses(folder / "loss.csv", folder / "loss.png")
                         saved = time.monotonic()
+                if interrupts:
+                    run.seconds = seconds_before + time.monotonic() - start
+                    state.save(run)
+                    raise KeyboardInterrupt
     return run.average
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Inside, the first Ctrl-C or SIGTERM is only noted, as no step may be cut in two; from then on they act as before.
+
+    Only in the main thread, which alone receives them.
+    """
+    noted: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in ((signal.SIGINT, signal.SIGTERM) if main else ())}
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        restore()
+        screen.say("interrupted: saving after this step (once more: stop at once)")
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
 
 
 @contextlib.contextmanager
@@ -86,7 +119,7 @@ def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
     """The run in `folder`, new or resumed; inside, its model trains as `modes.py` says."""
     if recipe.freeze:
         freeze(model, recipe.freeze)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
+    average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else model
     began_with = state.digest(model) if recipe.origin else ""
     run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with)
     state.resume(run)
@@ -119,23 +152,25 @@ def _take_step(run: Run, loss: Loss) -> list[dict[str, float]]:
             optimizer.step()
     run.model.zero_grad(set_to_none=True)
     run.step += 1
-    update_average(run.average, run.model, min(recipe.ema, (1 + run.step) / (10 + run.step)))
+    if recipe.ema:
+        update_average(run.average, run.model, min(recipe.ema, (1 + run.step) / (10 + run.step)))
     return rows
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
     """The gradient's norm in each block of a model's lists of blocks: {"gradient visual_blocks.0": …}."""
-    lists = [(name, blocks) for name, blocks in model.named_children() if isinstance(blocks, nn.ModuleList)]
+    lists = [(name, blocks) for name, blocks in model.named_children() if name.endswith("blocks")]  # or a LoRA's
     norms = {}
-    for name, block in ((f"{name}.{i}", block) for name, blocks in lists for i, block in enumerate(blocks)):
+    for name, block in ((f"{name}.{i}", block) for name, blocks in lists for i, block in blocks.named_children()):
         gradients = [p.grad for p in block.parameters() if p.grad is not None]
         if gradients:
             norms[f"gradient {name}"] = float(torch.nn.utils.get_total_norm(gradients))
     return norms
 
 
-def _log(run: Run, rows: list[dict[str, float]]) -> float:
+def _log(run: Run) -> float:
     """Append the mean of each value, over the rows that have it, to loss.csv; returns that of the loss."""
+    rows, run.rows = run.rows, []
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row[name] for row in rows if name in row] for name in names}
     means = {name: float(f"{sum(v) / len(v):.6g}") for name, v in values.items()}

@@ -2,7 +2,7 @@
 
 swapped, replaced       other classes, other attributes for a while: the means
 training_precision      float32 layers stay in float32 under autocast; attention is written out
-gradient_checkpointing  activations of the visual blocks are computed twice instead of kept
+gradient_checkpointing  activations of the blocks are computed twice instead of kept
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from kandinsky5.nabla import block_map
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.runtime.fast import FastFloat32Linear
 from kandinsky5.runtime.kernels import block_sparse_attention
+from kandinsky5.runtime.offload import find_place
 
 
 def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
@@ -71,9 +72,10 @@ def training_precision(model: nn.Module) -> Iterator[None]:
     """
     with contextlib.ExitStack() as changes:
         changes.enter_context(swapped(model, {Float32Linear: Island, FastFloat32Linear: Island}))
-        for module in model.modules():
-            if isinstance(module, Attention):
-                device = module.to_q.weight.device.type
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        if attentions:
+            device = find_place(model)[0].type
+            for module in attentions:
                 attend = attend_written_out if device == "cpu" else torch.autocast(device, enabled=False)(module.attend)
                 changes.enter_context(replaced(module, attend=attend))
         yield
@@ -93,12 +95,13 @@ def attend_written_out(
 
 @contextlib.contextmanager
 def gradient_checkpointing(dit: DiT) -> Iterator[None]:
-    """Inside, visual blocks keep only their input and are computed again for the gradient: a third more work."""
+    """Inside, blocks keep only their input and are computed again for the gradient: a third more work.
+
+    Streamed weights (`offload.py`, mode "blocks") come again for that, one block's at a time.
+    """
     run = dit.run_blocks
 
     def run_blocks(blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
-        if blocks is not dit.visual_blocks:
-            return run(blocks, x, *arguments)
         for block in blocks:  # autocast is as it was when they are computed again
             x = checkpoint(run, [block], x, *arguments, use_reentrant=False)
         return x

@@ -27,9 +27,9 @@ class Recipe:
     muon_rate: float = 3.0  # Muon's learning rate, as a multiple of AdamW's
     clip_norm: float = 1.0
     accumulate: int = 1  # batches whose gradients are averaged in a step
-    ema: float = 0.999  # decay of the averaged weights; (1 + step) / (10 + step) while that is less
+    ema: float = 0.999  # decay of the averaged weights; (1 + step) / (10 + step) while that is less; 0: no average
     dtype: str = "auto"  # of autocast: "bfloat16", "float32" (off), or "auto", bfloat16 where it is native
-    checkpointing: bool = False  # of a DiT's visual blocks: less memory, a third more work, the same result
+    checkpointing: bool = False  # of a DiT's blocks: less memory, a third more work, the same result
     seed: int = 0
     origin: str = ""  # where the initial weights come from; empty where they are random
 

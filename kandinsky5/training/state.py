@@ -10,7 +10,7 @@ import csv
 import hashlib
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -36,6 +36,7 @@ class Run(Generic[Model]):
     began_with: str  # digest of the initial weights where the recipe names their origin, else empty
     step: int = 0
     seconds: float = 0.0
+    rows: list[dict[str, float]] = field(default_factory=list)  # of each batch since the last row of the log
 
     @property
     def device(self) -> torch.device:
@@ -48,6 +49,7 @@ def save(run: Run) -> None:
     state = {
         "step": run.step,
         "seconds": run.seconds,
+        "rows": run.rows,
         "recipe": asdict(run.recipe),
         "began_with": run.began_with,
         "model": run.model.state_dict(),
@@ -90,7 +92,7 @@ def resume(run: Run) -> None:
     load_weights(run.average, state["average"], path)
     for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
-    run.step, run.seconds = state["step"], state["seconds"]
+    run.step, run.seconds, run.rows = state["step"], state["seconds"], state.get("rows", [])
 
 
 def digest(model: nn.Module) -> str:
@@ -203,12 +205,15 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 
 def plot_losses(path: Path, image: Path) -> None:
-    """The curves of a log as a PNG; nothing without matplotlib (`pip install kandinsky5[train]`)."""
+    """The curves of a log as a PNG, with the values of the same name that are in samples.csv: those of held-out data.
+
+    Nothing without matplotlib (`pip install kandinsky5[train]`).
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    rows = read_rows(path)
+    rows, held_out = read_rows(path), read_rows(path.with_name("samples.csv"))
     columns = [name for name in rows[0] if name not in ("step", "seconds", "rate")]
     panels = {name: [name] for name in columns if not name.startswith("gradient ")}
     blocks = [name for name in columns if name.startswith("gradient ")]  # of each block, together
@@ -220,6 +225,9 @@ def plot_losses(path: Path, image: Path) -> None:
             points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
             axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name.removeprefix("gradient "))
             positive = positive and all(value > 0 for _, value in points)
+        if others := [(int(row["step"]), float(row[title])) for row in held_out if row.get(title)]:
+            axes.plot(*zip(*others, strict=True), linewidth=0.8, marker=".", label="held out")
+            axes.legend(fontsize=7)
         axes.set_title(title, fontsize=9)
         if len(names) > 1:
             axes.legend(fontsize=5, ncols=4)

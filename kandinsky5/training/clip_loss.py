@@ -1,0 +1,82 @@
+"""What a DiT learns from clips: to predict the velocity of noisy ones, with and without caption and first frame.
+
+clip_loss       of a batch drawn from a seed, as `loop.train` wants it
+held_out_loss   of clips that are not trained on, at fixed times and with fixed noise, so that steps compare
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kandinsky5.config import PipelineConfig
+from kandinsky5.dit import DiT
+from kandinsky5.rope import scale_for_size
+from kandinsky5.text_encoder import TextFeatures
+from kandinsky5.training.data import Clips, read_features, read_latents
+from kandinsky5.training.flow import FlowBatch, FlowTimes, drop_condition, flow_batch, flow_loss, predict
+from kandinsky5.training.loop import Loss, generator
+from kandinsky5.training.validation import loss_by_flow_time
+
+MOST_HELD_OUT = 16  # clips that one evaluation takes
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a sample is told about itself, and how often."""
+
+    caption_dropout: float = 0.1  # share without its caption: guidance needs the velocity without a prompt
+    first_frames: float = 0.0  # share that is given its first frame: image to video
+
+
+def clip_loss(
+    dit: DiT, clips: Clips, batch_size: int, times: FlowTimes, conditioning: Conditioning, accumulate: int = 1
+) -> Loss:
+    """The loss of `batch_size` clips, for `loop.train` with a recipe that accumulates as many batches.
+
+    The seed decides clips, samples of their latents, times, noise, and who is told what.
+    """
+    empty, device = clips.empty(), next(dit.parameters()).device
+
+    def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
+        drawn = clips.batch(seed, batch_size, accumulate)
+        random, shape = generator([*seed, 2]), drawn.latents.shape
+        t, noise = times.sample(len(drawn.latents), random), torch.randn(shape, generator=random)
+        dropped, given = (
+            torch.rand(len(t), generator=random) < share
+            for share in (conditioning.caption_dropout, conditioning.first_frames)
+        )
+        features = drop_condition(drawn.features, dropped, empty)
+        first = drawn.first_frame.to(device) if shape[1] > 1 and given.any() else None  # an image has no other frame
+        told = () if first is None else (first, given.to(device))
+        batch = flow_batch(dit, drawn.latents.to(device), t.to(device), noise.to(device), *told)
+        predicted = _predict(dit, clips.config, features, batch)
+        return flow_loss(predicted, batch.velocity, batch.loss_mask), {}
+
+    return loss
+
+
+@torch.no_grad()
+def held_out_loss(dit: DiT, held: Clips, conditioning: Conditioning, seed: int = 0) -> dict[str, float]:
+    """The mean loss of held-out clips by flow time, as `validation.loss_by_flow_time` names it, and of all as `loss`.
+
+    First frames are given if they always are in training; captions always are.
+    """
+    device, found = next(dit.parameters()).device, []
+    for i, (entry, text) in enumerate(zip(held.entries[:MOST_HELD_OUT], held.texts, strict=False)):
+        latents, first = (x.to(device) for x in read_latents([entry], held.config, generator([seed, i, 3])))
+        predicts = partial(_predict, dit, held.config, read_features([text]))
+        given = conditioning.first_frames == 1 and latents.shape[1] > 1
+        told = (first, torch.ones(1, dtype=torch.bool, device=device)) if given else ()
+        found.append(loss_by_flow_time(dit, predicts, latents, [seed, i, 4], *told))
+    means = {name: float(f"{sum(one[name] for one in found) / len(found):.6g}") for name in found[0]}
+    return {"loss": float(f"{sum(means.values()) / len(means):.6g}"), **means}
+
+
+def _predict(dit: DiT, config: PipelineConfig, features: TextFeatures, batch: FlowBatch) -> Tensor:
+    """Velocity (B, T, h, w, 16) of a batch, in the positions that sampling has at its size."""
+    device, space = batch.x.device, config.vae.space_factor
+    told = TextFeatures(features.text.to(device), features.lengths, features.pooled.to(device))
+    scale = config.sampling.rope_scale or scale_for_size(batch.x.shape[2] * space, batch.x.shape[3] * space)
+    return predict(dit, batch.x, batch.t, told, scale)

@@ -1,0 +1,139 @@
+"""What a run says: before it, what it would train on and need; after it, a card, and the weights of a whole model."""
+
+import math
+import os
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from kandinsky5 import checkpoint
+from kandinsky5.config import DiTConfig, PipelineConfig
+from kandinsky5.dit import DiT
+from kandinsky5.files import write_text
+from kandinsky5.screen import printable
+from kandinsky5.tensor_files import DTYPES
+from kandinsky5.training.data import Clips
+from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import load_progress, read_rows
+
+
+def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
+    """The table of --check: files, buckets, what is left out, tokens, and memory as computed."""
+    training, held = clips.hold_out(options.hold_out)
+    buckets = Counter((clip.num_frames, *clip.size) for clip in clips.clips)
+    files = len({clip.content for clip in clips.clips})
+    lines = [
+        f"{len(clips.clips):,} clips of {files:,} files, {len(clips.left_out):,} files left out; "
+        f"{len(held.clips):,} clips held out",
+        "",
+        f"{'frames':>6} {'height':>6} {'width':>6} {'clips':>7} {'tokens per step':>15} {'memory, GB':>10}",
+    ]
+    for (frames, height, width), count in sorted(buckets.items()):
+        tokens = tokens_of(clips.config, frames, height, width)
+        each_step = tokens * options.batch_size * recipe.accumulate
+        needed = memory(clips.config.dit, tokens * options.batch_size, recipe, options)
+        lines.append(f"{frames:6} {height:6} {width:6} {count:7,} {each_step:15,} {needed / 1e9:10.1f}")
+    lines += [f"left out: {printable(name, 200)} {why}" for name, why in clips.left_out.items()]
+    epochs = recipe.steps * recipe.accumulate * options.batch_size / max(len(training.clips), 1)
+    lines += ["", f"{recipe.steps:,} steps see each clip about {epochs:,.1f} times. Memory is computed, not measured."]
+    return "\n".join(lines)
+
+
+def tokens_of(config: PipelineConfig, frames: int, height: int, width: int) -> int:
+    """Video tokens of one clip."""
+    latents = ((frames - 1) // config.vae.time_factor + 1, height // config.vae.space_factor,
+               width // config.vae.space_factor)  # fmt: skip
+    return math.prod(latents) // math.prod(config.dit.patch_size)
+
+
+def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -> float:
+    """Bytes on the device while a DiT is trained on so many tokens at once, next to VAE and text models at rest."""
+    with checkpoint.without_weights():
+        dit = DiT(config)
+    count = sum(p.numel() for p in dit.parameters())
+    block = sum(p.numel() for p in dit.visual_blocks[0].parameters())
+    each = 4 if recipe.dtype == "float32" else 2
+    # A visual block keeps for the gradient, per token: inputs of its Linears and norms, queries, keys, values, gates.
+    inside = tokens * (14 * config.dim * 4 + 12 * config.dim * each + 3 * config.ff_dim * each)
+    between = tokens * config.dim * each * config.num_visual_blocks
+    activations = between + inside if options.checkpointing else inside * config.num_visual_blocks
+    copies = 4 * (4 if not recipe.ema else 5)  # weight, gradient, AdamW's two averages, and EMA's; float32
+    if options.full:
+        return count * copies + activations
+    frozen = float(each * count)
+    if options.offload == "blocks":
+        frozen = each * (count - (config.num_visual_blocks - 2) * block)
+    if options.quantize:
+        frozen *= 0.55
+    rank, dim, ff = options.rank, config.dim, config.ff_dim
+    trained = rank * (
+        config.num_visual_blocks * (16 * dim + 2 * (dim + ff)) + config.num_text_blocks * (10 * dim + 2 * ff)
+    )
+    return frozen + trained * copies + activations
+
+
+def recipe_in_words(recipe: Recipe, options: Namespace) -> str:
+    """One line: what a reader needs to repeat it."""
+    what = "all weights" if options.full else f"LoRA of rank {options.rank}, alpha {options.alpha:g}"
+    return (
+        f"{what}; AdamW, learning rate {recipe.learning_rate:g}, {recipe.steps} steps of "
+        f"{options.batch_size * recipe.accumulate} clips, {recipe.dtype}, seed {recipe.seed}"
+    )
+
+
+def size_options(clips: Clips, config: PipelineConfig) -> list[str]:
+    """Options of sample.py for the size and length that most clips have, where they are not the checkpoint's."""
+    (frames, height, width), _ = Counter((c.num_frames, *c.size) for c in clips.clips).most_common(1)[0]
+    own = config.sampling
+    given = {"--num-frames": (frames, own.num_frames), "--height": (height, own.height), "--width": (width, own.width)}
+    return [part for option, (ours, theirs) in given.items() if ours != theirs for part in (option, str(ours))]
+
+
+def save_whole(out: Path, folder: Path, config: PipelineConfig, dit: DiT) -> None:
+    """A checkpoint folder with this DiT, in the precision of the one it came from, which lends the other models."""
+    place = checkpoint.find_part(folder, "dit", config.base)
+    stored = checkpoint.find_weights(place, "dit").tensors
+    for name, parameter in dit.named_parameters():
+        parameter.data = parameter.data.to(DTYPES[stored[name].dtype])
+    others = folder / config.base if config.base else folder
+    base = os.path.relpath(others.resolve(), out.resolve())
+    checkpoint.save_checkpoint(out, replace(config, base=base), {"dit": dit}, {})
+
+
+CARD = """\
+# {name}
+
+{what}
+
+- **Base**: {base} ({base_fingerprint:.16})
+- **Data**: {count:,} clips of {files:,} files, {held:.0%} of them held out; digest {data:.16}
+- **Recipe**: {recipe}
+- **Trained**: {steps} steps in {hours:.2f} hours; loss {loss}{held_out}
+- **Trigger**: {trigger}
+- **Made by**: {made_by}
+
+```bash
+{command}
+```
+"""
+
+
+def write_card(path: Path, clips: Clips, said: dict[str, str], command: str, options: Namespace) -> None:
+    """The model card of a run, README.md in its folder."""
+    rows, samples = read_rows(options.to / "loss.csv"), read_rows(options.to / "samples.csv")
+    held_out = [row["loss"] for row in samples if row.get("loss")]
+    text = CARD.format(
+        name=printable(options.to.name, 100),
+        what="A fine-tuned DiT." if options.full else "A LoRA.",
+        count=len(clips.clips),
+        files=len({clip.content for clip in clips.clips}),
+        held=options.hold_out,
+        hours=load_progress(options.to)[1] / 3600,
+        loss=f"from {rows[0]['loss']} to {rows[-1]['loss']}",
+        held_out=f", held out {held_out[-1]}" if held_out else "",
+        trigger=printable(options.trigger, 200) or "none",
+        command=command,
+        **{**said, "steps": f"{int(said['steps']):,}"},
+    )
+    write_text(path, text)

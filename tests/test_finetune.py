@@ -1,0 +1,248 @@
+"""Fine-tuning from a folder of clips: what is trained, exactly resumed, held out, written, and refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kandinsky5 import Pipeline, video_io
+from kandinsky5.extras import lora
+from kandinsky5.training import state
+from kandinsky5.training.clip_loss import Conditioning, clip_loss, held_out_loss
+from kandinsky5.training.data import Clips
+from kandinsky5.training.finetune import finetune, main
+from kandinsky5.training.flow import FlowTimes
+from kandinsky5.training.folder import ClipSettings
+from kandinsky5.training.loop import generator, train
+from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import read_rows
+
+WORDS = ["a fox", "a red fox in snow", "a dog", "a cat sleeps", "a bird", "two birds"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Six clips of 5 frames in two shapes."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i, words in enumerate(WORDS):
+        size = (32, 48) if i % 3 else (48, 32)
+        frames = torch.randint(0, 256, (6, *size, 3), generator=generator([i]), dtype=torch.uint8)
+        video_io.write_video(folder / f"{i}.mp4", frames, 24)
+        (folder / f"{i}.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(checkpoint, clips, cache, tmp_path, monkeypatch):
+    """Runs the command on the small checkpoint; returns the folder of the run."""
+    monkeypatch.setattr(state, "plot_losses", lambda *paths: None)
+
+    def finetune_small(*arguments, to="run"):
+        usual = ["--rank", "4", "--steps", "4", "--batch-size", "2", "--sample-every", "100", "--sample-steps", "1"]
+        places = [checkpoint, "--clips", clips, "--to", tmp_path / to, "--cache", cache, "--dtype", "float32"]
+        finetune([str(argument) for argument in (*places, *usual, *arguments)])
+        return tmp_path / to
+
+    return finetune_small
+
+
+def test_a_lora_is_trained_and_samples(run, checkpoint, capsys):
+    folder = run("--trigger", "Foxy,", "--export", "--sample-every", "2")
+    made = lora.load(folder / "lora.safetensors")
+    assert made.trigger == "Foxy," and len(list(made.updates())) == 32
+    assert all(update.B.any() for _, update in made.updates())
+    assert {lora.load(folder / place).fingerprint for place in ("official", "diffusers.safetensors")} == {
+        made.fingerprint
+    }
+    printed = capsys.readouterr().out
+    assert "--lora" in printed and str(folder / "lora.safetensors") in printed
+    video, _ = video_io.read_video(folder / "samples" / "step_000004.mp4")
+    assert video.shape[0] == 5 and (folder / "samples" / "step_000002.png").is_file()
+    rows = read_rows(folder / "samples.csv")
+    assert [row["step"] for row in rows] == ["2", "4"] and rows[0]["loss"] != rows[1]["loss"]
+    pipe = Pipeline.load(checkpoint, dtype="float32")
+    plain = pipe("a fox", num_inference_steps=1, progress=False)
+    pipe.load_lora(folder / "lora.safetensors", 100)
+    assert not pipe("a fox", num_inference_steps=1, progress=False).equal(plain)
+
+
+@pytest.mark.parametrize("how", [["--ema", "0.9"], ["--full", "--modules", r"visual_blocks\.0"]])
+def test_a_resumed_run_equals_an_unbroken_one(run, how):
+    """With a cache, buckets, accumulation and gradient checkpointing."""
+    how += ["--accumulate", "2", "--checkpointing"]
+    whole = run(*how, to="whole")
+    for stop in (["--stop-after", "1"], ["--stop-after", "3"], []):
+        parts = run(*how, *stop, to="parts")
+    out = "checkpoint/dit.safetensors" if "--full" in how else "lora.safetensors"
+    assert (whole / out).read_bytes() == (parts / out).read_bytes()
+    whole, parts = (torch.load(folder / "state.pt") for folder in (whole, parts))
+    assert all(x.equal(parts["model"][name]) for name, x in whole["model"].items())
+
+
+def test_full_training_changes_what_was_asked_for_alone(run, checkpoint):
+    folder = run("--full", "--modules", r"visual_blocks\.0.*to_q")
+    before, after = load_file(checkpoint / "dit.safetensors"), load_file(folder / "checkpoint" / "dit.safetensors")
+    changed = {name for name, x in before.items() if not x.equal(after[name])}
+    assert changed and all("visual_blocks.0" in name and "to_q" in name for name in changed)
+    assert Pipeline.load(folder / "checkpoint")("a fox", num_inference_steps=1, progress=False).shape == (
+        1,
+        5,
+        32,
+        48,
+        3,
+    )
+
+
+def test_frozen_weights_have_neither_gradients_nor_state(run, monkeypatch):
+    seen = {}
+
+    def look(model, loss, recipe, folder, *arguments, **options):
+        average = train(model, loss, recipe, folder, *arguments, **options)
+        seen["dit"] = next(
+            cell.cell_contents for cell in loss.__closure__ if hasattr(cell.cell_contents, "visual_blocks")
+        )
+        seen["model"] = model
+        return average
+
+    monkeypatch.setattr("kandinsky5.training.finetune.train", look)
+    folder = run()
+    assert not any(p.requires_grad or p.grad is not None for p in seen["dit"].parameters())
+    stored = torch.load(folder / "state.pt")
+    trained = sum(p.numel() for p in seen["model"].parameters())
+    held = sum(x.numel() for one in stored["optimizers"][0]["state"].values() for x in one.values() if x.ndim)
+    assert sum(x.numel() for x in stored["model"].values()) == trained and held == 2 * trained
+
+
+def test_offloaded_blocks_train_the_same(run):
+    plain = run("--checkpointing", to="plain")
+    blocks = run("--checkpointing", "--offload", "blocks", to="blocks")
+    assert (plain / "lora.safetensors").read_bytes() == (blocks / "lora.safetensors").read_bytes()
+
+
+def test_checking_writes_nothing(run, capsys):
+    assert not run("--check").exists()
+    table = capsys.readouterr().out
+    assert "6 clips of 6 files" in table and "memory" in table
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--rank", "0"], "rank 0: give 1 to 64"),
+        (["--rank", "65"], "rank 65: give 1 to 64"),
+        (["--alpha", "0"], "--alpha 0"),
+        (["--modules", "("], "no regular expression"),
+        (["--modules", "nothing"], "matches none"),
+        (["--full", "--modules", "nothing"], "matches none"),
+        (["--full", "--quantize", "int8"], "leave one of them out"),
+        (["--learning-rate", "0"], "--learning-rate is above 0"),
+        (["--steps", "0"], "--steps 0: give at least 1"),
+        (["--hold-out", "100%"], "some must be left"),
+        (["--first-frames", "2"], "--first-frames 2: give a share"),
+        (["--sizes", "32"], "no size"),
+        (["--prompts", "nothing.txt"], "nothing.txt is missing"),
+    ],
+)
+def test_wrong_options_cost_one_line_and_no_file(run, tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run(*arguments)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_resumes_with_its_own_settings_only(run):
+    run("--stop-after", "1")
+    with pytest.raises(ValueError, match="has rank 4, not 5.*another --to"):
+        run("--rank", "5")
+    with pytest.raises(ValueError, match="trigger"):
+        run("--trigger", "Foxy")
+    run("--export")
+
+
+def test_a_lora_is_no_checkpoint_to_start_from(run, clips, tmp_path, capsys):
+    made = run() / "lora.safetensors"
+    assert main([str(made), "--clips", str(clips), "--to", str(tmp_path / "other")]) == 2
+    assert "is a LoRA and no checkpoint" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+# --- the loss
+
+
+@pytest.fixture
+def encoded(checkpoint, clips, cache):
+    """The model, and the clips in the cache."""
+    pipe = Pipeline.load(checkpoint, dtype="float32")
+    opened = Clips.open(clips, pipe.config, ClipSettings.of(pipe.config))
+    return pipe, opened.encode(pipe.vae, pipe.text_encoder, cache, "small")
+
+
+def test_the_loss_is_the_formula(encoded, monkeypatch):
+    """Worked out once more: mean square of noise − latents − velocity at x_t, with the shift in t."""
+    pipe, clips = encoded
+    asked = []
+    forward = type(pipe.dit).forward
+    monkeypatch.setattr(
+        type(pipe.dit), "forward", lambda *a, **k: asked.append((a, k, forward(*a, **k))) or asked[-1][2]
+    )
+    loss = clip_loss(pipe.dit, clips, 2, FlowTimes(shift=5.0), Conditioning(0.0, 0.0))
+    value, _ = loss([7, 0, 0])
+    (_, x, text, pooled, t, mask), how, velocity = asked[0]
+    drawn = clips.batch([7, 0, 0], 2)
+    random = generator([7, 0, 0, 2])
+    u = torch.sigmoid(torch.randn(2, generator=random))
+    torch.testing.assert_close(t, 5 * u / (1 + 4 * u))
+    noise = torch.randn(drawn.latents.shape, generator=random)
+    torch.testing.assert_close(x[..., :16], drawn.latents + t.view(2, 1, 1, 1, 1) * (noise - drawn.latents))
+    assert not x[..., 16:].any() and text.equal(drawn.features.text) and mask.equal(drawn.features.mask)
+    assert how["rope_scale"] == (1.0, 3.16, 3.16)
+    torch.testing.assert_close(value, (velocity - (noise - drawn.latents)).square().mean())
+
+
+def test_captions_and_first_frames_are_dropped_and_given(encoded, monkeypatch):
+    pipe, clips = encoded
+    asked = []
+    forward = type(pipe.dit).forward
+    monkeypatch.setattr(type(pipe.dit), "forward", lambda *a, **k: asked.append(a) or forward(*a, **k))
+    clip_loss(pipe.dit, clips, 2, FlowTimes(), Conditioning(1.0, 1.0))([7, 0, 0])
+    _, x, text, _, _, mask = asked[0]
+    first, empty = clips.batch([7, 0, 0], 2).first_frame, clips.empty()
+    assert x[:, :1, ..., :16].equal(first) and x[:, 0, ..., -1].all() and not x[:, 1:, ..., -1].any()
+    assert mask.sum(dim=1).tolist() == [int(empty.lengths)] * 2
+    assert text[:, : empty.text.shape[1]].equal(empty.text.expand(2, -1, -1))
+
+
+def test_held_out_loss_is_the_same_every_time(encoded):
+    pipe, clips = encoded
+    first, again = (held_out_loss(pipe.dit, clips, Conditioning(), 3) for _ in range(2))
+    assert first == again and len(first) == 11
+    assert first["loss"] == pytest.approx(sum(v for name, v in first.items() if name != "loss") / 10, rel=1e-4)
+
+
+# --- the step
+
+
+def test_a_step_of_a_lora_is_adamw_by_hand(encoded, tmp_path):
+    pipe, clips = encoded
+    dit = pipe.dit.requires_grad_(False)
+    adapter = lora.add(dit, lora.create(dit, 2, 4.0, "to_q"), dtype=torch.float32)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, generator=generator([1]))
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    loss = clip_loss(dit, clips, 2, FlowTimes(), Conditioning())
+    loss([5, 0, 0])[0].backward()
+    gradients = {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    adapter.zero_grad()
+    recipe = Recipe(
+        1, 1e-2, warmup=0, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1e-2, seed=5, dtype="float32", ema=0
+    )
+    trained = train(adapter, loss, recipe, tmp_path, progress=False)
+    assert trained is adapter
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    for name, parameter in adapter.named_parameters():
+        gradient = gradients[name] * min(1, 1e-2 / (float(norm) + 1e-6))
+        moved = before[name] * (1 - 1e-2 * 0.1)
+        moved -= 1e-2 * gradient / (gradient.abs() + 1e-8)  # both averages, corrected, are those of one gradient
+        torch.testing.assert_close(parameter.detach(), moved, rtol=1e-4, atol=1e-6)
