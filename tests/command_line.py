@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = replace(SMALL, text=TextConfig(template="<|im_start|>{}<|im_end|>", dropped_tokens=1))
 
 
-BARS = ("encoding:", "sampling:", "decoding:")
+BARS = ("encoding:", "sampling:", "decoding:", "replaying ")  # and the line that begins each replay
 
 
 @pytest.fixture(scope="module")

@@ -3,24 +3,28 @@
 A fixed seed and a few dozen mutations per kind by default; `pytest -m fuzz` makes a few thousand.
 """
 
+import dataclasses
 import functools
 import io
 import json
 import random
 import resource
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from converted import diffusers
-from kandinsky5 import files
+from kandinsky5 import files, image_io, video_io
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config_file import load_config
-from kandinsky5.extras import magcache
+from kandinsky5.extras import magcache, replay
 from kandinsky5.tensor_files import read_index, read_safetensors
 from kandinsky5.tokenizer import Tokenizer
 from weights_convert import convert
@@ -120,6 +124,49 @@ def small_index() -> bytes:
     ).encode()
 
 
+@functools.cache
+def image(file_format: str, **options) -> bytes:
+    y, x = np.mgrid[:24, :40].astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.stack([6 * x, 9 * y, x * y], axis=2)).save(file, file_format, exif=TURNED, **options)
+    return file.getvalue()
+
+
+TURNED = Image.Exif()
+TURNED[0x0112], TURNED[0x010E] = 6, "a description"
+SETTINGS = {field.name: None for field in dataclasses.fields(replay.Settings)} | {
+    "prompt": "a fox", "negative_prompt": "", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2,
+    "guidance_scale": 5.0, "shift": 5.0, "schedule": "official", "step_skipping": False, "rope_scale": [1, 1, 1],
+    "seed": 0, "fps": 24.0, "quality": 8.0, "checkpoint": "nano", "fingerprint": "0", "model": "nano",
+    "dtype": "float32", "device": "cpu", "attention": "auto", "compile": False, "tile_space": False, "version": "0.1",
+    "enlarge": 1,
+}  # fmt: skip
+
+
+@functools.cache
+def film(suffix: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"film{suffix}")
+        frames = np.zeros((1 if suffix == ".png" else 3, 16, 16, 3), np.uint8)
+        video_io.write_video(path, frames, metadata={"prompt": "a fox", "seed": 3})
+        return path.read_bytes()
+
+
+def settings() -> bytes:
+    return json.dumps(SETTINGS).encode()
+
+
+def replayed(path: Path) -> None:
+    """What a replay makes of these settings, up to the loading of its checkpoint."""
+    film = path.with_suffix(".png")
+    try:
+        metadata = json.loads(path.read_bytes())
+    except RecursionError:  # of Python's own reader, which no file of ours has to bear
+        return
+    video_io.write_video(film, np.zeros((1, 16, 16, 3), np.uint8), metadata=metadata)
+    replay.read_settings(str(film), {"checkpoint": "nano"})
+
+
 def vocabulary() -> bytes:
     return (SHIPPED / "nano" / "clip_tokenizer" / "tokenizer.json").read_bytes()
 
@@ -154,6 +201,18 @@ KINDS: dict[str, Case] = {
     "tokenizer.json": ("tokenizer.json", vocabulary, mutate, encode, 8),
     "values of tokenizer.json": ("tokenizer.json", vocabulary, numbers, encode, 8),
     "merges.txt": ("merges.txt", merges, mutate, encode, 2),
+    **{
+        f"{kind} image": ("image", functools.partial(image, kind), mutate, image_io.read_image, 2)
+        for kind in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF")
+    },
+    "GIF image": ("image", lambda: image("GIF"), mutate, image_io.read_image, 2),
+    "progressive JPEG": ("image", lambda: image("JPEG", progressive=True), mutate, image_io.read_image, 2),
+    "packed TIFF": ("image", lambda: image("TIFF", compression="tiff_lzw"), mutate, image_io.read_image, 2),
+    "BMP image": ("image", lambda: image("BMP"), mutate, image_io.read_image, 2),
+    "video": ("film.mp4", lambda: film(".mp4"), mutate, video_io.read_video, 8),
+    "metadata of a video": ("film.mp4", lambda: film(".mp4"), mutate, video_io.read_metadata, 8),
+    "metadata of a PNG": ("film.png", lambda: film(".png"), mutate, video_io.read_metadata, 2),
+    "settings of a replay": ("settings", settings, numbers, replayed, 8),
     "pickle in a zip": ("x.pt", pickle, mutate, read_values, 1),
     "old pickle": ("x.pt", lambda: pickle(_use_new_zipfile_serialization=False), mutate, read_values, 1),
 }

@@ -64,7 +64,8 @@ MAY_IMPORT = {
     "pipeline": {*MODELS, "request", "runtime", "extras.expand", "extras.magcache", "extras.lora"},
     "cli": {"checkpoint", "config", "files", "screen", "request", "pipeline", "video_io", "extras"},
     "runtime": {*MODELS, "runtime"},
-    "extras": {*MODELS, "runtime", "extras", "request", "weights_convert"},  # LoRAs under other people's names
+    # LoRAs under other people's names; the words that nano knows
+    "extras": {*MODELS, "runtime", "extras", "request", "weights_convert", "nano.captions"},
     "training": {*MODELS, "runtime", "training", "request"},
     "nano": {*MODELS, "runtime", "training", "nano", "pipeline", "cli"},  # it samples and judges what it trains
     "weights_convert": {*MODELS, "runtime", "weights_convert", "cli", "extras.lora"},

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from command_line import CONFIG, FOX, in_process
 from kandinsky5 import video_io
+from kandinsky5.cli import run as run_cli
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.extras.magcache import StepSkipping
 from kandinsky5.extras.magcache.__main__ import save
@@ -289,6 +290,24 @@ def test_a_stranger_chooses_no_device_and_compiles_nothing(cli, monkeypatch):
     monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: pytest.fail("compiled"))
     code, _, lines = cli(*stranger(cli, compile=True, device="cuda:7"))
     assert code == 0 and video_io.read_metadata("again.mp4")["device"] == "cpu" and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, options, shown",
+    [
+        ({"prompt": "a fox " * 3000}, [], ["a fox a fox", "32x48, frames: 5", "steps: 2", "seed 0", "with small"]),
+        ({"seed": 7, "num_inference_steps": 1}, ["--steps", "3"], ["steps: 3", "seed 7"]),
+        ({"num_frames": 1}, ["--seed", "5", "a bear"], ['"a bear", 32x48, frames: 1,', "seed 5"]),
+        ({"prompt": "\x1b]52;c;cHduZWQ=\x07\u202ex"}, [], [r"\x1b]52;c;cHduZWQ=\x07", r"\u202e"]),
+    ],
+    ids=["long prompt", "steps", "options", "escapes"],
+)
+def test_a_replay_begins_with_what_it_makes(here, cli, capsys, changes, options, shown):
+    replay = stranger(cli, **changes)
+    assert run_cli(lambda: sample.main([*replay, *options])) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("replaying strange.mp4: ") and len(first) < 400 and first.isprintable()
+    assert all(words in first for words in shown)
 
 
 def test_recorded_text_is_printed_without_control_characters(cli):

@@ -1,5 +1,6 @@
 """Lines on stderr about requests that can be met, but are unlikely to give a good video."""
 
+import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,15 +8,31 @@ from pathlib import Path
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import PipelineConfig
 from kandinsky5.extras.lora import LoRA
+from kandinsky5.nano.captions import split_words, vocabulary
 from kandinsky5.request import Request
 from kandinsky5.screen import printable, say
 from kandinsky5.text_encoder import TextEncoder
+
+# What the bundled models know that is nearest in meaning to words that people try, by how these begin.
+NEAREST = {
+    "jump": "moves up", "rise": "moves up", "fly": "moves up", "flies": "moves up", "fall": "moves down",
+    "drop": "moves down", "run": "moves left", "walk": "moves left", "roll": "moves right", "rest": "stays still",
+    "explo": "grows", "ball": "circle", "sphere": "circle", "disc": "circle", "disk": "circle", "star": "diamond",
+    "rhomb": "diamond", "cube": "square", "box": "square", "rect": "square", "pyramid": "triangle",
+    "orange": "yellow", "gold": "yellow", "pink": "purple", "violet": "purple", "turquoise": "cyan", "tiny": "small",
+    "huge": "big", "прыг": "движется вверх", "лети": "движется вверх", "пада": "движется вниз",
+    "беж": "движется влево", "кати": "движется вправо", "мяч": "круг", "шар": "круг", "диск": "круг",
+    "звезд": "ромб", "куб": "квадрат", "прямоуг": "квадрат", "пирамид": "треугольник", "оранж": "жёлтый",
+    "розов": "фиолетовый", "бирюз": "голубой",
+}  # fmt: skip
 
 
 def show(request: Request, config: PipelineConfig, text_encoder: TextEncoder, folder: Path) -> None:
     """All notes on a request to a checkpoint in `folder`."""
     note_other_size(request, folder, config)
     note_other_shape(request, config)
+    if folder.parent == SHIPPED:
+        note_unknown_words(request.prompts[0], config.name)
     note_long_prompt(request.prompts[0], text_encoder)
 
 
@@ -42,6 +59,23 @@ def note_other_shape(request: Request, config: PipelineConfig) -> None:
     if sizes and (request.height, request.width) not in sizes:
         trained = ", ".join(f"{height}x{width}" for height, width in sizes)
         say(f"note: {config.name} was trained on {trained}; other sizes may come out worse")
+
+
+def note_unknown_words(prompt: str, model: str, most: int = 6) -> None:
+    """Where a prompt has words that no caption of the nano world has: which, and the nearest that there are."""
+    known = vocabulary()
+    unknown = list(dict.fromkeys(word for word in split_words(prompt) if word not in known))
+    shown = []
+    for word in unknown[:most]:
+        meant = [NEAREST[stem] for stem in NEAREST if word.startswith(stem)]
+        nearest = meant or difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+        shown.append(printable(word, 40) + (f" (nearest: {nearest[0]})" if nearest else ""))
+    if unknown:
+        more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
+        say(
+            f"note: {model} does not know {', '.join(shown)}{more}, and draws something else instead; --help lists the "
+            "colours, shapes, sizes and motions that it knows"
+        )
 
 
 def note_long_prompt(prompt: str, text_encoder: TextEncoder) -> None:

@@ -28,7 +28,7 @@ from kandinsky5.extras import lora
 from kandinsky5.files import read_bytes
 from kandinsky5.request import Request
 from kandinsky5.runtime.device import choose_device, is_native
-from kandinsky5.screen import printable, say
+from kandinsky5.screen import listed, printable, say
 
 if TYPE_CHECKING:
     from kandinsky5.pipeline import Pipeline
@@ -241,7 +241,13 @@ def _note_other_weights(path: str, made_by: tuple[str, str], this: tuple[str, st
 
 
 def _show(path: str, recorded: dict, given: dict) -> None:
-    """Lines on stderr: what the file asks for, and what of it a replay leaves out or is slow at."""
+    """Lines on stderr: what is going to be made, and what of the file a replay leaves out or is slow at."""
+    asked = recorded | given
+    size = "{height}x{width}, frames: {num_frames}, steps: {num_inference_steps}, "
+    size = size.format(**asked) if asked.keys() >= set(FROM_CHECKPOINT[1:5]) else ""
+    files = [asked["checkpoint"], asked["image"], *(one["file"] for one in recorded["loras"] if "loras" not in given)]
+    shown = f'"{printable(asked["prompt"], 100)}", {size}seed {asked["seed"]}, with {listed(list(filter(None, files)))}'
+    say(printable(f"replaying {path}: {shown}"))
     if recorded["version"] != __version__:
         versions = f"version {recorded['version']}, this is {__version__}: they may draw it differently"
         say(printable(f"note: {path} was made by {versions}"))

@@ -3,12 +3,14 @@
 Scene ──write_caption──> Caption: a text, its claims, and which object each character is about
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from kandinsky5.nano.world import DIRECTIONS, OPPOSITE, Object, Scene, pick, relations
+from kandinsky5.nano.world import DIRECTIONS, OPPOSITE, Object, Scene, pick, relations, sample_scene
 
 LANGUAGES = ("english", "russian")
 
@@ -42,6 +44,20 @@ def write_caption(scene: Scene, language: str, rng: np.random.Generator) -> Capt
     if language == "russian" and rng.random() < 0.2:
         text = text.replace("ё", "е").replace("Ё", "Е")  # as many people type
     return Caption(text, background, described, relation, about)
+
+
+@cache
+def vocabulary(count: int = 2000) -> frozenset[str]:
+    """The words of `count` captions in each language, as `split_words` gives them: all that a network can learn of."""
+    rng, words = np.random.default_rng(0), set()
+    for scene in (sample_scene(rng, "all") for _ in range(count)):
+        words |= {word for language in LANGUAGES for word in split_words(write_caption(scene, language, rng).text)}
+    return frozenset(words)
+
+
+def split_words(text: str) -> list[str]:
+    """Its words, in lower case and with е for ё."""
+    return re.findall(r"\w+", text.lower().replace("ё", "е"))
 
 
 def describe(obj: Object, with_size: bool = True) -> dict[str, str]:
