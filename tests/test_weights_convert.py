@@ -6,18 +6,19 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from converted import CONFIG, STEM, diffusers, is_same, names_in, native, tensors
-from kandinsky5.checkpoint import MODELS, SHIPPED
+from kandinsky5.checkpoint import MODELS, OPTIONAL, SHIPPED, fingerprint, save_checkpoint
 from kandinsky5.config import PRESETS, SamplingConfig
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
 from kandinsky5.tensor_files import read_safetensors
-from random_weights import randomise
+from random_weights import SMALL_VISION, build_small_models, randomise
 from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
 from weights_convert.__main__ import main
 from weights_convert.read import read_weights
@@ -200,3 +201,66 @@ def test_nan_and_overflow_are_warned_of_by_name(tmp_path, capsys, value, dtype, 
     assert main(arguments) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: ") and all(name in warning for name in names)
+
+
+# --- Qwen's vision tower and head
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A native folder with both."""
+    folder, config = tmp_path_factory.mktemp("whole"), replace(CONFIG, qwen_vision=SMALL_VISION)
+    words = {"qwen": native() / "qwen_tokenizer", "clip": native() / "clip_tokenizer"}
+    save_checkpoint(folder / "native", config, build_small_models(config), words)
+    to_diffusers(folder / "native", folder / "diffusers", progress=False)
+    return folder
+
+
+def test_vision_and_head_are_kept_both_ways(whole, tmp_path):
+    from_diffusers(whole / "diffusers", tmp_path / "again", with_vision=True, progress=False)
+    assert is_same(whole / "native", tmp_path / "again")
+    for model in OPTIONAL:
+        ours, theirs = tensors(whole / "native", model), tensors(tmp_path / "again", model)
+        assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    assert [row["model"] for row in inspect(whole / "native")["models"]] == [*MODELS, *OPTIONAL]
+    assert [row["other tensors"] for row in inspect(whole / "native")["models"]] == [0] * 6
+
+
+def test_without_the_option_they_are_left_out_and_counted(whole, tmp_path, capsys):
+    config = from_diffusers(whole / "diffusers", tmp_path / "again", progress=False)
+    said = capsys.readouterr().err
+    sizes = [sum(x.nbytes for x in tensors(whole / "native", model).values()) / 1e6 for model in OPTIONAL]
+    assert config.qwen_vision is None and not list((tmp_path / "again").glob("qwen_*.safetensors"))
+    assert all(f"{size:.1f} MB" in said for size in sizes) and said.count("--with-vision") == 2
+    assert fingerprint(tmp_path / "again") == fingerprint(native()) != fingerprint(whole / "native")
+
+
+def test_pixel_limits_are_those_of_the_processor(whole, tmp_path):
+    shutil.copytree(whole / "diffusers", tmp_path / "theirs")
+    limits = {"min_pixels": 4096, "max_pixels": 65536, "patch_size": 14}
+    (tmp_path / "theirs" / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(limits))
+    config = from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
+    assert (config.qwen_vision.min_pixels, config.qwen_vision.max_pixels) == (4096, 65536)
+
+
+@pytest.mark.parametrize("file, change", [
+    ("text_encoder/config.json", lambda c: c["vision_config"].update(window_size=224)),
+    ("text_encoder/config.json", lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[1, 1, 2])),
+    ("text_encoder/config.json", lambda c: c["vision_config"].update(intermediate_size=25)),
+])  # fmt: skip
+def test_other_vision_towers_are_refused(whole, tmp_path, file, change):
+    shutil.copytree(whole / "diffusers", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / file).read_text())
+    change(config)
+    (tmp_path / "theirs" / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json says"):
+        from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_new_qwen_without_them_does_not_keep_those_of_the_base(whole, tmp_path):
+    theirs = whole / "diffusers"
+    config = from_diffusers(theirs, tmp_path / "other", only="qwen", base=whole / "native", progress=False)
+    assert config.qwen_vision is None and not list((tmp_path / "other").glob("qwen_*.safetensors"))
+    config = from_diffusers(theirs, tmp_path / "dit", only="dit", base=whole / "native", progress=False)
+    assert config.qwen_vision == SMALL_VISION and len(list((tmp_path / "dit").glob("qwen_*.safetensors"))) == 2

@@ -60,6 +60,11 @@ QWEN = dict(
     rms_norm_eps=1e-6, rope_theta=1000000.0, vocab_size=152064, hidden_act="silu", use_sliding_window=False,
     rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, tie_word_embeddings=False,
 )  # fmt: skip
+QWEN_VISION = dict(
+    depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3,
+    out_hidden_size=3584, patch_size=14, spatial_merge_size=2, spatial_patch_size=14, window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2, temporal_patch_size=2,
+)  # fmt: skip
 CLIP = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
     max_position_embeddings=77, layer_norm_eps=1e-5, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2,
@@ -81,12 +86,19 @@ PARAMETERS = {
     "Lite": 2_007_702_848, "Pro": 19_311_325_248, "VAE": 246_478_803,
     "T2I": 6_022_080_576, "I2I": 6_022_254_656, "FLUX VAE": 83_819_683,
 }  # fmt: skip
+QWEN_PARAMETERS = {"qwen": 7_070_619_136, "qwen_vision": 676_550_144, "qwen_head": 544_997_376}
 
 
 def qwen_config() -> Qwen2_5_VLConfig:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     sizes = {key: value for key, value in QWEN.items() if not key.startswith("rope")}
     return Qwen2_5_VLConfig(text_config={**sizes, "rope_parameters": rope}, vision_config={"hidden_size": 1280})
+
+
+def whole_qwen() -> Qwen2_5_VLForConditionalGeneration:
+    config = qwen_config()
+    config.vision_config = type(config.vision_config)(**QWEN_VISION)
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,6 +121,22 @@ def test_every_tensor_of_the_released_size_is_mapped_or_dropped(case):
     if case in PARAMETERS:
         assert sum(prod(t.shape) for t in part.tensors.values()) == PARAMETERS[case]
         assert not dropped(model, weights)
+
+
+def test_whole_qwen_is_three_models_and_nothing_is_left():
+    with torch.device("meta"):
+        reference = whole_qwen().state_dict()
+    tensors = tables.respell("qwen", {name: stored(tensor) for name, tensor in reference.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    vision = [build_config("qwen_vision", config, shapes, "Qwen") for config in (QWEN_VISION, {})]
+    assert vision == [native.QwenVisionConfig()] * 2
+    weights, config, used = Weights(Path("Qwen"), tensors, {}), native.PipelineConfig(qwen_vision=vision[0]), []
+    for model, count in QWEN_PARAMETERS.items():
+        sizes = getattr(config, model)
+        part = build_part(model, sizes, weights, partial(tables.theirs, model), str, model, Options())
+        assert sum(prod(t.shape) for t in part.tensors.values()) == count
+        used += [tables.theirs(model, name) for name in part.tensors]
+    assert sorted(used) == sorted(tensors) and sum(QWEN_PARAMETERS.values()) == 8_292_166_656
 
 
 @pytest.mark.parametrize("case", CASES)

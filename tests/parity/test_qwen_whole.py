@@ -23,7 +23,7 @@ from kandinsky5.qwen_vision import QwenVision, build_positions, prepare_image  #
 from random_weights import randomise, relative_error  # noqa: E402
 from small_diffusers import build_qwen  # noqa: E402
 from tokenizer_data import tokenizer_folder  # noqa: E402
-from weights_convert import from_official  # noqa: E402
+from weights_convert import from_official, to_diffusers  # noqa: E402
 
 SIZES = [(128, 192), (300, 200), (113, 113), (20, 500), (10, 12), (512, 448)]
 VISION = {"depth": 4, "hidden_size": 32, "num_heads": 2, "intermediate_size": 24, "fullatt_block_indexes": [1, 3]}
@@ -36,7 +36,7 @@ def theirs() -> Qwen2_5_VLForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def ours(theirs, tmp_path_factory) -> tuple[PipelineConfig, Qwen, QwenVision, QwenHead]:
+def ours(theirs, tmp_path_factory) -> tuple[PipelineConfig, Qwen, QwenVision, QwenHead, Path]:
     folder = tmp_path_factory.mktemp("qwen")
     theirs.save_pretrained(folder / "theirs")
     words = tokenizer_folder("qwen2.5")
@@ -48,7 +48,20 @@ def ours(theirs, tmp_path_factory) -> tuple[PipelineConfig, Qwen, QwenVision, Qw
         models["qwen_head"] = QwenHead(config.qwen)
     for name, model in models.items():
         checkpoint.load_weights(model, Path(made), name, "cpu", torch.float32)
-    return config, *models.values()
+    return config, *models.values(), made
+
+
+def test_round_trip_is_what_transformers_wrote(ours, theirs, tmp_path):
+    """Native, back to their layout, and loaded by transformers: the same tensors, and the same configuration."""
+    folder, native = tmp_path / "back", ours[4]
+    to_diffusers(native, folder, only="qwen", progress=False)
+    again = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder")
+    expected, found = theirs.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys() and all(expected[name].equal(found[name]) for name in found)
+    for part in ("vision_config", "text_config"):
+        a, b = (getattr(model.config, part).to_dict() for model in (theirs, again))
+        keys = {"num_heads", "depth", "fullatt_block_indexes", "rope_parameters", "hidden_size", "intermediate_size"}
+        assert [a.get(key) for key in sorted(keys)] == [b.get(key) for key in sorted(keys)]
 
 
 def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -119,7 +132,7 @@ def see(theirs, pixels: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_positions_and_states_with_images(images, ours, theirs):
-    config, qwen, vision, _ = ours
+    config, qwen, vision, *_ = ours
     pixels = [prepare_image(random_image(*size), config.qwen_vision) for size in [(112, 168), (84, 56)][:images]]
     grids = [(image.shape[1] // 28, image.shape[2] // 28) for image in pixels]
     ids = random_text(np.random.RandomState(5), images, grids)
@@ -149,7 +162,7 @@ def their_batch(ids: list[int], pixels: list[torch.Tensor]) -> dict[str, torch.T
 @pytest.mark.parametrize("prompt", range(30))
 def test_writes_what_transformers_writes(prompt, ours, theirs):
     """Greedy, repetition penalty 1.05, 64 words; every other prompt has an image, every sixth two."""
-    config, qwen, vision, head = ours
+    config, qwen, vision, head, _ = ours
     sizes = [(56 + 28 * (prompt % 5), 84), (84, 56)][: (prompt % 2) + (prompt % 6 == 5)]
     pixels = [prepare_image(random_image(*size, seed=prompt), config.qwen_vision) for size in sizes]
     grids = [(image.shape[1] // 28, image.shape[2] // 28) for image in pixels]
