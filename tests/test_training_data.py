@@ -172,8 +172,11 @@ def test_held_out_files_are_the_same_whatever_they_are_called(clips):
     renamed = replace(clips, clips=tuple(replace(c, file=c.file[::-1]) for c in clips.clips))
     assert [c.content for c in renamed.hold_out(0.4)[1].clips] == [c.content for c in held.clips]
     assert clips.hold_out(0)[0].clips == clips.clips
-    with pytest.raises(ValueError):
-        clips.hold_out(0.99)
+    alone = replace(clips, clips=clips.clips[:1], entries=clips.entries[:1], texts=clips.texts[:1])
+    assert len(clips.hold_out(0.99)[0].clips) == 1 and not alone.hold_out(0.1)[1].clips
+    for share in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError):
+            clips.hold_out(share)
 
 
 def test_entries_are_keyed_by_content_and_settings(pipe, clips, tmp_path):

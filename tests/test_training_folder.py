@@ -51,6 +51,7 @@ def test_captions_in_one_file(tmp_path, name):
     (lambda d: (d / "a.txt").write_text(" \n"), "a.mp4"),
     (lambda d: (d / "a.txt").write_bytes("лиса".encode("cp1251")), "a.txt"),
     (lambda d: (d / "captions.csv").write_text("file,text\na.mp4,x\n"), "captions.csv"),
+    (lambda d: (d / "a.txt").write_text("fox " * 99999), "a.mp4"),
     (lambda d: (d / "a.mp4").write_bytes(b"nothing"), "a.mp4"),
     (lambda d: [path.unlink() for path in d.iterdir()], "no usable"),
 ])  # fmt: skip
@@ -117,7 +118,10 @@ def test_rate_becomes_the_models(tmp_path):
     assert clip.read()[:, 16, 24, 0].tolist() == pytest.approx([20, 30, 40, 50, 60], abs=4)
 
 
-@pytest.mark.parametrize("options", [{"sizes": [(33, 48)]}, {"num_frames": 6}, {"cut": "end"}, {"per_file": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"sizes": [(33, 48)]}, {"num_frames": 6}, {"num_frames": 0}, {"cut": "end"}, {"per_file": 0}, {"fps": 0}],
+)
 def test_settings_the_model_has_no_grid_for(options):
     with pytest.raises(ValueError):
         settings(**options)

@@ -104,15 +104,15 @@ class Clips:
         return read_features([self.empty_text])
 
     def hold_out(self, share: float) -> tuple["Clips", "Clips"]:
-        """Clips for training, and a share of the files, at least one if it is above 0, that are held out.
+        """Clips for training, and a share of the files, at least one if it is above 0 and there are two, held out.
 
-        Which files depends on their contents alone, and all clips of one file stay together. Raises ValueError where
-        none would be left to train on.
+        Which files depends on their contents alone, and all clips of one file stay together. Raises ValueError for a
+        share outside [0, 1).
         """
+        if not 0 <= share < 1:
+            raise ValueError(f"--hold-out {share:.0%}: give a share from 0 to 99%, so that some are left to train on")
         files = sorted({clip.content for clip in self.clips})
-        count = min(max(round(share * len(files)), 1), len(files)) if share > 0 else 0
-        if not 0 <= share < 1 or count == len(files):
-            raise ValueError(f"--hold-out {share:.0%} of {len(files)} files: some must be left to train on")
+        count = min(max(round(share * len(files)), 1), len(files) - 1) if share > 0 else 0
         held = set(files[:count])
         return self._select(lambda clip: clip.content not in held), self._select(lambda clip: clip.content in held)
 

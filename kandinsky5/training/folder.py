@@ -26,6 +26,7 @@ from kandinsky5.training.footage import IMAGES, VIDEOS, Footage, Unusable, neare
 
 TABLES = ("captions.jsonl", "captions.csv")
 CUTS = ("start", "middle", "random")
+LONGEST_CAPTION = 100_000  # characters, as of a prompt
 LONGEST_TABLE = 2**28  # bytes of a captions file: a million long captions
 
 
@@ -57,7 +58,8 @@ class ClipSettings:
         """
         own = config.sampling
         both = dict.fromkeys(sizes or [(own.height, own.width), (own.width, own.height)])
-        settings = cls(tuple(both), num_frames or own.num_frames, float(fps or own.fps), **options)
+        frames, rate = own.num_frames if num_frames is None else num_frames, own.fps if fps is None else fps
+        settings = cls(tuple(both), frames, float(rate), **options)
         divisor, time = config.side_divisor, config.vae.time_factor
         for side in (side for size in settings.sizes for side in size):
             if side < divisor or side % divisor:
@@ -197,6 +199,11 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
     empty = [name for name in names if not captions[name].strip()]
     if empty:
         raise ValueError(f"{folder} has empty captions ({listed(empty, 3)}): say what each clip shows")
+    long = [name for name in names if len(captions[name]) > LONGEST_CAPTION]
+    if long:
+        raise ValueError(
+            f"{folder} has captions of more than {LONGEST_CAPTION:,} characters ({listed(long, 3)}): shorten them"
+        )
     return {name: captions[name].strip() for name in names}
 
 

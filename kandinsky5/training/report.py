@@ -14,6 +14,7 @@ from kandinsky5.files import write_text
 from kandinsky5.screen import printable
 from kandinsky5.tensor_files import DTYPES
 from kandinsky5.training.data import Clips
+from kandinsky5.training.folder import describe_files
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import load_progress, read_rows
 
@@ -24,6 +25,8 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
     buckets = Counter((clip.num_frames, *clip.size) for clip in clips.clips)
     files = len({clip.content for clip in clips.clips})
     lines = [
+        describe_files(clips.clips, clips.left_out),
+        "",
         f"{len(clips.clips):,} clips of {files:,} files, {len(clips.left_out):,} files left out; "
         f"{len(held.clips):,} clips held out",
         "",
@@ -34,7 +37,6 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
         each_step = tokens * options.batch_size * recipe.accumulate
         needed = memory(clips.config.dit, tokens * options.batch_size, recipe, options)
         lines.append(f"{frames:6} {height:6} {width:6} {count:7,} {each_step:15,} {needed / 1e9:10.1f}")
-    lines += [f"left out: {printable(name, 200)} {why}" for name, why in clips.left_out.items()]
     epochs = recipe.steps * recipe.accumulate * options.batch_size / max(len(training.clips), 1)
     lines += ["", f"{recipe.steps:,} steps see each clip about {epochs:,.1f} times. Memory is computed, not measured."]
     return "\n".join(lines)
