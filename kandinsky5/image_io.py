@@ -9,7 +9,6 @@ import io
 import math
 import os
 import re
-import reprlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -21,7 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile, jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 
 from kandinsky5.files import read_bytes
-from kandinsky5.screen import printable
+from kandinsky5.screen import printable, shown
 
 Source = str | os.PathLike | bytes | IO[bytes] | Image.Image | torch.Tensor | np.ndarray
 
@@ -138,7 +137,7 @@ def _bytes_of(source: str | os.PathLike | bytes | IO[bytes]) -> bytes:
         if place is not None:
             source.seek(place)
     else:
-        raise ValueError(f"{reprlib.repr(source)} is no image")
+        raise ValueError(f"{shown(source)} is no image")
     if not isinstance(data, bytes):
         raise ValueError("it is open as text; open it in binary mode")
     if len(data) > LARGEST_IMAGE:
@@ -206,7 +205,7 @@ def _orientation(image: Image.Image) -> int:
 def _of_array(pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3), (H, W, 4) or (H, W), on any device -> uint8 (H, W, 3)."""
     rule = "give a path, or uint8 (height, width, 3)"
-    if isinstance(pixels, torch.Tensor) and (pixels.is_meta or pixels.layout != torch.strided):
+    if isinstance(pixels, torch.Tensor) and (pixels.is_meta or pixels.is_nested or pixels.layout != torch.strided):
         raise ValueError(f"image is a tensor without pixels ({pixels.device}, {pixels.layout}): {rule}")
     shape = tuple(pixels.shape)
     if pixels.dtype not in (torch.uint8, np.uint8) or len(shape) not in (2, 3) or shape[2:] not in ((), (3,), (4,)):

@@ -19,7 +19,7 @@ from kandinsky5 import checkpoint, vae_tiling, video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
-from kandinsky5.request import Image, Request
+from kandinsky5.request import Image, Request, check_functions
 from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
@@ -34,7 +34,7 @@ from kandinsky5.sampler import (
     normalise_first_frames,
     watch_steps,
 )
-from kandinsky5.screen import bar
+from kandinsky5.screen import bar, shown
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE, Posterior
@@ -129,7 +129,7 @@ class Pipeline:
         """Make one video per prompt, or `num_videos_per_prompt` of each. None means the preset's value.
 
         prompt, image, negative_prompt, seed: one for all prompts, or a list of one for each.
-        image: path, uint8 (H, W, 3), or Pillow's: frame 0; without height and width the video has its shape.
+        image: path, bytes, open file, array or Pillow's: frame 0; without height and width the video has its shape.
         height, width: pixels, multiples of 16 (with NABLA 128); num_frames: 4k + 1.
         guidance_scale: 1 means one pass per step and no negative prompt. Below 1 it is applied as it stands.
         schedule: "official", or "diffusers" (sampler.flow_schedule); rope_scale: positions (T, H, W) are divided by it.
@@ -161,6 +161,7 @@ class Pipeline:
 
         Raises ValueError where memory is too small, for NaN, and while another call runs.
         """
+        check_functions(callback, progress, solver)
         with self._alone():
             self._check_memory((request.batch, *request.latent_shape), request.output_type)
             features = self.encode_text(request, progress)
@@ -255,10 +256,12 @@ class Pipeline:
 
         dit = skip_steps(self.dit, request.skips, together)
         skipped = f"{sum(map(all, request.skips))} skipped" if request.skips else None
-        shown = bar(request.steps, "sampling", "step", skipped, show=progress)
-        with shown, awake(self.dit), keep_freed_memory(device):
-            after_step = watch_steps(request.steps, callback, shown.update)
+        progressed = bar(request.steps, "sampling", "step", skipped, show=progress)
+        with progressed, awake(self.dit), keep_freed_memory(device):
+            after_step = watch_steps(request.steps, callback, progressed.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
+        if not isinstance(latents, Tensor) or latents.shape != noise.shape:
+            raise ValueError(f"the solver returned {shown(latents)}: it must return latents {tuple(noise.shape)}")
         if first_frame is not None and self.config.sampling.normalise_first_frames:
             latents = normalise_first_frames(latents)
         return latents

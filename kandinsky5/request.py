@@ -6,7 +6,6 @@ All refusals are ValueErrors of one line: what is wrong, the rule, the remedy.
 
 import math
 import numbers
-import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,11 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.image_io import Source as Image
 from kandinsky5.rope import scale_for_size
 from kandinsky5.runtime.device import plain_defaults
+from kandinsky5.screen import shown
 
 LONGEST_SIDE = 16384  # pixels: x264's limit
 LONGEST_PROMPT = 100_000  # characters; a few hundred tokens are read, and a longer text is not a prompt but a mistake
+MOST_VIDEOS = 10_000  # of one call
 ROPE_RULE = "give three positive numbers for T, H and W, up to a million, such as (1, 2, 2)"
 OUTPUT_TYPES = ("uint8", "float", "latents")
 
@@ -92,18 +93,16 @@ class Request:
         guidance = number("guidance_scale", sampling.guidance_scale if guidance_scale is None else guidance_scale)
         if not abs(guidance) <= 1000:
             raise ValueError(f"guidance_scale {guidance:g}: it must be from -1000 to 1000; 1 turns guidance off")
-        each = whole("num_videos_per_prompt", num_videos_per_prompt, 1, 10**4)
+        each = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MOST_VIDEOS // count)
         seeds = choose_seeds(seed, count, each)
         most = config.text.max_tokens if max_sequence_length is None else max_sequence_length
         shape = latent_shape(config, height, width, num_frames)
-        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {reprlib.repr(output_type)}: choose {', '.join(OUTPUT_TYPES)}")
         return cls(
             prompts=prompts,
             negative_prompts=check_texts("negative_prompt", negative, count),
             images=images and tuple(video_io.resize_image(one, height, width) for one in images),
             height=height, width=width, num_frames=num_frames,
-            times=sampler.flow_schedule(steps, shift, schedule),
+            times=sampler.flow_schedule(steps, shift, choose("schedule", schedule, sampler.RULES)),
             guidance_scale=guidance, shift=shift, schedule=schedule,
             skips=plan_skips(step_skipping, config.name, steps, guidance),
             rope_scale=choose_rope_scale(rope_scale, sampling.rope_scale, height, width),
@@ -111,7 +110,7 @@ class Request:
             latents=None if latents is None else check_latents(latents, (len(seeds), *shape)),
             latent_shape=shape, num_videos_per_prompt=each,
             max_sequence_length=whole("max_sequence_length", most, 1, 10**4),
-            output_type=output_type,
+            output_type=choose("output_type", output_type, OUTPUT_TYPES),
         )  # fmt: skip
 
     def noise(self) -> tuple[Tensor, list[torch.Generator]]:
@@ -129,40 +128,59 @@ class Request:
 def whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int, of Python's or NumPy's. Raises ValueError for other types and outside low … high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} {reprlib.repr(value)}: give a whole number")
+        raise ValueError(f"{name} {shown(value)}: give a whole number")
     value = int(value)
     if value.bit_length() > 63:
-        raise ValueError(f"{name} {reprlib.repr(value)[:50]}: give a whole number from 0 to 2⁶³ − 1")
+        raise ValueError(f"{name} {shown(value)}: give a whole number from 0 to 2⁶³ − 1")
     if low is not None and high is not None and not low <= value <= high:
-        raise ValueError(f"{name} {reprlib.repr(value)}: it must be at least {low} and at most {high:,}")
+        raise ValueError(f"{name} {shown(value)}: it must be at least {low} and at most {high:,}")
     return value
 
 
 def number(name: str, value: object) -> float:
     """`value` as a float. Raises ValueError for other types; NaN and infinity have no rule here."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} {reprlib.repr(value)}: give a number")
+        raise ValueError(f"{name} {shown(value)}: give a number")
     try:
         return float(value)
     except OverflowError:
         return math.inf
 
 
+def choose(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """`value`, if it is one of these. Raises ValueError if not."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} {shown(value)}: choose {', '.join(choices)}")
+    return value
+
+
+def check_functions(callback: object, progress: object, solver: object) -> None:
+    """Raises ValueError where what is to be called cannot be, or `progress` is no yes or no."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback {shown(callback)}: give a function of (step, t, latents), or None")
+    if not callable(solver):
+        raise ValueError(f"solver {shown(solver)}: give a function such as sampler.euler_sample")
+    if not isinstance(progress, (bool, int)):
+        raise ValueError(f"progress {shown(progress)}: give True or False")
+
+
 def check_texts(name: str, texts: object, count: int | None) -> tuple[str, ...]:
     """A string (`count` times) or a list of `count` strings, as a tuple. Raises ValueError for anything else."""
     listed = (texts,) * (count or 1) if isinstance(texts, str) else texts
+    if isinstance(listed, (list, tuple)) and len(listed) > MOST_VIDEOS:
+        raise ValueError(f"{name}: a list of {len(listed):,}; give at most {MOST_VIDEOS:,} at once")
     rule = "at least one string" if count is None else f"{count}, one for each prompt"
     if not isinstance(listed, (list, tuple)) or not listed or len(listed) != (count or len(listed)):
-        raise ValueError(f"{name} {reprlib.repr(texts)}: give one string, or a list of {rule}")
+        raise ValueError(f"{name} {shown(texts)}: give one string, or a list of {rule}")
     for text in listed:
         if not isinstance(text, str):
-            raise ValueError(f"{name} {reprlib.repr(text)}: give one string, or a list of {rule}")
+            raise ValueError(f"{name} {shown(text)}: give one string, or a list of {rule}")
         if len(text) > LONGEST_PROMPT:
             raise ValueError(
                 f"{name} of {len(text)} characters: give at most {LONGEST_PROMPT}; a few hundred tokens are read"
             )
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{name} {reprlib.repr(text)}: it is not Unicode text; encode it as UTF-8")
+            raise ValueError(f"{name} {shown(text)}: it is not Unicode text; encode it as UTF-8")
     return tuple(listed)
 
 
@@ -267,14 +285,10 @@ def choose_rope_scale(
     """What positions (T, H, W) are divided by: as requested, the checkpoint's, or by size. Raises ValueError."""
     scale = (configured or scale_for_size(height, width)) if requested is None else requested
     if not isinstance(scale, (list, tuple)) or len(scale) != 3:
-        raise ValueError(
-            f"rope_scale {reprlib.repr(scale)}: give three positive numbers for T, H, W, such as (1, 2, 2)"
-        )
+        raise ValueError(f"rope_scale {shown(scale)}: give three positive numbers for T, H, W, such as (1, 2, 2)")
     T, H, W = (number("rope_scale", factor) for factor in scale)
     if not all(0 < factor <= 1e6 for factor in (T, H, W)):
-        raise ValueError(
-            f"rope_scale {reprlib.repr(scale)}: give three positive numbers up to a million, such as (1, 2, 2)"
-        )
+        raise ValueError(f"rope_scale {shown(scale)}: give three positive numbers up to a million, such as (1, 2, 2)")
     return T, H, W
 
 
@@ -282,10 +296,11 @@ def check_latents(latents: object, shape: tuple[int, ...]) -> Tensor:
     """Given noise as float32 of that shape, (B, T, h, w, 16). Raises ValueError for anything else."""
     try:
         given = torch.as_tensor(latents)
+        given_shape = tuple(given.shape)  # which a nested tensor lacks
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"latents {reprlib.repr(latents)}: give a tensor {shape}, such as torch.randn's") from error
-    if tuple(given.shape) != shape or given.layout != torch.strided or given.is_complex():
-        raise ValueError(f"latents {tuple(given.shape)}: this prompt and size need {shape}, (B, T, H/8, W/8, 16)")
-    if given.is_meta or not torch.isfinite(given).all():
+        raise ValueError(f"latents {shown(latents)}: give a tensor {shape}, such as torch.randn's") from error
+    if given_shape != shape or given.layout != torch.strided or given.is_complex():
+        raise ValueError(f"latents {shown(given_shape)}: this prompt and size need {shape}, (B, T, H/8, W/8, 16)")
+    if given.is_meta or not torch.isfinite(given.float()).all():
         raise ValueError("the given latents contain NaN or infinity: give finite numbers, such as torch.randn's")
     return given.float()

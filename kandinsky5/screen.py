@@ -4,6 +4,7 @@ A terminal may be closed, full, or gone (`| head`), a service has none, and some
 """
 
 import itertools
+import reprlib
 import sys
 import warnings
 from collections.abc import Collection
@@ -65,6 +66,14 @@ def printable(text: object, most: int = 1500) -> str:
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Any value as a part of an error's line; its own repr may be long, of many lines, or fail."""
+    try:
+        return printable(reprlib.repr(value), most)
+    except Exception:
+        return f"of type {type(value).__name__}"
 
 
 def listed(names: Collection[str], most: int = 6) -> str:

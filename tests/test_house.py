@@ -53,6 +53,7 @@ MAY_IMPORT = {
     # Step skipping and LoRA are extras, which are imported only where they are asked for.
     "request": {
         "config",
+        "screen",
         "rope",
         "sampler",
         "text_encoder",

@@ -1,15 +1,20 @@
 """What a request says when nothing is asked, and what is refused, in one line, before any model works."""
 
+import io
 import sys
+from collections import deque
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kandinsky5.config import PRESETS
-from kandinsky5.request import Request
+from kandinsky5.request import Request, check_functions
 from random_weights import SMALL, SMALL_DIT, SMALL_NABLA, build_small_pipeline
 
 PIXELS = torch.zeros(32, 48, 3, dtype=torch.uint8)
@@ -87,6 +92,72 @@ def test_what_cannot_be_is_refused_in_one_line(name, value):
     with pytest.raises(ValueError) as caught:
         resolve(**{name: value})
     assert "\n" not in str(caught.value) and 0 < len(str(caught.value)) < 400
+
+
+class Broken:
+    """A value of which nothing can be known."""
+
+    def __repr__(self):
+        raise RuntimeError("no\nrepr")
+
+    __array__ = __iter__ = __bool__ = __repr__
+
+
+class Tall(int):
+    """An int of one's own is an int."""
+
+
+itself: list = []
+itself.append(itself)
+ODD = [
+    HUGE, -HUGE, 10**400, 2**63, -1, 0, 0.0, -0.0, 1e308, 5e-324, np.nan, np.inf, True, False, "", " ", "32",
+    "\ud800", "a\0b", "\x1b]0;x\x07", "x" * 200_000, b"a", bytearray(b"a"), memoryview(b"a"), [], [1], [[1]], (1, 2),
+    [None], itself, {}, {1: 2}, {1}, range(3), iter([1]), torch.tensor(32), torch.tensor([1, 2]), torch.empty(0),
+    torch.empty(2, device="meta"), torch.eye(3).to_sparse(), torch.zeros(2, dtype=torch.complex64),
+    torch.tensor([True]), torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+    torch.zeros(1, 2, 4, 6, 16).to(torch.float8_e4m3fn), torch.zeros(1, 2, 4, 6, 16, dtype=torch.int64), np.int64(32),
+    np.uint8(1), np.float32(2.5), np.zeros(3), np.array(5), np.array([None, "a"], dtype=object),
+    np.zeros(2, dtype=[("a", "i4")]), np.ma.masked_array([1, 2], [0, 1]), np.datetime64("2020-01-01"), np.bool_(True),
+    1j, Decimal("5"), Decimal("nan"), Fraction(1, 3), Broken(), [Broken()], Tall(32), int, len, sys, object(), ...,
+    slice(1), ValueError("a\nb"), Path("/dev/zero"), io.StringIO("x"), io.BytesIO(b"x"), torch.device("cpu"),
+    torch.float32, torch.nn.Linear(1, 1), deque(["a"]), ["a"] * 100_000, ("1",) * 3, [HUGE] * 3, [np.nan] * 3,
+    [torch.ones(1)] * 3, Image.new("F", (4, 4)), Image.new("RGB", (0, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "max_sequence_length"])
+def test_hundreds_of_odd_values_are_taken_or_refused_in_one_line(name):
+    refused = 0
+    for value in ODD:
+        try:
+            resolve(**{name: value})
+        except ValueError as error:
+            refused += 1
+            assert str(error).isprintable() and 0 < len(str(error)) < 400
+    assert refused > len(ODD) / 2
+
+
+@pytest.mark.parametrize("value", [value for value in ODD if not callable(value) and value is not None])
+def test_what_is_no_function_is_refused_in_one_line(value):
+    for wrong in ({"callback": value}, {"solver": value}):
+        with pytest.raises(ValueError) as error:
+            check_functions(**{"callback": None, "progress": True, "solver": len} | wrong)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_a_solver_returns_latents_of_the_noises_shape():
+    pipe = build_small_pipeline()
+    for solver in (lambda *a: None, lambda *a: a[1][:, :1]):
+        with pytest.raises(ValueError, match="solver returned") as error:
+            pipe("a fox", progress=False, solver=solver)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_ten_thousand_videos_are_the_most():
+    with pytest.raises(ValueError, match="10,000"):
+        resolve(["a"] * 10_001)
+    with pytest.raises(ValueError, match="num_videos_per_prompt 5001"):
+        resolve(["a", "b"], num_videos_per_prompt=5001)
 
 
 def test_images_of_two_shapes_need_a_size():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kandinsky5.config_file import from_json
 from kandinsky5.dit import DiT
 from kandinsky5.files import read_json
+from kandinsky5.screen import printable, shown
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m kandinsky5.extras.magcache CHECKPOINT --prompts FILE -o RATIOS.json"
@@ -95,7 +96,8 @@ def load(path: str | Path) -> StepSkipping:
     try:
         return from_json(StepSkipping, read_json(path, most=10**6))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read ratios from {path} ({error}): give a file that `{COMMAND}` wrote") from error
+        reason, name = printable(error, 100), printable(path, 100)
+        raise ValueError(f"cannot read ratios from {name} ({reason}): give a file of `{COMMAND}`") from error
 
 
 def skip_steps(dit: DiT, skips: Sequence[tuple[bool, ...]], together: bool) -> DiT:
@@ -155,5 +157,5 @@ def _find(skipping: Literal[True] | str | Path | dict | StepSkipping, model: str
         except ValueError as error:
             raise ValueError(f"step_skipping: {error}; give what a file of `{COMMAND}` holds") from error
     if not isinstance(skipping, StepSkipping):
-        raise ValueError(f"step_skipping {skipping!r}: give True, a file of `{COMMAND}`, or the ratios in it")
+        raise ValueError(f"step_skipping {shown(skipping)}: give True, a file of `{COMMAND}`, or the ratios in it")
     return skipping
