@@ -26,6 +26,7 @@ types: ## check the types of kandinsky5 and weights_convert with mypy
 goldens: ## recompute the references' results in tests/data: the same bytes (extra `parity`)
 	$(PYTHON) tests/parity/make_goldens.py
 	PYTHONPATH=tests $(PYTHON) tests/parity/make_tokenizer_goldens.py
+	PYTHONPATH=.:tests $(PYTHON) tests/parity/make_vision_goldens.py
 
 benchmarks: ## compare with diffusers, into benchmarks/results; slow, needs the machine for itself (extra `parity`)
 	$(PYTHON) benchmarks/compare.py

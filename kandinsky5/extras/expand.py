@@ -128,6 +128,8 @@ def expand(
         awake(*models),
     ):
         start = read_chats(text_encoder, [BEFORE + text + AFTER for text in texts], images or [])
+        if start[0].is_meta:
+            raise ValueError("device meta: it has shapes and no words, so it cannot expand; choose cpu or cuda")
         for word in itertools.islice(generate(qwen, head, *start), MOST_WORDS):
             for row, token in zip(rows, word.tolist(), strict=True):
                 row.append(token)
