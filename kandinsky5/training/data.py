@@ -110,7 +110,7 @@ class Clips:
         share outside [0, 1).
         """
         if not 0 <= share < 1:
-            raise ValueError(f"--hold-out {share:.0%}: give a share from 0 to 99%, so that some are left to train on")
+            raise ValueError(f"--hold-out {share:.0%}: give a share from 0 to 99%, as some must be left to train on")
         files = sorted({clip.content for clip in self.clips})
         count = min(max(round(share * len(files)), 1), len(files) - 1) if share > 0 else 0
         held = set(files[:count])
