@@ -23,7 +23,7 @@ from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.files import new_folder, write_text
 from kandinsky5.nano import presets, world
-from kandinsky5.nano.evaluate import JUDGE_SEED, SETS, format_table
+from kandinsky5.nano.evaluate import DEFAULT_SETS, JUDGE_SEED, format_table
 from kandinsky5.nano.stages import is_checkpoint, load_vae
 from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.nano.world import CANVAS
@@ -257,7 +257,7 @@ def _command(name: str, settings: dict) -> list[str]:
             command += [option, str(settings[setting])]
     if settings["full_attention"]:
         command.append("--full-attention")
-    if settings["sets"] != list(SETS):
+    if settings["sets"] != list(DEFAULT_SETS):
         command += ["--sets", *settings["sets"]]
     return command
 
