@@ -1,12 +1,21 @@
 """Fine-tuning from a folder of clips: what is trained, exactly resumed, held out, written, and refused."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import ROOT
 from kandinsky5 import Pipeline, video_io
 from kandinsky5.extras import lora
-from kandinsky5.training import state
+from kandinsky5.training import loop, state
 from kandinsky5.training.clip_loss import Conditioning, clip_loss, held_out_loss
 from kandinsky5.training.data import Clips
 from kandinsky5.training.finetune import finetune, main
@@ -141,7 +150,7 @@ def test_checking_writes_nothing(run, capsys):
         (["--full", "--quantize", "int8"], "leave one of them out"),
         (["--learning-rate", "0"], "--learning-rate is above 0"),
         (["--steps", "0"], "--steps 0: give at least 1"),
-        (["--hold-out", "100%"], "some must be left"),
+        (["--hold-out", "100%"], "--hold-out 100%"),
         (["--first-frames", "2"], "--first-frames 2: give a share"),
         (["--sizes", "32"], "no size"),
         (["--prompts", "nothing.txt"], "nothing.txt is missing"),
@@ -166,6 +175,50 @@ def test_a_lora_is_no_checkpoint_to_start_from(run, clips, tmp_path, capsys):
     made = run() / "lora.safetensors"
     assert main([str(made), "--clips", str(clips), "--to", str(tmp_path / "other")]) == 2
     assert "is a LoRA and no checkpoint" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.stages
+def test_killed_at_random_moments_it_ends_at_the_same_bytes(checkpoint, clips, tmp_path):
+    """By SIGKILL and SIGTERM in turn, while caching or training; the next run starts where the last one saved."""
+
+    def run(to, seconds=None, how=signal.SIGKILL):
+        command = [sys.executable, "-m", "kandinsky5.training.finetune", checkpoint, "--clips", clips]
+        command += ["--to", tmp_path / to, "--steps", "150", "--rank", "4", "--accumulate", "2", "--dtype", "float32"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([str(c) for c in command], env=environment, stderr=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        if process.poll() is None:
+            process.send_signal(how)
+        process.communicate()
+        return process.returncode
+
+    start = time.monotonic()
+    assert run("whole") == 0
+    random, whole = np.random.default_rng(0), time.monotonic() - start
+    codes = [run("parts", random.uniform(0.3, 0.8) * whole, (signal.SIGKILL, signal.SIGTERM)[i % 2]) for i in range(20)]
+    assert run("parts") == 0 and set(codes) & {-signal.SIGKILL} and set(codes) & {130}
+    files = [tmp_path / to / "lora.safetensors" for to in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_interrupted_run_saves_its_last_step(run, monkeypatch):
+    """SIGTERM in the middle of a step: that step is finished, and the next run begins behind it."""
+    taken = loop._take_step
+
+    def interrupt(current, loss):
+        if current.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken(current, loss)
+
+    monkeypatch.setattr(loop, "_take_step", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(to="parts")
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(loop, "_take_step", taken)
+    assert state.load_progress(run(to="parts"))[0] == 4
+    assert (run(to="whole") / "lora.safetensors").read_bytes() == (run(to="parts") / "lora.safetensors").read_bytes()
 
 
 # --- the loss

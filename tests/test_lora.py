@@ -1,5 +1,6 @@
 """LoRA: what is added beside the Linears is the formula, comes off again, and goes with every way to run a model."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
 from kandinsky5.runtime import fast, kernels
 from kandinsky5.runtime.compile import compile_models
+from kandinsky5.runtime.quantize import to_float, to_int8
+from kandinsky5.training.modes import training_precision
 from kandinsky5.vae import VAE
 from random_weights import SMALL_DIT, SMALL_VAE, build_small_pipeline, randomise, relative_error, save_small_checkpoint
 from weights_convert.lora import LAYOUTS, convert
@@ -109,15 +112,32 @@ def test_fast_forms_and_kernels_go_with_it(dit):
 
 
 def test_float32_layers_are_updated_in_float32(dit):
-    """Next to a bf16 Linear the factors are bf16, next to a modulation float32, and its output stays so."""
+    """Next to a modulation the factors are not rounded, also under autocast; next to a bf16 Linear all is bf16."""
+    linear, name = dit.visual_blocks[0].modulation.linear, "visual_blocks.0.modulation.linear"
+    made = random_lora(dit, modules=r"visual_blocks\.0\.(modulation|self_attention)")
+    A, B = (made.state_dict()[f"{name}.{half}"].clone() for half in "AB")
+    x = torch.randn(2, 32)
+    expected = linear(x) + 0.5 * x @ A.T @ B.T
     dit.to(torch.bfloat16)
-    lora.add(dit, random_lora(dit, modules=r"visual_blocks\.0\.(modulation|self_attention)"))
-    outputs = {}
-    block = dit.visual_blocks[0]
-    for name, module in {"modulation": block.modulation.linear, "to_q": block.self_attention.to_q}.items():
-        module.register_forward_hook(lambda module, x, out, name=name: outputs.update({name: out.dtype}))
-    run(dit, torch.bfloat16)
-    assert outputs == {"modulation": torch.float32, "to_q": torch.bfloat16}
+    lora.add(dit, made)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+    with training_precision(dit), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+    assert dit.visual_blocks[0].self_attention.to_q(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_linears_are_updated_too(dit, dtype):
+    """The same as next to the weights that int8 stands for, which are not merged into."""
+    to_int8(dit)
+    rounded = to_float(copy.deepcopy(dit), torch.float32)
+    made = random_lora(dit)
+    expected = run(updated_by_hand(rounded, made, 1))
+    dit.to(dtype)
+    lora.add(dit, made)
+    assert relative_error(run(dit, dtype).float(), expected) < {torch.float32: 2e-5, torch.bfloat16: 5e-2}[dtype]
+    with pytest.raises(ValueError, match="offloaded or quantised"):
+        lora.merge(dit, made)
 
 
 @pytest.mark.compiled

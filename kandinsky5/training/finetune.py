@@ -10,6 +10,7 @@ captions are encoded once into a cache. The same command resumes an interrupted 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import re
 import shlex
 import sys
@@ -39,6 +40,7 @@ from kandinsky5.training.loop import train
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.previews import Previews, read_prompts
 from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.state import write_events
 from kandinsky5.training.validation import plot_by_flow_time
 from kandinsky5.vae import VAE
 
@@ -113,6 +115,8 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ValueError(f"--first-frames {options.first_frames:g}: {config.name} makes videos from a prompt alone")
     if options.full and options.quantize:
         raise ValueError("--full trains the weights themselves, which --quantize would round: leave one of them out")
+    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard: the library is not installed; pip install tensorboard, or leave it out")
     if options.alpha is not None and not options.alpha > 0:
         raise ValueError(f"--alpha {options.alpha:g}: updates are scaled by alpha / rank, so it is above 0")
     if options.prompts and "t2v" not in config.tasks:
@@ -260,11 +264,18 @@ def train_all(job: Job, pipe: Pipeline, training: Clips, held: Clips, previews: 
 
 
 def validate(dit: DiT, job: Job, held: Clips) -> dict[str, float]:
-    """The loss of held-out clips; {} without any. Those before are drawn as held_out.png, by flow time."""
+    """The loss of held-out clips; {} without any. Those before are drawn, and with --tensorboard all that is logged."""
+    draw_curves(job.options)
     if not held.clips:
         return {}
-    plot_by_flow_time(job.options.to / "samples.csv", job.options.to / "held_out.png")
     return held_out_loss(dit, held, job.conditioning, job.options.seed)
+
+
+def draw_curves(options: argparse.Namespace) -> None:
+    """held_out.png, the loss of held-out clips by flow time, and TensorBoard's events if they are wanted."""
+    plot_by_flow_time(options.to / "samples.csv", options.to / "held_out.png")
+    for name in ("loss", "samples") if options.tensorboard else ():
+        write_events(options.to / f"{name}.csv", options.to / "events" / name)
 
 
 def load_float32(job: Job) -> DiT:
@@ -300,7 +311,7 @@ def finish(job: Job, model: nn.Module) -> None:
     options = job.options
     if options.stop_after and options.stop_after < options.steps:
         return
-    plot_by_flow_time(options.to / "samples.csv", options.to / "held_out.png")
+    draw_curves(options)
     said = {
         "base": job.config.name,
         "base_fingerprint": checkpoint.fingerprint(job.folder),
@@ -400,7 +411,7 @@ def _add_watching(group) -> None:
     add("--prompts", type=Path, metavar="FILE", help="one per line, for samples (default: captions of held-out clips)")
     add("--sample-every", type=int, default=250, metavar="N", help="steps between samples (default: 250)")
     add("--sample-steps", type=int, metavar="N", help="of sampling (default: the checkpoint's)")
-    add("--tensorboard", action="store_true", help="write events for TensorBoard as well, if it is installed")
+    add("--tensorboard", action="store_true", help="write events for TensorBoard too; needs pip install tensorboard")
     add("--export", action="store_true", help="write the LoRA in the authors' and diffusers' layouts as well")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import hashlib
 import pickle
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -235,6 +236,20 @@ def plot_losses(path: Path, image: Path) -> None:
             axes.set_yscale("log")
     with replacing(image) as temporary:
         figure.savefig(temporary, dpi=80)
+
+
+def write_events(path: Path, folder: Path) -> None:
+    """A log as TensorBoard's events in a new `folder`; nothing without the library (`pip install tensorboard`)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as writer:
+        for row in read_rows(path):
+            for name, value in row.items():
+                if name != "step" and value:
+                    writer.add_scalar(name, float(value), int(row["step"]))
 
 
 def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
