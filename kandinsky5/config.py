@@ -278,26 +278,18 @@ def build_preset(name: str, dit: DiTConfig, P: float | None = None, **sampling) 
 
 def build_image_preset(name: str) -> PipelineConfig:
     """The same for Lite's images: "t2i-…" from a prompt, "i2i-…" edits an image."""
-    text = TextConfig(template=IMAGE_TEMPLATE, dropped_tokens=41, max_tokens=512)
-    if name.startswith("i2i"):
+    text, edits = TextConfig(template=IMAGE_TEMPLATE, dropped_tokens=41, max_tokens=512), name.startswith("i2i")
+    if edits:
         text = TextConfig(template=EDIT_TEMPLATE, dropped_tokens=55, dropped_from_prompt=3, max_tokens=512)
     return PipelineConfig(
-        name=name,
-        tasks=(name[:3],),
-        dit=replace(IMAGE, visual_cond=name.startswith("i2i")),
-        vae=FLUX,
-        text=text,
+        name=name, tasks=(name[:3],), dit=replace(IMAGE, visual_cond=edits), vae=FLUX, text=text,
+        qwen_vision=QwenVisionConfig() if edits else None,
         sampling=SamplingConfig(
-            guidance_scale=3.5,
-            shift=3.0,
-            height=1024,
-            width=1024,
-            num_frames=1,
-            rope_scale=(1.0, 1.0, 1.0),
+            guidance_scale=3.5, shift=3.0, height=1024, width=1024, num_frames=1, rope_scale=(1.0, 1.0, 1.0),
             sizes=((1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896)),
             negative_prompt="",
         ),
-    )
+    )  # fmt: skip
 
 
 _LONG = {"num_frames": 241, "shift": 10.0}
@@ -330,8 +322,7 @@ PRESETS: dict[str, PipelineConfig] = {
         build_preset("i2v-pro-sft-5s-hd", PRO, P=0.8, **HD),
         build_preset("i2v-pro-distilled-5s-sd", PRO, **_DISTILLED),
         build_preset("i2v-pro-distilled-5s-hd", PRO, P=0.8, **_DISTILLED, **HD),
-        build_image_preset("t2i-lite-sft"),
-        build_image_preset("t2i-lite-pretrain"),
+        *(build_image_preset(f"{task}-lite-{stage}") for task in ("t2i", "i2i") for stage in ("sft", "pretrain")),
     )
 }
 

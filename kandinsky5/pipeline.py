@@ -28,6 +28,7 @@ from kandinsky5.runtime.loading import load_models
 from kandinsky5.runtime.offload import awake, check_mode, find_place
 from kandinsky5.sampler import (
     Callback,
+    build_condition,
     check_finite,
     euler_sample,
     guided_velocity,
@@ -166,8 +167,8 @@ class Pipeline:
             self._check_memory((request.batch, *request.latent_shape), request.output_type)
             features = self.encode_text(request, progress)
             noise, generators = request.noise()
-            first_frame = self.encode_image(request, generators)
-            latents = self.sample(request, features, noise, first_frame, callback, progress, solver)
+            image = self.encode_image(request, generators)
+            latents = self.sample(request, features, noise, image, callback, progress, solver)
             if request.output_type == "latents":
                 return _to_cpu(latents)
             return self.decode(latents, request.output_type, progress)
@@ -204,14 +205,20 @@ class Pipeline:
         """Features of the B prompts and, with guidance, of the B negative ones after them: text (2B, S, dim)."""
         start = "".join(one.before_prompt for one in self.loras)
         texts = [*(start + prompt for prompt in request.prompts), *(request.negative_prompts if request.guided else ())]
-        models = self.text_encoder.qwen, self.text_encoder.clip
+        seen = [*(request.qwen_images or ())]
+        seen *= len(texts) // max(len(seen), 1)  # each with its prompt, and again with its negative one
+        encoder = self.text_encoder
+        models = (encoder.qwen, encoder.clip, *([encoder.vision] if encoder.vision and seen else []))
         with bar(len(texts), "encoding", "text", show=progress) as shown, awake(*models):
-            features = self.text_encoder.encode(texts, request.max_sequence_length, request.num_frames == 1)
+            features = encoder.encode(texts, request.max_sequence_length, request.num_frames == 1, seen or None)
             shown.update(len(texts))
         return features.repeat(request.num_videos_per_prompt)
 
     def encode_image(self, request: Request, generators: list[torch.Generator]) -> Tensor | None:
-        """The clean first latent frame of each video, (B, 1, H/8, W/8, 16) float32; None without images."""
+        """Clean latents of the images: each video's first frame, or the source of each edit; None without images.
+
+        (B, 1, H/8, W/8, 16) float32.
+        """
         if request.images is None:
             return None
         device, dtype = find_place(self.vae)
@@ -227,16 +234,17 @@ class Pipeline:
         return (z * self.config.vae.scaling_factor).permute(0, 2, 3, 4, 1)
 
     def sample(
-        self, request: Request, features: TextFeatures, noise: Tensor, first_frame: Tensor | None = None,
+        self, request: Request, features: TextFeatures, noise: Tensor, image: Tensor | None = None,
         callback: Callback | None = None, progress: bool = False, solver: Solver = euler_sample,
     ) -> Tensor:  # fmt: skip
-        """Noise (B, T, h, w, 16) → latents (B, T, h, w, 16), float32 on the device.
+        """Noise (B, T, h, w, 16) → latents (B, T, h, w, 16), float32 on the device. image: what `encode_image` gives.
 
         Raises ValueError for NaN, and for what a callback may not return.
         """
         device, dtype = find_place(self.dit)
-        noise = noise.to(device)
-        condition = self.build_condition(noise, first_frame)
+        config, noise = self.config, noise.to(device)
+        condition = build_condition(noise, image, config.dit.input_channels - noise.shape[-1], config.edits)
+        first_frame = None if config.edits else image
         # With guidance a step asks for 2B velocities. Short passes go as one, which saves the time of starting each
         # operation but masks the padding of the shorter prompts; long ones go as two of B. The values are the same.
         together = request.guided and noise[..., 0].numel() < ONE_PASS
@@ -262,21 +270,9 @@ class Pipeline:
             latents = solver(velocity, noise, request.times, first_frame, after_step)
         if not isinstance(latents, Tensor) or latents.shape != noise.shape:
             raise ValueError(f"the solver returned {shown(latents)}: it must return latents {tuple(noise.shape)}")
-        if first_frame is not None and self.config.sampling.normalise_first_frames:
+        if first_frame is not None and config.sampling.normalise_first_frames:
             latents = normalise_first_frames(latents)
         return latents
-
-    def build_condition(self, latents: Tensor, first_frame: Tensor | None) -> Tensor:
-        """The channels next to the latents: zeros, and a mask that is 1 where frame 0 is given. (B, T, h, w, 17)
-
-        checkpoint: the conditioning latents are zeros for image-to-video too; the image is in the latents
-        themselves. A DiT without visual_cond gets no such channels.
-        """
-        extra = self.config.dit.input_channels - self.config.dit.in_channels  # 17 or 0
-        condition = latents.new_zeros(*latents.shape[:-1], extra)
-        if first_frame is not None and extra:
-            condition[:, :1, ..., -1] = 1
-        return condition
 
     def predict(
         self, x: Tensor, features: TextFeatures, t: Tensor, rope_scale: tuple, dit: DiT | None = None

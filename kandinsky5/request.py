@@ -32,7 +32,8 @@ class Request:
 
     prompts: tuple[str, ...]  # P
     negative_prompts: tuple[str, ...]  # P
-    images: tuple[Tensor, ...] | None  # P or 1, each uint8 (height, width, 3); frame 0 of the videos
+    images: tuple[Tensor, ...] | None  # P or 1, each uint8 (height, width, 3): frame 0 of videos, or what to edit
+    qwen_images: tuple[Tensor, ...] | None  # for editing the whole images at half their sides, which Qwen sees
     height: int
     width: int
     num_frames: int
@@ -85,6 +86,7 @@ class Request:
         images = read_images(image, count)
         check_task(config, images is not None)
         height, width = choose_size(config, images, height, width)
+        fit = video_io.cover_size if config.edits else video_io.resize_image
         num_frames = whole("num_frames", sampling.num_frames if num_frames is None else num_frames)
         check_size(config, height, width, num_frames)
         steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -100,7 +102,8 @@ class Request:
         return cls(
             prompts=prompts,
             negative_prompts=check_texts("negative_prompt", negative, count),
-            images=images and tuple(video_io.resize_image(one, height, width) for one in images),
+            images=images and tuple(fit(one, height, width) for one in images),
+            qwen_images=images and config.edits and tuple(map(video_io.halve_image, images)) or None,
             height=height, width=width, num_frames=num_frames,
             times=sampler.flow_schedule(steps, shift, choose("schedule", schedule, sampler.RULES)),
             guidance_scale=guidance, shift=shift, schedule=schedule,
@@ -203,6 +206,8 @@ def check_task(config: PipelineConfig, has_image: bool) -> None:
             f"{config.name} makes {what} from an image and a prompt: give an image (--image), or use a t{ends} "
             "checkpoint"
         )
+    if config.edits and config.qwen_vision is None:
+        raise ValueError(f"{config.name} has no eyes for the image: convert it again with --with-vision")
     if has_image and f"i{ends}" not in config.tasks:
         raise ValueError(
             f"{config.name} makes {what} from a prompt alone: leave the image out, or use an i{ends} checkpoint"

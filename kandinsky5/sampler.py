@@ -76,6 +76,22 @@ def _with_first_frame(x: Tensor, first_frame: Tensor | None) -> Tensor:
     return x if first_frame is None else torch.cat([first_frame, x[:, 1:]], dim=1)
 
 
+def build_condition(latents: Tensor, image: Tensor | None, channels: int, edits: bool) -> Tensor:
+    """The channels next to noisy latents (B, T, h, w, 16): conditioning latents, and a mask. (B, T, h, w, 17)
+
+    image: clean latents (B, 1, h, w, 16), or None; channels: 17, or 0 for a DiT that has none.
+    Editing (`edits`) has the source image there, under a mask of 1, and sampling never changes it.
+    checkpoint: image-to-video has zeros there, as text-to-video has: its image is in the latents themselves, and the
+    mask is 1 where frame 0 is given.
+    """
+    condition = latents.new_zeros(*latents.shape[:-1], channels)
+    if image is not None and channels:
+        condition[:, :1, ..., -1] = 1
+        if edits:
+            condition[..., :-1] = image
+    return condition
+
+
 def normalise_first_frames(latents: Tensor, count: int = 4, reference: int = 5) -> Tensor:
     """Move the statistics of the first frames towards those of the frames after them; image-to-video only.
 

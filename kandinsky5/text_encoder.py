@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
         ids = [self.qwen_ids(prompt, most, one_frame, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         lengths = torch.tensor([len(i) for i in ids]) - dropped
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
-        common = min(len(os.path.commonprefix(ids)), dropped)
+        common = min(len(os.path.commonprefix(ids)), dropped - self.config.dropped_from_prompt)
         cache: Cache = {}
         if common:
             self.qwen(torch.tensor([ids[0][:common]], device=device), cache=cache)
@@ -139,21 +139,14 @@ class TextEncoder(nn.Module):
     ) -> list[int]:
         """Token ids of the template with the prompt in it, cut to `max_sequence_length` after the dropped ones.
 
-        grids: rows and columns of the template's images. An image behind the prompt stays, and the prompt is cut.
-        Raises ValueError where an image takes all of the length.
+        grids: rows and columns of the template's images, which stand behind the prompt: it is cut, and they stay.
         """
         template, dropped = self.template(one_frame)
         ids = self.place_images(self.qwen_tokenizer.encode(template.replace("{}", prompt)), grids)
         if not grids:
             return ids[: dropped + max_sequence_length]
         end = ids.index(self.image_token) - 1  # <|vision_start|>
-        cut = max(len(ids) - dropped - max_sequence_length, 0)
-        if end - cut < dropped:
-            raise ValueError(
-                f"the image takes {len(ids) - end} tokens of Qwen's, which reads {max_sequence_length} of prompt and "
-                "image: make it smaller (--height, --width), or raise max_sequence_length"
-            )
-        return ids[: end - cut] + ids[end:]
+        return ids[: min(end, dropped + max_sequence_length)] + ids[end:]
 
     def place_images(self, ids: list[int], grids: Sequence[tuple[int, int]]) -> list[int]:
         """`ids` with each image token as often as its image has tokens.

@@ -76,6 +76,20 @@ def resize_image(image: torch.Tensor | np.ndarray, height: int, width: int) -> t
     return rearrange(pixels, "1 C H W -> H W C")
 
 
+def cover_size(image: torch.Tensor | np.ndarray, height: int, width: int) -> torch.Tensor:
+    """uint8 (H, W, 3) -> uint8 (height, width, 3): resized until it covers that, and the middle of it."""
+    factor = max(height / image.shape[0], width / image.shape[1])
+    tall, wide = (round(side * factor) for side in image.shape[:2])
+    covering = resize_image(image, max(tall, height), max(wide, width))
+    top, left = (covering.shape[0] - height) // 2, (covering.shape[1] - width) // 2
+    return covering[top : top + height, left : left + width]
+
+
+def halve_image(image: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> uint8 (H/2, W/2, 3), at least one pixel."""
+    return resize_image(image, max(image.shape[0] // 2, 1), max(image.shape[1] // 2, 1))
+
+
 def from_uint8(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
     """uint8 (B, F, H, W, 3) -> the VAE's float32 (B, 3, F, H, W) in [-1, 1]."""
     video = torch.as_tensor(frames).float() / 255 * 2 - 1

@@ -1,6 +1,7 @@
 """What is compared with the references of the image models, as cases.py does for videos: inputs, and our computation.
 
-The cases serve live (tests/parity/test_images.py), as stored results and with mistakes built in (tests/test_images.py).
+The cases serve live (tests/parity/test_image_parity.py), as stored results, and with mistakes built in
+(tests/test_images.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from kandinsky5.config import PipelineConfig, Tiling
 
 ROPE_SCALE = (1.0, 1.0, 1.0)
 SIZE = dict(height=48, width=32)
-SAMPLING = dict(num_inference_steps=3, guidance_scale=3.5, **SIZE)
+SAMPLING = dict(num_inference_steps=3, guidance_scale=3.5)
+# Half of it is a size that Qwen's image processor leaves alone: what resizing gives may differ by a level.
+EDITED = dict(height=112, width=224)
 SEED = 11
 
 
@@ -38,6 +41,7 @@ def build_inputs(config: PipelineConfig) -> dict[str, dict[str, Tensor]]:
         "vae_decode": {"z": noise(2, channels, 5, 3)},
         "vae_decode_tiled": {"z": noise(1, channels, 9, 5)},
         "t2i": {"latents": noise(2, 1, 6, 4, channels)},
+        "i2i": {"image": torch.from_numpy(generator.randint(0, 256, (*EDITED.values(), 3), dtype=np.uint8))},
     }
 
 
@@ -57,8 +61,18 @@ def _decode(tiling: Tiling) -> Callable[[Pipeline, Tensor], Tensor]:
 def _t2i(pipe: Pipeline, latents: Tensor) -> Tensor:
     """Two prompts of unequal length in one batch; the references run each alone. Images (B, H, W, 3)."""
     images = pipe(
-        PROMPTS[:2], shift=3.0, schedule="diffusers", latents=latents, output_type="float", progress=False, **SAMPLING
-    )
+        PROMPTS[:2], shift=3.0, schedule="diffusers", latents=latents, output_type="float", progress=False,
+        **SIZE, **SAMPLING,
+    )  # fmt: skip
+    return images[:, 0]
+
+
+def _i2i(pipe: Pipeline, image: Tensor) -> Tensor:
+    """The same image edited by two prompts of unequal length in one batch, from seeds SEED and SEED + 1."""
+    images = pipe(
+        PROMPTS[:2], image=image, seed=SEED, shift=3.0, schedule="diffusers", output_type="float", progress=False,
+        **EDITED, **SAMPLING,
+    )  # fmt: skip
     return images[:, 0]
 
 
@@ -69,9 +83,15 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "vae_decode": _decode(Tiling()),
     "vae_decode_tiled": _decode(SPATIAL),
     "t2i": _t2i,
+    "i2i": _i2i,
 }
-IMAGES = ("t2i",)  # compared in levels of 1/255, the others by relative error
+IMAGES = ("t2i", "i2i")  # compared in levels of 1/255, the others by relative error
 LIMITS = {name: 1 / 255 if name in IMAGES else 2e-5 for name in OURS}
+
+
+def of_task(config: PipelineConfig) -> list[str]:
+    """The cases for an image checkpoint of this config."""
+    return [name for name in OURS if name not in IMAGES or name in config.tasks]
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky5.checkpoint import save_checkpoint
-from kandinsky5.clip import CLIPText
 from kandinsky5.config import (
     CLIPConfig,
     DiTConfig,
@@ -18,13 +17,10 @@ from kandinsky5.config import (
     SamplingConfig,
     VAEConfig,
 )
-from kandinsky5.dit import DiT
 from kandinsky5.pipeline import Pipeline
-from kandinsky5.qwen import Qwen
 from kandinsky5.runtime.loading import build_models
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
-from kandinsky5.vae2d import build_vae
 from tokenizer_data import tokenizer_folder
 
 SMALL_DIT = DiTConfig(
@@ -71,9 +67,9 @@ def build_small_pipeline(config: PipelineConfig = SMALL, **changes) -> Pipeline:
 def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
     """A pipeline of any size without weights: all its tensors are on the meta device, in bf16."""
     with torch.device("meta"):
-        models = [DiT(config.dit), build_vae(config.vae), Qwen(config.qwen), CLIPText(config.clip)]
-    dit, vae, qwen, clip = (model.to(torch.bfloat16).eval() for model in models)
-    return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers()))
+        models = build_models(config).values()
+    dit, vae, qwen, clip, *vision_and_head = (model.to(torch.bfloat16).eval() for model in models)
+    return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers(), *vision_and_head))
 
 
 def load_tokenizers() -> tuple[Tokenizer, Tokenizer]:

@@ -357,12 +357,12 @@ MUTATIONS = [Mutation(*row) for row in (
     ("image in [0, 1]", "i2v",
      video_io.from_uint8, " * 2 - 1", ""),
     ("mask channel not set", "i2v",
-     pipeline.Pipeline.build_condition, "condition[:, :1, ..., -1] = 1", "pass"),
+     sampler.build_condition, "condition[:, :1, ..., -1] = 1", "pass"),
     ("mask channel set in all frames", "i2v",
-     pipeline.Pipeline.build_condition, "condition[:, :1, ..., -1] = 1", "condition[..., -1] = 1"),
+     sampler.build_condition, "condition[:, :1, ..., -1] = 1", "condition[..., -1] = 1"),
     ("image also in the conditioning channels", "i2v",
-     pipeline.Pipeline.build_condition, "condition[:, :1, ..., -1] = 1",
-     "condition[:, :1, ..., -1] = 1; condition[:, :1, ..., :16] = first_frame"),
+     sampler.build_condition, "condition[:, :1, ..., -1] = 1",
+     "condition[:, :1, ..., -1] = 1; condition[:, :1, ..., :16] = image"),
 )]
 
 FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, wrong
@@ -417,7 +417,8 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("the whole template before a prompt that changes its end",
      lambda patch, folder: test_text_encoder.test_features_are_those_of_one_pass_over_template_and_prompt(
          build_small_pipeline().text_encoder, ["\na fox", "a dog"]),
-     text_encoder.TextEncoder.encode, "min(len(os.path.commonprefix(ids)), dropped)", "dropped"),
+     text_encoder.TextEncoder.encode, "min(len(os.path.commonprefix(ids)), dropped - self.config.dropped_from_prompt)",
+     "dropped"),
     ("a model that stays on the device",
      lambda patch, folder: test_offload.test_only_what_works_is_awake(save_small_checkpoint(folder / "small"), "model"),
      offload.awake, 'model.to("meta")', "pass"),

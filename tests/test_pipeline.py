@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky5 import Pipeline, pipeline
+from kandinsky5 import Pipeline, pipeline, sampler
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.request import Request
 from kandinsky5.runtime import memory
@@ -127,7 +127,7 @@ def test_image_is_the_first_frame_and_keeps_its_shape(pipe):
 
 def test_mask_marks_the_given_frame_and_conditioning_is_zero(pipe):
     latents = torch.randn(1, 3, 4, 6, 16)
-    without, given = (pipe.build_condition(latents, frame) for frame in (None, latents[:, :1]))
+    without, given = (sampler.build_condition(latents, frame, 17, False) for frame in (None, latents[:, :1]))
     assert without.shape == (1, 3, 4, 6, 17) and not without.any()
     assert (given[:, 0, ..., 16] == 1).all() and given.sum() == 4 * 6
 
@@ -323,7 +323,7 @@ def test_a_tensor_left_on_the_cpu_is_noticed():
 
 def test_presets_are_the_rows_of_spec():
     rows = {name: (p.sampling, p.dit.nabla and p.dit.nabla.P, p.sampling.rope_scale[1]) for name, p in PRESETS.items()}
-    assert len(rows) == 25
+    assert len(rows) == 27
     found = {n: (s.num_inference_steps, s.guidance_scale, s.shift, s.height, s.width, s.num_frames, scale, P)
              for n, (s, P, scale) in rows.items()}  # fmt: skip
     assert found["t2v-lite-sft-5s"] == (50, 5, 5, 512, 768, 121, 2, None)
@@ -339,7 +339,8 @@ def test_presets_are_the_rows_of_spec():
     assert found["t2v-pro-sft-10s-sd"] == (50, 5, 10, 512, 768, 241, 2, 0.9)
     assert found["t2v-pro-sft-10s-hd"] == (50, 5, 10, 768, 1280, 241, 3.16, 0.7)
     assert found["i2v-pro-sft-5s-hd"] == (50, 5, 5, 768, 1280, 121, 3.16, 0.8)
-    assert found["t2i-lite-sft"] == found["t2i-lite-pretrain"] == (50, 3.5, 3, 1024, 1024, 1, 1, None)
+    for name in ("t2i-lite-sft", "t2i-lite-pretrain", "i2i-lite-sft", "i2i-lite-pretrain"):
+        assert found[name] == (50, 3.5, 3, 1024, 1024, 1, 1, None)
     for length in ("5s-sd", "5s-hd", "10s-sd", "10s-hd"):
         assert found[f"t2v-pro-pretrain-{length}"] == found[f"t2v-pro-sft-{length}"]
     for task in ("t2v", "i2v"):

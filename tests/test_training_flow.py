@@ -1,14 +1,10 @@
 """Flow matching: batches as the pipeline presents them, and exact losses."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from kandinsky5.dit import DiT
-from kandinsky5.nano import presets
-from kandinsky5.pipeline import Pipeline
-from kandinsky5.sampler import euler_sample
+from kandinsky5.sampler import build_condition, euler_sample
 from kandinsky5.training.flow import FlowTimes, drop_condition, flow_batch, flow_loss, predict
 from kandinsky5.training.loop import generator
 from tiny_training import TINY, UNSCALED, random_dit, tiny_features
@@ -22,11 +18,10 @@ def test_flow_batch_is_what_the_pipeline_presents():
     batch = flow_batch(dit, latents, t, noise, first_frame, given)
 
     # What does the network see in the pipeline, when its latents are just as noisy?
-    pipe = Pipeline(replace(presets.NANO, dit=TINY), dit, None, None)
     noisy = latents + t.view(2, 1, 1, 1, 1) * (noise - latents)
     for i, image in enumerate((None, first_frame[1:])):
         seen = []
-        condition = pipe.build_condition(noisy[i : i + 1], image)
+        condition = build_condition(noisy[i : i + 1], image, TINY.in_channels + 1, False)
         euler_sample(
             lambda x, t, condition=condition, seen=seen: seen.append(torch.cat([x, condition], -1)) or x,
             noisy[i : i + 1],

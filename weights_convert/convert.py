@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kandinsky5.checkpoint import MODELS, OPTIONAL, find_part, find_shipped, models_of, without_weights
-from kandinsky5.config import PRESETS, PipelineConfig, QwenConfig, SamplingConfig, find_preset
+from kandinsky5.config import (
+    PRESETS,
+    DiTConfig,
+    PipelineConfig,
+    QwenConfig,
+    SamplingConfig,
+    VAEConfig,
+    find_preset,
+)
 from kandinsky5.config_file import check_config, check_models_fit, load_config, save_config
 from kandinsky5.dit import Float32Linear
 from kandinsky5.files import check_inside, read_json, write_json
@@ -77,7 +85,7 @@ def from_diffusers(
     preset: sample with its steps, guidance, shift, size and rope_scale by default; else with those of `SamplingConfig`.
     only: "dit", "vae", "qwen" or "clip"; then `src` may also be the folder or file of this model alone.
     base: native folder that all other models come from (their files are shared, not copied).
-    with_vision: keep Qwen's vision tower and head, which editing and prompt expansion need.
+    with_vision: keep Qwen's vision tower and head, which prompt expansion needs; with a model that edits they stay.
     options: fields of `write.Options`. ValueError, in one line, for anything that is missing or does not fit.
     """
     src, models = Path(src), _chosen(only)
@@ -90,9 +98,8 @@ def from_diffusers(
     for model in models:
         tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
-    sources |= read_vision(sources) if with_vision else {}
-
     tasks = read_tasks(src) if whole else ("t2v",)
+    sources |= read_vision(sources) if with_vision or _must_see(tasks, sources) else {}
     config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src, tasks)
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
@@ -135,9 +142,9 @@ def from_official(
             "the one model to convert (--only)"
         )
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
-    sources |= read_vision(sources) if with_vision else {}
-    image = "vae" in sources and kind_of("vae", sources["vae"].sizes) == "vae2d"
-    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst), ("t2i" if image else "t2v",))
+    tasks = find_preset(preset).tasks if preset else _guess_tasks(sources)
+    sources |= read_vision(sources) if with_vision or _must_see(tasks, sources) else {}
+    config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst), tasks)
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, False, bool(base) or "vae" in sources) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
@@ -429,6 +436,20 @@ def _chosen(only: str | None) -> tuple[str, ...]:
     if only not in (None, *MODELS):
         raise ValueError(f"{only!r} (--only) is no part of a checkpoint: choose {', '.join(MODELS)}")
     return (only,) if only else MODELS
+
+
+def _must_see(tasks: tuple[str, ...], sources: Mapping[str, Source]) -> bool:
+    """Whether Qwen is converted for a model that edits images, which it has to see."""
+    return "i2i" in tasks and "qwen" in sources
+
+
+def _guess_tasks(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """What bare files are for, as far as their sizes show it: a 2-D VAE is of images, a DiT without conditioning
+    channels makes them from text alone."""
+    dit, vae = (sources[model].sizes if model in sources else None for model in ("dit", "vae"))
+    if not isinstance(vae, VAEConfig) or vae.dimensions == 3:
+        return ("t2v",)
+    return ("i2i",) if isinstance(dit, DiTConfig) and dit.visual_cond else ("t2i",)
 
 
 def _with_sizes(config: PipelineConfig, sources: Mapping[str, Source]) -> PipelineConfig:

@@ -11,6 +11,7 @@ TASKS = {
     "Kandinsky5T2VPipeline": "t2v",
     "Kandinsky5I2VPipeline": "i2v",
     "Kandinsky5T2IPipeline": "t2i",
+    "Kandinsky5I2IPipeline": "i2i",
 }
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 COMPONENTS = {
@@ -39,7 +40,8 @@ LENGTHS = {"qwen": 131072, "clip": 77}
 def write_model_index(tasks: tuple[str, ...], path: Path, base: str | Path | None = None) -> None:
     """Which class each subfolder is for; with `base`, as in that folder."""
     pipelines = [name for name, task in TASKS.items() if task in tasks]
-    own = COMPONENTS | ({"vae": ["diffusers", "AutoencoderKL"]} if "t2i" in tasks else {})
+    own = COMPONENTS | ({"vae": ["diffusers", "AutoencoderKL"]} if "t2i" in tasks or "i2i" in tasks else {})
+    own |= {"tokenizer": ["transformers", "Qwen2VLProcessor"]} if "i2i" in tasks else {}  # which sees the image
     components = read_json(Path(base) / "model_index.json") if base else own
     write_json(path, {**components, "_class_name": pipelines[0]})
 
@@ -79,7 +81,7 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
 
 
 def read_tasks(src: Path) -> tuple[str, ...]:
-    """("t2v",), ("i2v",) or ("t2i",), by the pipeline class in model_index.json; ValueError for another class.
+    """The task as ("t2v",), by the pipeline class in model_index.json; ValueError for another class.
 
     Both if our own config lies next to it and has both: model_index.json names one.
     """

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2IPipeline,
     Kandinsky5I2VPipeline,
     Kandinsky5T2IPipeline,
     Kandinsky5T2VPipeline,
@@ -31,7 +32,13 @@ from random_weights import randomise
 from theirs import QwenTokenizer
 from tokenizer_data import tokenizer_folder
 
-PIPELINES = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline, "t2i": Kandinsky5T2IPipeline}
+PIPELINES = {
+    "t2v": Kandinsky5T2VPipeline,
+    "i2v": Kandinsky5I2VPipeline,
+    "t2i": Kandinsky5T2IPipeline,
+    "i2i": Kandinsky5I2IPipeline,
+}
+VISION = {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 24, "fullatt_block_indexes": [1]}
 NABLA = dict(
     attention_type="nabla", attention_P=0.8, attention_wT=5, attention_wH=3, attention_wW=1,
     attention_add_sta=True, attention_method="topcdf",
@@ -60,7 +67,7 @@ def build_small_pipeline(kind: str = "t2v", nabla: bool = False, seed: int = 0) 
     return PIPELINES[kind](
         transformer=randomise(build_transformer(nabla, visual_cond=kind != "t2i"), seed),
         vae=randomise(build_image_vae() if kind in ("t2i", "i2i") else build_vae(), seed + 1),
-        text_encoder=randomise(build_qwen(), seed + 2),
+        text_encoder=randomise(build_qwen(vision=VISION if kind == "i2i" else None), seed + 2),
         text_encoder_2=randomise(build_clip(), seed + 3),
         tokenizer=load_qwen_tokenizer(),
         tokenizer_2=CLIPTokenizerFast.from_pretrained(tokenizer_folder("clip-vit-large-patch14")),

@@ -1,0 +1,145 @@
+"""The image models: stored results of diffusers, mistakes that these must notice, and what is particular to images."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import image_cases
+from image_golden import convert, load_pipeline, measure_error
+from kandinsky5 import Pipeline, pipeline, sampler, text_encoder, vae, vae2d, video_io
+from kandinsky5.config import PRESETS
+from kandinsky5.extras import preview
+from kandinsky5.request import Request
+from test_mutations import replace_code
+
+golden = functools.cache(load_pipeline)
+CASES = [("t2i", name) for name in image_cases.OURS if name != "i2i"] + [("i2i", "dit"), ("i2i", "i2i")]
+
+
+@pytest.mark.parametrize("task, name", CASES)
+def test_images_match_the_references(task, name):
+    assert measure_error(name, golden(task)) <= image_cases.LIMITS[name]
+
+
+# fmt: off
+MUTATIONS: list[tuple[str, str, Callable, str, str]] = [  # name, case, function, right, wrong
+    ("zeros all around before a strided conv", "vae_encode",
+     vae2d.Downsample.forward, "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))"),
+    ("attention without its input", "vae_decode", vae2d.ImageAttention.forward, "x + rearrange", "rearrange"),
+    ("norm without SiLU", "vae_decode", vae2d.ResidualBlock.forward, "F.silu(self.norm_2(y))", "self.norm_2(y)"),
+    ("log-variance before the mean", "vae_encode", vae.Posterior.from_moments, "mean, logvar =", "logvar, mean ="),
+    ("shift_factor taken off when encoding", "i2i",
+     pipeline.Pipeline.encode_image, "z * self.config.vae.scaling_factor",
+     "(z - 0.1159) * self.config.vae.scaling_factor"),
+    ("shift_factor added when decoding", "t2i",
+     pipeline.Pipeline.decode, "self.config.vae.scaling_factor)", "self.config.vae.scaling_factor + 0.1159)"),
+    ("mask zeros in editing", "i2i", sampler.build_condition, "condition[:, :1, ..., -1] = 1", "pass"),
+    ("no source in editing", "i2i", sampler.build_condition, "condition[..., :-1] = image", "pass"),
+    ("source latents noised", "i2i",
+     sampler.build_condition, "condition[..., :-1] = image", "condition[..., :-1] = (image + latents) / 2"),
+    ("source also the first frame", "i2i", pipeline.Pipeline.sample, "None if config.edits else image", "image"),
+    ("Qwen sees the whole image", "i2i", video_io.halve_image, "image.shape[1] // 2", "image.shape[1]"),
+    ("no image with the negative prompt", "i2i", text_encoder.TextEncoder.place_images, "math.prod(next(counts))",
+     "math.prod(next(counts)) if len(ids) > 80 else 1"),
+    ("all of the template dropped, and none of the prompt", "i2i",
+     text_encoder.TextEncoder.template, "config.template, config.dropped_tokens", "config.template, 52"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name, case, function, right, wrong", MUTATIONS, ids=[row[0] for row in MUTATIONS])
+def test_the_image_case_notices(name, case, function, right, wrong, monkeypatch):
+    replace_code(monkeypatch, function, right, wrong)
+    try:
+        error = measure_error(case, golden("i2i" if case == "i2i" else "t2i"))
+    except RuntimeError:  # shapes that do not go together
+        error = float("inf")
+    assert error > image_cases.LIMITS[case]
+
+
+@pytest.fixture(params=["t2i", "i2i"])
+def pipe(request) -> Pipeline:
+    return golden(request.param)
+
+
+SMALL = {"height": 32, "width": 48, "num_inference_steps": 2, "progress": False}
+SOURCE = torch.randint(0, 256, (70, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def given(pipe: Pipeline) -> dict:
+    return {"image": SOURCE} if pipe.config.edits else {}
+
+
+def test_a_batch_is_what_each_gives_alone(pipe):
+    prompts, how = ["a fox", "a very long description of a red fox in deep snow"], SMALL | given(pipe)
+    together = pipe(prompts, seed=5, num_videos_per_prompt=2, output_type="latents", **how)
+    assert together.shape[:2] == (4, 1)
+    for i in range(4):
+        alone = pipe(prompts[i // 2], seed=5 + i, output_type="latents", **how)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_takes_the_released_size_most_like_its_own():
+    sizes = PRESETS["i2i-lite-sft"].sampling.sizes
+    for height, width, expected in [(500, 500, (1024, 1024)), (3000, 4000, (896, 1152)), (1000, 400, (1408, 640))]:
+        image = torch.zeros(height // 10, width // 10, 3, dtype=torch.uint8)
+        assert expected in sizes
+        request = Request.resolve(PRESETS["i2i-lite-sft"], "a fox", image)
+        assert (request.height, request.width) == expected and request.num_frames == 1
+        assert request.images[0].shape == (*expected, 3)
+        assert request.qwen_images[0].shape == (height // 20, width // 20, 3)
+    assert Request.resolve(PRESETS["i2i-lite-sft"], "a fox", image, height=512, width=768).height == 512
+
+
+def test_what_image_models_do_not_do_is_refused():
+    with pytest.raises(ValueError, match="single images"):
+        Request.resolve(PRESETS["t2i-lite-sft"], "a fox", num_frames=5)
+    with pytest.raises(ValueError, match="leave the image out"):
+        Request.resolve(PRESETS["t2i-lite-sft"], "a fox", SOURCE)
+    with pytest.raises(ValueError, match="give an image"):
+        Request.resolve(PRESETS["i2i-lite-sft"], "a fox")
+    with pytest.raises(ValueError, match="--with-vision"):
+        Request.resolve(replace(PRESETS["i2i-lite-sft"], qwen_vision=None), "a fox", SOURCE)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (64, 16), (70, 40), (200, 100)])
+def test_an_image_is_covered_and_its_middle_taken(size):
+    """Without a scale it is the middle itself; the whole of one side always stays."""
+    covered = video_io.cover_size(SOURCE, *size)
+    assert covered.shape == (*size, 3)
+    columns = torch.arange(40, dtype=torch.uint8).view(1, 40, 1).expand(70, 40, 3)
+    widest = video_io.cover_size(columns, *size).float()
+    assert abs(widest.mean() - 19.5) < 1
+    assert video_io.cover_size(SOURCE, 70, 20).equal(SOURCE[:, 10:30])
+
+
+def test_a_video_is_a_batch_of_images():
+    model = golden("t2i").vae
+    video = torch.rand(2, 3, 3, 16, 24) * 2 - 1
+    mean, one = model.encode(video).mean, model.encode(video[1:, :, 2:]).mean
+    assert mean.shape == (2, 16, 3, 2, 3)
+    torch.testing.assert_close(mean[1:, :, 2:], one)
+    torch.testing.assert_close(model.decode(mean)[1:, :, 2:], model.decode(one))
+
+
+def test_previews_of_images(pipe):
+    seen = []
+    callback = preview.build_callback(pipe.vae, lambda step, frame: seen.append(frame.shape))
+    frames = pipe("a fox", callback=callback, **SMALL, **given(pipe))
+    assert seen == [(1, 4, 6, 3)] and frames.shape == (1, 1, 32, 48, 3)
+
+
+@pytest.mark.parametrize("task", ["t2i", "i2i"])
+def test_commands_write_an_image_and_replay_it(task, cli, tmp_path):
+    folder = Path(convert(task).name) / "native"
+    video_io.write_video(tmp_path / "source.png", SOURCE[None])
+    image = ["--image", "source.png"] if task == "i2i" else []
+    size = ["--height", "32", "--width", "48", "--steps", "2"]
+    code, _, notes = cli("a fox", "--checkpoint", folder, *size, *image)
+    assert code == 0 and video_io.read_image("out.png").shape == (32, 48, 3) and "1024x1024" in notes[0]
+    assert cli("--replay", "out.png", "--checkpoint", folder, "--offload", "blocks", "-o", "again.png")[0] == 0
+    assert video_io.read_image("again.png").equal(video_io.read_image("out.png"))
