@@ -2,15 +2,19 @@
 
 import math
 import os
+import time
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from kandinsky5 import checkpoint
 from kandinsky5.config import DiTConfig, PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import write_text
+from kandinsky5.runtime.device import choose_device, choose_dtype
 from kandinsky5.screen import printable
 from kandinsky5.tensor_files import DTYPES
 from kandinsky5.training.data import Clips
@@ -39,7 +43,38 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
         lines.append(f"{frames:6} {height:6} {width:6} {count:7,} {each_step:15,} {needed / 1e9:10.1f}")
     epochs = recipe.steps * recipe.accumulate * options.batch_size / max(len(training.clips), 1)
     lines += ["", f"{recipe.steps:,} steps see each clip about {epochs:,.1f} times. Memory is computed, not measured."]
+    most = max(buckets, key=lambda bucket: tokens_of(clips.config, *bucket))
+    tokens, batch = tokens_of(clips.config, *most), options.batch_size * recipe.accumulate
+    passes = 2 + bool(options.full) + bool(options.checkpointing)  # the gradient of activations takes another forward
+    operations = passes * batch * forward_work(clips.config.dit, tokens)
+    seconds = operations / device_rate(clips.config.dit, options.device, recipe.dtype)
+    lines.append(
+        f"A step of the largest clips takes {operations:.1e} operations: at least {seconds:.2g} s at the rate of a "
+        f"large matrix product here, {recipe.steps * seconds / 3600:.2g} hours in all (computed from that rate)."
+    )
     return "\n".join(lines)
+
+
+def forward_work(config: DiTConfig, tokens: int) -> float:
+    """Floating-point operations of the visual blocks for one clip of so many tokens, with full attention.
+
+    Left out are what runs over text and the thin rest, a few per cent of the released models.
+    """
+    linears = 2 * (6 * config.dim**2 + 2 * config.dim * config.ff_dim)  # q, k, v, out; cross q, out; feed-forward
+    return float(config.num_visual_blocks * tokens * (linears + 4 * tokens * config.dim))
+
+
+def device_rate(config: DiTConfig, device: str, dtype: str) -> float:
+    """Operations per second of a product of the feed-forward's size, measured on the device just now."""
+    place = choose_device(device)
+    how = {"device": place, "dtype": choose_dtype(dtype, place)}
+    x, weight = torch.ones(1024, config.dim, **how), torch.ones(config.dim, config.ff_dim, **how)
+    best = math.inf
+    for _ in range(4):  # the first is slow
+        begun = time.perf_counter()
+        (x @ weight).sum().item()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * x.shape[0] * weight.numel() / best
 
 
 def tokens_of(config: PipelineConfig, frames: int, height: int, width: int) -> int:
