@@ -8,27 +8,21 @@ Results: docs/judge/*.json (the judge of nano), benchmarks/results/* (speed and 
 """
 
 import argparse
-import functools
 import json
 import math
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kandinsky5.clip import CLIPText
 from kandinsky5.config import PRESETS, PipelineConfig
-from kandinsky5.dit import DiT
 from kandinsky5.extras import magcache
 from kandinsky5.nano import captions, distill, train_dit, train_text, train_vae, world
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
-from kandinsky5.qwen import Qwen
-from kandinsky5.runtime.memory import vae_memory
-from kandinsky5.vae2d import build_vae
+from kandinsky5.runtime import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE, RESULTS = ROOT / "docs" / "judge", ROOT / "benchmarks" / "results"
@@ -92,9 +86,6 @@ def download(preset: str) -> str:
     return "-".join(["Kandinsky-5.0", *(capitals.get(word, word) for word in words), "Diffusers"])
 
 
-ACTIVATIONS = 25  # bytes per token and channel of a DiT forward in bf16, read off the meta device
-MAP = 24  # bytes per pair of NABLA's tiles and head: the map and flex_attention's BlockMask, measured on a CPU
-CONTEXT = 1.0  # GB of a card that CUDA and the allocator's gaps need: an assumption
 CARDS = (8, 12, 16, 24, 48, 80)
 COLUMNS = {  # of the table by card
     "t2v-lite-sft-5s": "Lite 5 s",
@@ -104,54 +95,21 @@ COLUMNS = {  # of the table by card
     "t2v-pro-sft-5s-hd": "Pro 5 s HD",
     "t2v-pro-sft-10s-hd": "Pro 10 s HD",
 }
-OPTIONS = {  # --offload and --tile-space, from the fastest to the smallest
-    "all": (None, False),
-    "model": ("model", False),
-    "model, tiles": ("model", True),
-    "blocks": ("blocks", False),
-    "blocks, tiles": ("blocks", True),
-}
+NAMES = {None: "all", "model": "model", "blocks": "blocks"}  # of --offload in a cell of that table
 
 
-def cards() -> list[str]:
-    """For each card and model the first of OPTIONS that fits, with its peak."""
-    peaks = {name: {option: peak(PRESETS[name], *how) for option, how in OPTIONS.items()} for name in COLUMNS}
+def cards(quantize: str | None = None) -> list[str]:
+    """For each card and model the first of `budget.choices` that fits, with its peak."""
     rows: list[tuple] = [("card", *COLUMNS.values())]
     for card in CARDS:
         cells = []
         for name in COLUMNS:
-            fits = [(option, gb) for option, gb in peaks[name].items() if gb + CONTEXT <= card]
-            cells.append(f"{fits[0][0]}: {fits[0][1]:.0f} GB" if fits else "–")
+            config, some = PRESETS[name], budget.choices(quantize=quantize)
+            found = budget.first_that_fits(config, card * 10**9, some)
+            how = found and NAMES[found.offload] + ", tiles" * found.tile_space
+            cells.append(f"{how}: {budget.peak(config, found) / 1e9:.0f} GB" if found else "–")
         rows.append((f"{card} GB", *cells))
     return table(*rows)
-
-
-def peak(config: PipelineConfig, offload: str | None, tile_space: bool) -> float:
-    """GB of a GPU that sampling needs in bf16: the largest of encoding the prompt, the DiT, and decoding."""
-    whole, two = weights_in_gb(config)
-    parts = two if offload == "blocks" else whole
-    if offload is None:
-        return sum(whole.values()) + max(activations(config), decoding(config, tile_space))
-    return max(
-        parts["qwen"] + parts["clip"],
-        parts["dit"] + activations(config),
-        parts["vae"] + decoding(config, tile_space),
-    )
-
-
-@functools.cache
-def weights_in_gb(config: PipelineConfig) -> tuple[dict[str, float], dict[str, float]]:
-    """GB in bf16 of each model, and of each with two of its blocks."""
-    with torch.device("meta"):
-        models = {"dit": DiT(config.dit), "qwen": Qwen(config.qwen), "vae": build_vae(config.vae)}
-        models["clip"] = CLIPText(config.clip)
-    later = re.compile(r"text_blocks|(visual_)?blocks\.([2-9]|\d\d)")  # not in memory with --offload blocks
-    whole, two = {}, {}
-    for name, model in models.items():
-        sizes = {key: 2 * x.numel() / 1e9 for key, x in model.state_dict().items()}
-        whole[name] = sum(sizes.values())
-        two[name] = sum(gb for key, gb in sizes.items() if name == "vae" or not later.match(key))
-    return whole, two
 
 
 def grid(config: PipelineConfig) -> tuple[int, int, int]:
@@ -165,36 +123,36 @@ def tokens(config: PipelineConfig) -> int:
     return math.prod(grid(config)) // math.prod(config.dit.patch_size)
 
 
-def activations(config: PipelineConfig) -> float:
-    """GB of a DiT forward, weights apart."""
-    pairs = config.dit.num_heads * (tokens(config) // 64) ** 2 if config.dit.nabla else 0
-    return (ACTIVATIONS * tokens(config) * config.dit.dim + MAP * pairs) / 1e9
-
-
-def decoding(config: PipelineConfig, tile_space: bool) -> float:
-    """GB that the VAE's decoder needs in bf16, weights apart: the estimate that `sample.py` prints."""
-    tiling = replace(config.tiling, space=tile_space)
-    return vae_memory(config.vae, grid(config), torch.bfloat16, tiling) / 1e9
+def computed(config: PipelineConfig, tile_space: bool = False) -> tuple[float, float]:
+    """GB of a DiT forward and of decoding in bf16, weights apart: what `kandinsky5 memory` prints."""
+    _, sampling, decoding = budget.moments(config, budget.Choice(tile_space=tile_space))
+    return sampling.computed / 1e9, decoding.computed / 1e9
 
 
 def weights() -> list[str]:
-    """What the weights need on the GPU, for each mode of offloading."""
-    rows: list[tuple] = [("bf16", "Lite", "Pro", "largest in Lite", "largest in Pro")]
-    lite, lite_two = weights_in_gb(PRESETS["t2v-lite-sft-5s"])
-    pro, pro_two = weights_in_gb(PRESETS["t2v-pro-sft-5s-sd"])
-    totals = (f"{sum(models.values()):.1f} GB" for models in (lite, pro))
-    rows.append(("all resident", *totals, parts(lite), parts(pro)))
-    for mode, both in (("model", (lite, pro)), ("blocks", (lite_two, pro_two))):
-        groups = [{"DiT": m["dit"], "Qwen + CLIP": m["qwen"] + m["clip"], "VAE": m["vae"]} for m in both]
-        largest = [max(group, key=group.__getitem__) for group in groups]
-        sizes = [f"{group[name]:.1f} GB" for group, name in zip(groups, largest, strict=True)]
-        rows.append((f"`--offload {mode}`", *sizes, *largest))
+    """What the weights need on the GPU, for each precision and mode of offloading."""
+    rows: list[tuple] = [("weights", "Lite", "Pro", "largest in Lite", "largest in Pro")]
+    for quantize in (None, "int8"):
+        lite, pro = (
+            budget.weigh(PRESETS[name], quantize, torch.bfloat16) for name in ("t2v-lite-sft-5s", "t2v-pro-sft-5s-sd")
+        )
+        label = "int8" if quantize else "bf16"
+        totals = (f"{sum(size.whole for size in models.values()) / 1e9:.1f} GB" for models in (lite, pro))
+        rows.append((f"{label}, all resident", *totals, parts(lite), parts(pro)))
+        for mode in ("model", "blocks"):
+            cells, largest = [], []
+            for models in (lite, pro):
+                size = {name: one.streamed if mode == "blocks" else one.whole for name, one in models.items()}
+                groups = {"DiT": size["dit"], "Qwen + CLIP": size["qwen"] + size["clip"], "VAE": size["vae"]}
+                largest.append(max(groups, key=groups.__getitem__))
+                cells.append(f"{groups[largest[-1]] / 1e9:.1f} GB")
+            rows.append((f"{label}, `--offload {mode}`", *cells, *largest))
     return table(*rows)
 
 
-def parts(models: dict[str, float]) -> str:
+def parts(models: dict[str, budget.Size]) -> str:
     names = {"dit": "DiT", "qwen": "Qwen", "vae": "VAE", "clip": "CLIP"}
-    return ", ".join(f"{names[name]} {models[name]:.1f}" for name in names)
+    return ", ".join(f"{names[name]} {models[name].whole / 1e9:.1f}" for name in names)
 
 
 def costs() -> list[str]:
@@ -203,8 +161,8 @@ def costs() -> list[str]:
     for name, config in PRESETS.items():
         flop, share = operations(config)
         cells = (f"{tokens(config):,}", f"{flop / 1e15:,.0f}", f"{100 * share:.0f} %", f"{flop / 400e12 / 60:.1f}")
-        memory = (f"{decoding(config, tiles):.1f} GB" for tiles in (False, True))
-        rows.setdefault((*cells, f"{activations(config):.1f} GB", *memory), []).append(f"`{name}`")
+        memory = (f"{gb:.1f} GB" for gb in (*computed(config), computed(config, True)[1]))
+        rows.setdefault((*cells, *memory), []).append(f"`{name}`")
     head = ("preset", "tokens", "DiT, PFLOP", "self-attention", "minutes at 400 TFLOP/s")
     head += ("DiT activations", "decoding", "with `--tile-space`")
     return table(head, *((", ".join(names), *cells) for cells, names in rows.items()))
@@ -427,6 +385,7 @@ def copied(name: str) -> list[str]:
 TABLES = {
     "presets": presets,
     "cards": cards,
+    "cards-int8": lambda: cards("int8"),
     "weights": weights,
     "costs": costs,
     "vocabulary": vocabulary,

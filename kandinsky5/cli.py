@@ -36,6 +36,7 @@ COMMANDS = {  # name: module whose main(arguments) it is, what it does
     "convert": ("weights_convert.__main__", "convert checkpoints from and to other layouts, or inspect one"),
     "finetune": ("kandinsky5.training.finetune", "fine-tune a checkpoint on your clips"),
     "magcache": ("kandinsky5.extras.magcache.__main__", "measure a checkpoint's ratios for --step-skipping"),
+    "memory": ("kandinsky5.runtime.__main__", "what a preset needs of a GPU's memory, and which options help"),
     "judge": ("kandinsky5.nano.evaluate", "evaluate nano, the bundled model"),
 }
 HELP = """\
