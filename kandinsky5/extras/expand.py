@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky5.config import PipelineConfig
@@ -121,12 +122,8 @@ def expand(
         texts = [text + IMAGE if instruction.editing else IMAGE + text for text in texts]
         images = [shrink(image, instruction.editing) for image in images]
         images = [*images] * len(prompts) if len(images) == 1 else images
-    models = [qwen, head, *([vision] if images else [])]
-    rows: list[list[int]] = [[] for _ in prompts]
-    with (
-        bar(MOST_WORDS, "expanding", "token", show=progress) as shown,
-        awake(*models),
-    ):
+    models, rows = [qwen, head, *([vision] if images else [])], [list[int]() for _ in prompts]
+    with bar(MOST_WORDS, "expanding", "token", show=progress) as shown, awake(*models):
         start = read_chats(text_encoder, [BEFORE + text + AFTER for text in texts], images or [])
         if start[0].is_meta:
             raise ValueError("device meta: it has shapes and no words, so it cannot expand; choose cpu or cuda")
@@ -157,7 +154,7 @@ def read_chats(
     pads = [max(map(len, rows)) - len(row) for row in rows]
     ids = torch.tensor([row[:1] * pad + row for row, pad in zip(rows, pads, strict=True)])
     mask = torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]
-    positions = torch.stack([torch.nn.functional.pad(place, (pad, 0)) for place, pad in zip(places, pads, strict=True)])
+    positions = torch.stack([F.pad(place, (pad, 0)) for place, pad in zip(places, pads, strict=True)])
     device = text_encoder.qwen.embedding.weight.device
     tokens = torch.cat([tokens for tokens, _ in seen]) if seen else None
     return ids.to(device), mask.to(device), positions.to(device), tokens
