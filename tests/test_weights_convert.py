@@ -235,10 +235,14 @@ def test_without_the_option_they_are_left_out_and_counted(whole, tmp_path, capsy
     assert fingerprint(tmp_path / "again") == fingerprint(native()) != fingerprint(whole / "native")
 
 
-def test_pixel_limits_are_those_of_the_processor(whole, tmp_path):
+@pytest.mark.parametrize("file, limits", [
+    ("preprocessor_config.json", {"min_pixels": 4096, "max_pixels": 65536, "patch_size": 14}),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 4096, "longest_edge": 65536}}),
+    ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 4096, "longest_edge": 65536}}}),
+])  # fmt: skip
+def test_pixel_limits_are_those_of_the_processor(whole, tmp_path, file, limits):
     shutil.copytree(whole / "diffusers", tmp_path / "theirs")
-    limits = {"min_pixels": 4096, "max_pixels": 65536, "patch_size": 14}
-    (tmp_path / "theirs" / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(limits))
+    (tmp_path / "theirs" / "tokenizer" / file).write_text(json.dumps(limits))
     config = from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
     assert (config.qwen_vision.min_pixels, config.qwen_vision.max_pixels) == (4096, 65536)
 

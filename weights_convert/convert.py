@@ -37,6 +37,7 @@ from weights_convert import tables
 from weights_convert.diffusers_files import (
     NATIVE_CONFIG,
     copy_tokenizer,
+    read_pixel_limits,
     read_shift,
     read_tasks,
     write_model_index,
@@ -45,7 +46,6 @@ from weights_convert.diffusers_files import (
 )
 from weights_convert.read import read_weights
 from weights_convert.sizes import (
-    PREPROCESSOR,
     ModelConfig,
     build_config,
     kind_of,
@@ -280,10 +280,7 @@ def read_vision(sources: Mapping[str, Source]) -> dict[str, Source]:
     if section != sizes.rope_sections:
         raise ValueError(f"{where}: config.json says mrope_section {section}; this code has {sizes.rope_sections}")
     vision = read_value(dict, theirs.get("vision_config") or {}, "vision_config", where)
-    limits = (tokenizer or weights.source.parent) / "preprocessor_config.json"
-    if limits.is_file():
-        found = read_json(limits)
-        vision = vision | {key: found[key] for key in PREPROCESSOR if key in found}
+    vision = vision | read_pixel_limits(tokenizer or weights.source.parent)
     if theirs.get("tie_word_embeddings") and "lm_head.weight" not in weights.tensors:
         head = {"lm_head.weight": weights.tensors["model.embed_tokens.weight"]}
         weights = weights._replace(tensors=weights.tensors | head)

@@ -80,6 +80,25 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
         shutil.copyfile(check_inside(path, src), dst / path.name)
 
 
+def read_pixel_limits(folder: Path) -> dict:
+    """min_pixels and max_pixels of Qwen's image processor, as far as the folder of its tokenizer says them.
+
+    Older savers write preprocessor_config.json with these keys, newer ones a size of two "edges" that are areas too,
+    or processor_config.json with all that in a table.
+    """
+    given: dict = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file() and not given:
+            found = read_json(folder / name)
+            tables = [found, found.get("image_processor"), found.get("size")]
+            tables += [table.get("size") for table in tables[1:2] if isinstance(table, dict)]
+            for table in [table for table in tables if isinstance(table, dict)]:
+                edges = {"min_pixels": table.get("shortest_edge"), "max_pixels": table.get("longest_edge")}
+                said = {key: table.get(key, edge) for key, edge in edges.items()}
+                given |= {key: value for key, value in said.items() if value is not None}
+    return given
+
+
 def read_tasks(src: Path) -> tuple[str, ...]:
     """The task as ("t2v",), by the pipeline class in model_index.json; ValueError for another class.
 
