@@ -127,7 +127,8 @@ def test_files_of_the_repository_in_a_command_exist(command):
 def test_options_in_the_text_exist():
     programs = [("sample.py",), ("-m", "kandinsky5.extras.magcache"), ("-m", "kandinsky5.nano.judge")]
     programs += [("-m", "kandinsky5.nano.train_dit"), ("-m", "kandinsky5.nano.export"), ("docs/tables.py",)]
-    programs += [("-m", "kandinsky5.nano.distill", "nocfg")]
+    programs += [("-m", "kandinsky5.nano.distill", "nocfg"), ("-m", "kandinsky5.training.finetune")]
+    programs += [("-m", "weights_convert", name) for name in ("lora", "merge-lora")]
     programs += [("-m", "weights_convert", name) for name in ("from-diffusers", "from-official", "to-diffusers")]
     known = " ".join(help_of(*program) for program in programs)
     known += (ROOT / "tests/parity/conftest.py").read_text() + (ROOT / "notebooks/build.py").read_text()
