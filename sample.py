@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     check_apart({"-o": output}, {"--image": options.image})
     check_writable(output, request.num_frames, fps)
 
-    pipe = Pipeline.load(folder, options.device, options.dtype)
-    notes.show(request, pipe.config, pipe.text_encoder, folder)
+    pipe = Pipeline.load(folder, options.device, options.dtype, compile="auto")
+    notes.show(request, pipe, folder)
     frames = pipe.generate(request)[0]  # (F, H, W, 3) uint8
     metadata = replay.describe(request, pipe, options.checkpoint, options.image, fps=fps)
     write_video(output, frames, fps, metadata=metadata, keep=True)

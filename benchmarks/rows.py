@@ -34,10 +34,10 @@ from kandinsky5.config import (
 from kandinsky5.dit import DiT
 from kandinsky5.extras import preview
 from kandinsky5.files import write_json
-from kandinsky5.pipeline import ONE_PASS
 from kandinsky5.runtime import fast, kernels, offload
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.heap import keep_freed_memory
+from kandinsky5.runtime.memory import ONE_PASS
 from weights_convert import tables
 from weights_convert.sizes import to_their_config
 

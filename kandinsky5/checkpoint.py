@@ -103,7 +103,7 @@ def load_weights(
     check_fit(weights, expected)
     if device.type != "meta":
         shown = {"desc": f"loading {name}", "unit": "tensor", "delay": 1, "leave": False, "total": len(expected)}
-        views = tqdm(map_tensors(weights.tensors, writable=True), file=Forgiving(sys.stderr), **shown)
+        views = tqdm(map_tensors(weights.tensors, writable=device.type == "cpu"), file=Forgiving(sys.stderr), **shown)
         state = {n: _cast(view, expected[n].dtype, dtype).to(device) for n, view in views}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)

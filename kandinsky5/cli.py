@@ -20,8 +20,13 @@ from typing import Any, NoReturn, TextIO
 from kandinsky5.files import check_apart, check_writable, free_name
 from kandinsky5.screen import Forgiving, printable, say
 
+AMOUNT = r"tried to allocate [\d.]+ \w+"
 MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large
-    r"tried to allocate [\d.]+ \w+|out of memory|Storage size calculation overflowed|Overflow when unpacking"
+    r"out of memory|Storage size calculation overflowed|Overflow when unpacking"
+)
+LOST = (  # what CUDA says of a device that no longer answers, or never did for this build or driver
+    r"CUDA(?: driver)? error: ([^\n]*(?:lost|launch failure|uncorrectable|unknown error|hardware stack|initialization "
+    r"error|busy or unavailable|no kernel image|driver version|system not yet initialized)[^\n]*)"
 )
 LESS = {  # options that save memory, and how to give them
     "--attention": "--attention auto",
@@ -100,6 +105,9 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written") ->
 
     handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, interrupt) for number in handled}
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Before PyTorch is imported: videos of other sizes then fill the gaps that the first one left on a GPU.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     streams, hook = (sys.stdout, sys.stderr), sys.unraisablehook
     sys.unraisablehook = ignored
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
@@ -136,9 +144,12 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, (MemoryError, RuntimeError, TypeError)):
-        found = re.search(MEMORY, str(error), re.IGNORECASE)
+        found = re.search(AMOUNT, str(error), re.IGNORECASE) or re.search(MEMORY, str(error), re.IGNORECASE)
         if found or isinstance(error, MemoryError):
-            return f"not enough memory ({found[0] if found else error}): try {what_to_try(sys.argv)}"
+            phase = "".join(f" while {note}" for note in getattr(error, "__notes__", ()))
+            return f"not enough memory{phase} ({found[0] if found else error}): try {what_to_try(sys.argv)}"
+        if lost := re.search(LOST, str(error), re.IGNORECASE):
+            return f"the GPU failed ({lost[1]}): look at it with nvidia-smi, start again, or use --device cpu"
     return None
 
 
@@ -175,7 +186,7 @@ small; moves left, right, up or down, grows, shrinks or stays still; in English 
 checkpoint's own default."""
 DEFAULTS = {
     "checkpoint": "nano", "image": None, "step_skipping": False, "quality": 8.0, "enlarge": 1, "device": "auto",
-    "dtype": "auto", "attention": "auto", "compile": False, "offload": None, "tile_space": False, "loras": (),
+    "dtype": "auto", "attention": "auto", "compile": "auto", "offload": None, "tile_space": False, "loras": (),
     "trigger": True, "quantize": None, "expand": False,
 }  # fmt: skip
 REQUEST = (  # arguments of Request.resolve
@@ -222,7 +233,7 @@ def sample(arguments: list[str] | None = None) -> int:
         if instruction:
             settings |= {"expanded_from": settings["prompt"], "instruction_sha256": instruction.sha256}
             request = expand.expand_request(pipe.text_encoder, request, instruction, settings["image"])
-        notes.show(request, pipe.config, pipe.text_encoder, folder)
+        notes.show(request, pipe, folder)
         notes.note_triggers(pipe.loras)
         callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
         frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
@@ -330,7 +341,11 @@ def build_sample_parser() -> Parser:
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png",
         help="show the middle frame while sampling, in the terminal or in a file")  # fmt: skip
     add("--offload", choices=("model", "blocks"), help="keep on the device only the running model, or its block")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow at first; needs a C++ compiler")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile, whose first video takes longer (default: on CUDA)",
+    )
     add("--tile-space", action=argparse.BooleanOptionalAction, help="VAE in tiles of 256 pixels: less memory")
     add("--quantize", choices=("int8",), help="weights of the DiT and Qwen in 8 bits: half the memory of bfloat16")
     add("--lora", action="append", dest="loras", type=lora_file, metavar="FILE[:WEIGHT]",

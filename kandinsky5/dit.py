@@ -192,10 +192,15 @@ class Attention(nn.Module):
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if rotations is not None:
-            q, k = apply_rope(q, rotations), apply_rope(k, rotations)
+            q, k = self.rotate(q, rotations), self.rotate(k, rotations)
         mask = mask[:, None, None] if mask is not None else None  # (B, 1, 1, S)
         out = self.attend(q, k, v, mask=mask, nabla=nabla, grid=grid)  # (B, N, L, D)
         return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
+
+    @staticmethod
+    def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+        """RoPE of queries or keys x (B, N, L, D), rotations (L, D/2) complex64 → the same."""
+        return apply_rope(x, rotations)
 
 
 class FeedForward(nn.Module):

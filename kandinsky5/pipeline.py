@@ -21,7 +21,7 @@ from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
 from kandinsky5.request import Image, Request, check_functions
 from kandinsky5.runtime import fast, kernels, memory
-from kandinsky5.runtime.compile import compile_models
+from kandinsky5.runtime.compile import check_compile, compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
 from kandinsky5.runtime.loading import load_models
@@ -41,11 +41,6 @@ from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE, Posterior
 from kandinsky5.vae2d import VAE2D
 
-# Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
-# 4 % faster at 2,688 and at 4,096, 1 % here, then as fast (bf16, two threads, small model and Lite's width). Batching
-# both costs little memory compared with the weights (55 MB at Lite's width, computed), so it is not checked.
-ONE_PASS = 6144
-
 Solver = Callable[..., Tensor]  # as sampler.euler_sample
 
 
@@ -62,7 +57,7 @@ class Pipeline:
     @plain_defaults()
     def load(
         cls, folder_or_preset: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
-        attention: str = "auto", offload: str | None = None, compile: bool = False, tile_space: bool = False,
+        attention: str = "auto", offload: str | None = None, compile: bool | str = False, tile_space: bool = False,
         quantize: str | None = None,
     ) -> "Pipeline":  # fmt: skip
         """Load a native checkpoint folder (README: how to convert one), or a bundled model: "nano".
@@ -72,7 +67,7 @@ class Pipeline:
         dtype: "auto" is bfloat16 where the device computes in it natively, else float32.
         attention: how the DiT computes it, one of `kandinsky5.runtime.kernels.KERNELS`.
         offload: "model" keeps only the running model on the device, "blocks" only its running block (`offload.py`).
-        compile: use torch.compile (`compile.py`); the first video takes a minute or more, and all differ by rounding.
+        compile: use torch.compile, slow at first; "auto", which commands take: on CUDA, if it can (`compile.py`).
         tile_space: let the VAE work in tiles of 256 pixels: less memory, not quite the same pixels (`vae_tiling.py`).
         quantize: "int8" rounds the weights of the DiT's and Qwen's blocks to 8 bits while they load (`quantize.py`).
         Raises ValueError for invalid arguments, a folder in another layout, and weights that config.json does not fit.
@@ -80,6 +75,7 @@ class Pipeline:
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         kernels.check_kernel(attention, device)
+        compile = check_compile(compile, device)
         check_mode(offload)
         folder = checkpoint.find_checkpoint(folder_or_preset)
         config = load_config(folder / "config.json")
@@ -164,7 +160,10 @@ class Pipeline:
         """
         check_functions(callback, progress, solver)
         with self._alone():
-            self._check_memory((request.batch, *request.latent_shape), request.output_type)
+            shape = (request.batch, *request.latent_shape)
+            memory.plan_steps(self.config.dit, self.dit, shape, request.guided)
+            if request.output_type != "latents":
+                self._check_decoding(shape, request.output_type)
             features = self.encode_text(request, progress)
             noise, generators = request.noise()
             image = self.encode_image(request, generators)
@@ -209,7 +208,8 @@ class Pipeline:
         seen *= len(texts) // max(len(seen), 1)  # each with its prompt, and again with its negative one
         encoder = self.text_encoder
         models = (encoder.qwen, encoder.clip, *([encoder.vision] if encoder.vision and seen else []))
-        with bar(len(texts), "encoding", "text", show=progress) as shown, awake(*models):
+        shown = bar(len(texts), "encoding", "text", show=progress)
+        with shown, awake(*models), memory.during("encoding text"):
             features = encoder.encode(texts, request.max_sequence_length, request.num_frames == 1, seen or None)
             shown.update(len(texts))
         return features.repeat(request.num_videos_per_prompt)
@@ -245,16 +245,15 @@ class Pipeline:
         config, noise = self.config, noise.to(device)
         condition = build_condition(noise, image, config.dit.input_channels - noise.shape[-1], config.edits)
         first_frame = None if config.edits else image
-        # With guidance a step asks for 2B velocities. Short passes go as one, which saves the time of starting each
-        # operation but masks the padding of the shorter prompts; long ones go as two of B. The values are the same.
-        together = request.guided and noise[..., 0].numel() < ONE_PASS
+        # With guidance a step asks for 2B velocities, in one pass or in two of B, which masks less padding.
+        plan = memory.plan_steps(self.config.dit, self.dit, tuple(noise.shape), request.guided)
         passes = [features]
-        if request.guided and not together:
+        if request.guided and not plan.together:
             passes = [features.select(0, request.batch), features.select(request.batch, 2 * request.batch)]
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:  # (B, T, H, W, 16) → the same, float32
             x = torch.cat([x, condition], dim=-1).to(dtype)  # (B, T, H, W, 33)
-            x = torch.cat([x, x]) if together else x
+            x = torch.cat([x, x]) if plan.together else x
             t = t.to(device).expand(len(x))
             predicted = torch.cat([self.predict(x, words, t, request.rope_scale, dit) for words in passes])
             if not request.guided:
@@ -262,10 +261,10 @@ class Pipeline:
             conditional, unconditional = predicted.chunk(2)
             return guided_velocity(conditional, unconditional, request.guidance_scale)
 
-        dit = skip_steps(self.dit, request.skips, together)
-        skipped = f"{sum(map(all, request.skips))} skipped" if request.skips else None
-        progressed = bar(request.steps, "sampling", "step", skipped, show=progress)
-        with progressed, awake(self.dit), keep_freed_memory(device):
+        dit = skip_steps(self.dit, request.skips, plan.together)
+        note = str(plan) + f", {sum(map(all, request.skips))} skipped" * bool(request.skips)
+        progressed = bar(request.steps, "sampling", "step", note, show=progress)
+        with progressed, awake(self.dit), keep_freed_memory(device), plan.applied(self.dit):
             after_step = watch_steps(request.steps, callback, progressed.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
         if not isinstance(latents, Tensor) or latents.shape != noise.shape:
@@ -293,13 +292,15 @@ class Pipeline:
             raise ValueError(f"output_type {output_type!r}: latents decode to uint8 or float")
         if latents.ndim != 5 or 0 in latents.shape or latents.shape[-1] != self.config.vae.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
-        takes = f"takes {self._check_memory(tuple(latents.shape), output_type) / 1e9:.1f} GB"
         device, dtype = find_place(self.vae)
+        memory.release(device)
+        takes = f"takes {self._check_decoding(tuple(latents.shape), output_type) / 1e9:.1f} GB"
         z = (latents.to(device) / self.config.vae.scaling_factor).to(dtype)
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
-        with bar(len(z) * num_frames, "decoding", "frame", takes, show=progress) as shown, awake(self.vae):
+        shown = bar(len(z) * num_frames, "decoding", "frame", takes, show=progress)
+        with shown, awake(self.vae), memory.during("decoding"):
             for one in z.split(1):  # all at once would take as many times the memory
                 for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling):  # (1, 3, f, H, W)
                     check_finite(piece, "the decoded frames")
@@ -307,13 +308,9 @@ class Pipeline:
                     shown.update(piece.shape[2])
         return torch.cat(pieces, dim=1)[0].unflatten(0, (len(z), num_frames))  # (B, F, H, W, 3)
 
-    def _check_memory(self, shape: tuple[int, ...], output_type: str) -> int:
-        """Bytes needed to decode latents (B, T, h, w, 16), or 0. Raises ValueError where they are not free."""
-        memory.check_sampling(shape, self.device)
-        if output_type == "latents":
-            return 0
-        offloaded = hasattr(self.vae, "resting")
-        place = find_place(self.vae)
+    def _check_decoding(self, shape: tuple[int, ...], output_type: str) -> int:
+        """Bytes needed to decode latents (B, T, h, w, 16). Raises ValueError where they are not free."""
+        offloaded, place = hasattr(self.vae, "resting"), find_place(self.vae)
         return memory.check_decoding(self.config, shape, self.vae.parameters(), *place, output_type, offloaded)
 
     @contextlib.contextmanager

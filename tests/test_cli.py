@@ -1,6 +1,7 @@
 """Commands end with the right exit code and one line, whatever happens to them or to the terminal."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kandinsky5 import cli
+from kandinsky5.runtime import memory
 from kandinsky5.screen import Forgiving, bar, printable, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +43,34 @@ def test_errors_end_in_one_line(capsys, error, code, line):
 def test_memory_that_runs_out_is_one_line_with_a_remedy(capsys, error):
     assert cli.run(fail(error)) == 2
     assert capsys.readouterr().err.startswith("error: not enough memory")
+
+
+def test_the_phase_in_which_memory_runs_out_is_named(capsys):
+    def main():
+        with memory.during("decoding"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    assert cli.run(main) == 2
+    assert re.match("error: not enough memory while decoding .*2.00 GiB.*try .*--offload", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("reason", ["device is lost", "unspecified launch failure", "no kernel image is available"])
+def test_a_failing_gpu_is_one_line(capsys, reason):
+    assert cli.run(fail(RuntimeError(f"CUDA error: {reason}\nCompile with"))) == 2
+    assert re.fullmatch(f"error: .*{reason}.*--device cpu\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}])
+def test_the_allocators_settings_are_a_default(given, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli.run(lambda: 0)
+    usual = {} if "PYTORCH_CUDA_ALLOC_CONF" in given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: v for name, v in os.environ.items() if "ALLOC_CONF" in name} == usual | given
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # which monkeypatch removes at the end
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), TypeError("unexpected"), KeyError(1)])
@@ -138,6 +169,7 @@ def test_as_a_module_it_is_the_same_command():
 PROGRAM = """
 import sys
 from kandinsky5 import cli
+from kandinsky5.runtime import memory
 from kandinsky5.screen import bar, say
 def main():
     with bar(3, "sampling", "step") as shown:

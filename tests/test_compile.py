@@ -13,8 +13,10 @@ from torch._dynamo.utils import counters
 import kandinsky5.runtime.compile
 from kandinsky5 import Pipeline, attention
 from kandinsky5.dit import DiT
-from kandinsky5.runtime import fast, kernels, offload
-from kandinsky5.runtime.compile import attend_opaquely, compile_models
+from kandinsky5.rope import apply_rope, build_rotations
+from kandinsky5.runtime import fast, kernels, offload, pieces
+from kandinsky5.runtime.compile import RealAttention, as_real, attend_opaquely, check_compile, compile_models
+from kandinsky5.runtime.device import compiler_missing
 from kandinsky5.vae import VAE
 from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error, save_small_checkpoint
 
@@ -140,7 +142,7 @@ def test_it_goes_with_streamed_blocks(tmp_path, monkeypatch):
 def test_generated_code_computes_the_same():
     """Inductor itself, on the smallest of DiTs. Without a compiler on the machine there is nothing to test."""
     try:
-        kandinsky5.runtime.compile._check_compiler()
+        check_compile(True, torch.device("cpu"))
     except ValueError as reason:
         pytest.skip(str(reason))
     dit = randomise(DiT(replace(SMALL_DIT, num_text_blocks=0, num_visual_blocks=1)))
@@ -151,11 +153,56 @@ def test_generated_code_computes_the_same():
     assert graphs() == 1
 
 
-def test_without_a_compiler_it_says_so(monkeypatch):
-    for name, variable in (("g++", None), ("mycxx", "mycxx")):
-        monkeypatch.setenv("PATH", "/nonexistent")
-        monkeypatch.delenv("CXX", raising=False)
-        if variable:
-            monkeypatch.setenv("CXX", variable)
-        with pytest.raises(ValueError, match=rf"there is no {name.replace('+', '.')} here: install one"):
-            compile_models(*build())
+@pytest.mark.compiled
+def test_pieces_of_compiled_blocks_are_two_graphs_for_all_sizes():
+    """And what is compiled as a whole is used again behind them."""
+    dit, vae = build()
+    sizes = [((3, 10, 6), 7), ((2, 12, 8), 9), ((5, 10, 12), 5)]  # 45, 48 and 150 tokens
+    expected = [run(dit, *size) for size in sizes]
+    compile_models(dit, vae, backend="aot_eager")
+    whole = [run(dit, *size) for size in sizes]
+    before = graphs()
+    for size, velocity in zip(sizes, expected, strict=True):
+        with pieces.in_pieces(dit, 20):
+            assert relative_error(run(dit, *size), velocity) < 1e-6
+    assert graphs() == before + 2 and not counters["graph_break"]
+    assert all(run(dit, *size).equal(v) for size, v in zip(sizes, whole, strict=True)) and graphs() == before + 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0)])
+def test_real_rotations_are_the_complex_ones(dtype, tolerance):
+    x, rotations = torch.randn(2, 3, 20, 16).to(dtype), build_rotations(10 * torch.randn(20, 8))
+    ours, exact = RealAttention.rotate(x, as_real(rotations)), apply_rope(x, rotations)
+    assert ours.dtype == dtype and relative_error(ours, exact) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "compile, device, missing, answer",
+    [("auto", "cuda", None, True), ("auto", "cuda", "gcc", False), ("auto", "cpu", None, False),
+     ("auto", "mps", None, False), (True, "cpu", None, True), (False, "cuda", None, False),
+     (True, "cuda", "Triton here", ValueError), ("yes", "cpu", None, ValueError)],
+)  # fmt: skip
+def test_where_auto_compiles(compile, device, missing, answer, monkeypatch):
+    monkeypatch.setattr(kandinsky5.runtime.compile, "compiler_missing", lambda device: missing)
+    if answer is ValueError:
+        with pytest.raises(ValueError, match=missing or compile):
+            check_compile(compile, torch.device(device))
+    else:
+        assert check_compile(compile, torch.device(device)) is answer
+
+
+@pytest.mark.parametrize("device, present, missing", [
+    ("cpu", {"g++"}, None), ("cpu", {"gcc"}, "g++"), ("cuda", {"triton", "gcc"}, None),
+    ("cuda", {"triton", "clang"}, None), ("cuda", {"gcc"}, "Triton"), ("cuda", {"triton"}, "gcc"),
+    ("cuda", {"triton", "CC"}, "mycc"),
+])  # fmt: skip
+def test_what_a_compiler_needs(device, present, missing, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name if name in present else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in present else None)
+    monkeypatch.setattr("sys.platform", "linux")
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    if "CC" in present:
+        monkeypatch.setenv("CC", "mycc")
+    found = compiler_missing(device)
+    assert found is None if missing is None else missing in found

@@ -1,8 +1,11 @@
 """What "auto" means: the device that is there, and the precision that it multiplies natively."""
 
+import re
+
 import pytest
 import torch
 
+from kandinsky5.extras import notes
 from kandinsky5.runtime.device import choose_device, choose_dtype, multiplies
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -52,3 +55,23 @@ def test_other_precisions_are_refused(dtype):
 def test_missing_devices_are_refused():
     with pytest.raises(ValueError, match="cuda:99"):
         choose_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    "device, native, dtype, compiled, nabla, missing, words",
+    [
+        ("cpu", False, torch.float32, False, True, "g++", []),
+        ("cuda", True, BF16, True, True, None, ["--no-compile"]),
+        ("cuda", True, BF16, False, False, None, []),
+        ("cuda", True, BF16, False, True, "Triton here", ["NABLA.*Triton"]),
+        ("cuda", True, BF16, False, False, "gcc here", ["gcc"]),
+        ("cuda", False, torch.float32, True, False, None, ["--dtype float16", "--no-compile"]),
+        ("cuda", False, FP16, False, False, None, []),
+        ("mps", True, BF16, False, False, None, ["--device cpu"]),
+    ],
+)
+def test_notes_on_speed(device, native, dtype, compiled, nabla, missing, words):
+    lines = list(notes.advise(device, native, dtype, compiled, nabla, missing))
+    assert len(lines) == len(words)
+    for line, pattern in zip(lines, words, strict=True):
+        assert re.search(pattern, line) and "\n" not in line

@@ -176,7 +176,9 @@ def test_models_in_two_threads_keep_their_kernels(monkeypatch):
         ("auto", "meta", torch.bfloat16, 512, True, "dense"),
         ("auto", "cpu", torch.bfloat16, 512, True, "gathered"),
         ("auto", "cuda", torch.bfloat16, 512, True, "flex"),
-        ("auto", "mps", torch.bfloat16, 512, True, "gathered sdpa"),
+        ("auto", "mps", torch.bfloat16, 512, True, "gathered"),
+        ("auto", "mps", torch.float32, 512, False, "chunked"),
+        ("auto", "mps", torch.float32, 511, False, "sdpa"),
         ("sdpa", "cpu", torch.bfloat16, 512, False, "sdpa"),
         ("sdpa", "cpu", torch.bfloat16, 512, True, "gathered sdpa"),
         ("sdpa", "cuda", torch.bfloat16, 512, True, "gathered sdpa"),
@@ -216,15 +218,49 @@ def test_flex_equals_dense():
     assert relative_error(flex_attention(q, k, v, block_mask=build_block_mask(chosen)), expected) < 1e-6
 
 
-def test_compiled_flex_is_given_the_tile_size_of_the_map(monkeypatch):
+@pytest.mark.parametrize("trained", [False, True])
+def test_compiled_flex_is_given_tiles_and_mask(trained, monkeypatch):
     """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU."""
     given = {}
     monkeypatch.setattr(module, "_compiled_flex_attention", lambda: lambda q, k, v, **options: given.update(options))
-    q = torch.randn(1, 1, 128, 16)
     monkeypatch.setattr(module, "choose_kernel", lambda *_: "flex")
+    q = torch.randn(1, 1, 128, 16, requires_grad=trained)
     attend_through("flex", q, q, q, nabla=NABLA, grid=(2, 8, 8))
-    assert given["kernel_options"] == {"BLOCK_M": 64, "BLOCK_N": 64}
+    assert given["kernel_options"] == module.flex_options(16, 4, 160 * 2**10)
     assert given["block_mask"].BLOCK_SIZE == (64, 64)
+    assert (given["block_mask"].q_indices is not None) == trained  # which only gradients need
+
+
+@pytest.mark.parametrize(
+    "head_dim, itemsize, shared, stages",
+    [  # kilobytes of shared memory: H100 227, A100 163, 4090 99, T4 64
+        (64, 2, 227, 3), (64, 2, 99, 3), (64, 2, 64, 3), (128, 2, 227, 3), (128, 2, 163, 3), (128, 2, 99, 2),
+        (128, 2, 64, 1), (64, 4, 99, 2), (128, 4, 227, 3), (128, 4, 99, 1), (256, 4, 99, 1),
+    ],
+)  # fmt: skip
+def test_stages_fit_in_shared_memory(head_dim, itemsize, shared, stages):
+    options = module.flex_options(head_dim, itemsize, shared * 2**10)
+    assert options["fwd_num_stages"] == stages and options["fwd_num_warps"] == 4
+    assert options["BLOCK_M"] == options["BLOCK_N"] == 64
+
+
+def test_tiles_are_listed_without_sorting():
+    chosen = random_map(2, 3, 7, 0.3)
+    chosen[0, 0, 2:4] = torch.tensor([[False], [True]])  # none, all
+    expected = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    assert module.list_tiles(chosen).dtype == torch.int32 and module.list_tiles(chosen).equal(expected.int())
+
+
+@pytest.mark.parametrize("device, factors", [("cpu", (1, 1)), ("cuda", (128, 32)), ("mps", (128, 32))])
+def test_pieces_are_larger_on_a_gpu(device, factors):
+    assert module.piece_sizes(device) == (factors[0] * 2**20, factors[1] * 2**21)
+
+
+def test_without_triton_tiles_are_gathered(monkeypatch):
+    assert choose_kernel("auto", "cuda", torch.bfloat16, 512, True, compiles=False) == "gathered sdpa"
+    monkeypatch.setattr(module, "compiler_missing", lambda device: "Triton here: pip install triton")
+    with pytest.raises(ValueError, match="flex.*no Triton here.*choose auto"):
+        module.check_kernel("flex", torch.device("cuda"))
 
 
 def test_block_mask_holds_the_map():

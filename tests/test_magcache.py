@@ -133,7 +133,7 @@ RATIOS = StepSkipping((1.0,) * 5, (1.0,) * 5)  # . x x . x x
 @pytest.mark.parametrize("unconditional", [".xx.xx", "..xx.x"])
 def test_a_skip_reuses_the_last_residual_of_its_own_pass(pipe, monkeypatch, one_pass, guidance_scale, unconditional):
     """The same by other means: all blocks run, and a hook replaces the output of the last."""
-    monkeypatch.setattr("kandinsky5.pipeline.ONE_PASS", 10**9 if one_pass else 0)
+    monkeypatch.setattr("kandinsky5.runtime.memory.ONE_PASS", 10**9 if one_pass else 0)
     options = OPTIONS | {"guidance_scale": guidance_scale}
     plans = [".xx.xx", unconditional] if guidance_scale > 1 else [".xx.xx"]
     plan = [tuple(letter == "x" for letter in step) for step in zip(*plans, strict=True)]
@@ -269,7 +269,7 @@ class Still(nn.Module):
 
 def test_ratios_are_those_of_the_lengths_of_residuals(monkeypatch):
     """Two prompts; lengths of steps 0, 1, 2, conditional and unconditional alternating."""
-    monkeypatch.setattr("kandinsky5.pipeline.ONE_PASS", 0)
+    monkeypatch.setattr("kandinsky5.runtime.memory.ONE_PASS", 0)
     pipe = build_small_pipeline()
     lengths = [2, 10, 4, 15, 6, 30] + [1, 1, 4, 1.7, 4, 3.4]
     pipe.dit.visual_blocks = nn.ModuleList([Grows(lengths), Still()])
@@ -284,7 +284,7 @@ def test_ratios_are_those_of_the_lengths_of_residuals(monkeypatch):
 def test_ratios_do_not_depend_on_batching_the_passes(pipe, monkeypatch):
     measured = []
     for limit in (0, 10**9):
-        monkeypatch.setattr("kandinsky5.pipeline.ONE_PASS", limit)
+        monkeypatch.setattr("kandinsky5.runtime.memory.ONE_PASS", limit)
         measured.append(calibration.measure_ratios(pipe, PROMPTS, num_inference_steps=4, progress=False))
     for name in ("conditional", "unconditional"):
         assert getattr(measured[0], name) == pytest.approx(getattr(measured[1], name), abs=2e-5)

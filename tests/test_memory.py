@@ -7,9 +7,10 @@ import torch
 
 from kandinsky5.config import LITE, PRESETS, NablaConfig
 from kandinsky5.dit import DiT
-from kandinsky5.runtime import pieces
-from kandinsky5.runtime.memory import dit_memory
+from kandinsky5.runtime import memory, offload, pieces
+from kandinsky5.runtime.memory import dit_memory, plan_steps
 from live_memory import LiveBytes
+from random_weights import SMALL_DIT
 
 GRID = (13, 32, 48)  # latents; 4,992 tokens
 
@@ -50,3 +51,28 @@ def test_the_map_of_nabla_counts():
     size, pairs = (2, 61, 64, 96), 2 * LITE.num_heads * (61 * 32 * 48 // 64) ** 2
     small, large = (dit_memory(config, size, torch.bfloat16, piece=64) for config in (dense, sparse))
     assert large - small == 5 * pairs
+
+
+def test_steps_go_in_pieces_where_memory_is_short(monkeypatch):
+    dit, shape = DiT(replace(SMALL_DIT, dim=64)), (1, 40, 64, 64, 16)  # 40,960 tokens
+    whole, some = (dit_memory(dit.config, shape[:4], torch.float32, piece) for piece in (None, pieces.PIECE))
+    latents = 32 * 40 * 64 * 64 * 16
+    for free, piece in ((2 * whole + latents, None), (whole + latents, pieces.PIECE), (some + latents, pieces.PIECE)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        plan = plan_steps(dit.config, dit, shape, guided=True)
+        assert (plan.piece, plan.together) == (piece, False)
+        assert plan.needed == (whole if piece is None else some) + latents
+    monkeypatch.setattr(memory, "free_memory", lambda device: some + latents - 1)
+    with pytest.raises(ValueError, match=r"40, 64, 64, 16.* GB are free: .*--num-frames"):
+        plan_steps(dit.config, dit, shape, guided=True)
+
+
+@pytest.mark.parametrize("mode, blocks", [("model", 4), ("blocks", 2)])
+def test_weights_to_come_are_those_of_the_model_or_two_blocks(mode, blocks):
+    config = replace(SMALL_DIT, num_text_blocks=1, num_visual_blocks=3)
+    with torch.device("meta"):
+        dit = DiT(config)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in [*dit.text_blocks, *dit.visual_blocks]]
+    rest = sum(p.nbytes for p in dit.parameters()) - sum(sizes)
+    offload.rest(dit, dict(dit.state_dict()), torch.device("cpu"), mode)
+    assert memory.bytes_to_come(dit) == rest + sum(sorted(sizes)[-blocks:])

@@ -155,8 +155,8 @@ MUTATIONS = [Mutation(*row) for row in (
     ("RoPE before the norms of queries and keys", "dit",
      dit.Attention.forward,
      "q, k = self.q_norm(q), self.k_norm(k)\n    if rotations is not None:\n"
-     "        q, k = apply_rope(q, rotations), apply_rope(k, rotations)\n",
-     "if rotations is not None:\n        q, k = apply_rope(q, rotations), apply_rope(k, rotations)\n"
+     "        q, k = self.rotate(q, rotations), self.rotate(k, rotations)\n",
+     "if rotations is not None:\n        q, k = self.rotate(q, rotations), self.rotate(k, rotations)\n"
      "    q, k = self.q_norm(q), self.k_norm(k)\n"),
     ("norms of queries and keys swapped", "dit",
      dit.Attention.forward, "self.q_norm(q), self.k_norm(k)", "self.k_norm(q), self.q_norm(k)"),
@@ -445,7 +445,12 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
     ("weights of the block before",
      lambda patch, folder: test_offload.test_the_same_numbers_with_and_without(
          save_small_checkpoint(folder / "small"), torch.float32),
-     offload.run_streamed, "blocks[i + 1], slots", "blocks[i], slots"),
+     offload.Stream._send_for, "self._bring, block,",
+     "self._bring, self.last if type(self.last) is type(block) else block,"),
+    ("the next block copied before the one in its slot has run",
+     lambda patch, folder: test_offload.test_packed_blocks_compute_the_same(
+         save_small_checkpoint(folder / "small"), True),
+     offload.Stream._arrive, "self.lane.wait(slot", "id(slot"),
     ("pieces rotated by the positions of the first one",
      lambda patch, folder: test_pieces.test_pieces_are_the_whole(None, 100),
      pieces.PiecewiseVisualBlock.forward, "x[:, here], rotations[here]", "x[:, here], rotations.roll(1, 0)[here]"),
@@ -496,7 +501,7 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
       )],
     ("the next block fetched into the slot of the running one",
      lambda patch, folder: test_offload.test_cast_weights_take_turns_in_two_places(folder),
-     offload.run_streamed, "slots[(i + 1) % 2]", "slots[0]"),
+     offload.Stream.run_blocks, "self.slots[::-1]", "self.slots"),
     ("int8 with the scale of the next block",
      lambda patch, folder: test_quantize.test_whole_models_equal_their_rounded_weights_and_are_near(),
      quantize.dequantise, "scale.to(dtype)", "scale.roll(1, -1).to(dtype)"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky5 import Pipeline, pipeline, sampler
+from kandinsky5 import Pipeline, sampler
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.request import Request
 from kandinsky5.runtime import memory
@@ -80,7 +80,7 @@ def test_guidance_of_one_is_one_pass_without_the_negative_prompt(pipe, monkeypat
 def test_guidance_in_one_pass_and_in_two_is_the_same(pipe, monkeypatch):
     options = dict(prompt=["a fox in deep snow", "a dog"], guidance_scale=3.0, output_type="latents")
     one = run(pipe, **options)
-    monkeypatch.setattr(pipeline, "ONE_PASS", 0)
+    monkeypatch.setattr(memory, "ONE_PASS", 0)
     passes = []
     monkeypatch.setattr(pipe.dit, "forward", lambda *a, f=pipe.dit.forward, **k: passes.append(1) or f(*a, **k))
     assert relative_error(run(pipe, **options), one) < 1e-5
@@ -255,10 +255,10 @@ def test_videos_are_decoded_one_after_the_other(pipe, monkeypatch):
 
 
 def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
-    video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_memory((1, 2, 4, 6, 16), "uint8")
-    whole = pipe._check_memory((1, 2, 64, 64, 16), "uint8")
-    assert pipe._check_memory((3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
-    assert pipe._check_memory((3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
+    video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_decoding((1, 2, 4, 6, 16), "uint8")
+    whole = pipe._check_decoding((1, 2, 64, 64, 16), "uint8")
+    assert pipe._check_decoding((3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
+    assert pipe._check_decoding((3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed)
     frames = run(pipe)
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed - 1)

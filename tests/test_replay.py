@@ -23,7 +23,9 @@ from random_weights import SMALL
 
 def test_compile_is_recorded_and_replayed_only_if_requested(cli, monkeypatch):
     asked = []
-    monkeypatch.setattr("kandinsky5.pipeline.compile_models", lambda *models: asked.append(1))
+    monkeypatch.setattr(
+        "kandinsky5.pipeline.compile_models", lambda dit, *_: asked.append(vars(dit).update(compiled_with={}))
+    )
     assert cli(*FOX, "--compile")[0] == 0 and video_io.read_metadata("out.mp4")["compile"] is True
     code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
     assert code == 0 and len(asked) == 1 and ["--compile" in line for line in lines] == [True]

@@ -1,17 +1,25 @@
-"""Lines on stderr about requests that can be met, but are unlikely to give a good video."""
+"""Lines on stderr about requests that can be met, but slowly, or are unlikely to give a good video."""
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import PipelineConfig
 from kandinsky5.extras.lora import LoRA
 from kandinsky5.nano.captions import split_words, vocabulary
 from kandinsky5.request import Request
+from kandinsky5.runtime.compile import is_compiled
+from kandinsky5.runtime.device import compiler_missing, is_native
 from kandinsky5.screen import printable, say
 from kandinsky5.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from kandinsky5.pipeline import Pipeline
 
 # What the bundled models know that is nearest in meaning to words that people try, by how these begin.
 NEAREST = {
@@ -27,13 +35,35 @@ NEAREST = {
 }  # fmt: skip
 
 
-def show(request: Request, config: PipelineConfig, text_encoder: TextEncoder, folder: Path) -> None:
-    """All notes on a request to a checkpoint in `folder`."""
-    note_other_size(request, folder, config)
-    note_other_shape(request, config)
+def show(request: Request, pipe: "Pipeline", folder: Path) -> None:
+    """All notes on a request to a pipeline loaded from `folder`."""
+    note_other_size(request, folder, pipe.config)
+    note_other_shape(request, pipe.config)
     if folder.parent == SHIPPED:
-        note_unknown_words(request.prompts[0], config.name)
-    note_long_prompt(request.prompts[0], text_encoder)
+        note_unknown_words(request.prompts[0], pipe.config.name)
+    note_long_prompt(request.prompts[0], pipe.text_encoder)
+    device, nabla = pipe.device, pipe.config.dit.nabla is not None
+    native, missing = is_native(torch.bfloat16, device), compiler_missing(device.type)
+    for line in advise(device.type, native, pipe.dtype, is_compiled(pipe.dit), nabla, missing):
+        say(f"note: {line}")
+
+
+def advise(
+    device: str, native: bool, dtype: torch.dtype, compiled: bool, nabla: bool, missing: str | None
+) -> Iterator[str]:
+    """What to know about speed on a device of this type, of which `missing` says what its compiler lacks.
+
+    native: whether it multiplies bfloat16 without emulating it. Nothing on a CPU, whose defaults are measured.
+    """
+    if device == "cuda" and not native and dtype != torch.float16:
+        yield f"this GPU has no fast {str(dtype).removeprefix('torch.')}: --dtype float16 is several times faster"
+    if device == "cuda" and missing:
+        tiles = ", and NABLA gathers its tiles, several times slower than compiled" * nabla
+        yield f"nothing is compiled{tiles}, as there is no {missing}"
+    if device == "cuda" and compiled:
+        yield "the first step compiles the DiT's blocks, which takes a minute or more (--no-compile does without)"
+    if device not in ("cpu", "cuda", "meta"):
+        yield f"this code was never run on {device}: compare a video with one of --device cpu"
 
 
 def note_triggers(loras: Iterable[LoRA]) -> None:

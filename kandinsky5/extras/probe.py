@@ -17,7 +17,7 @@ What the model computes stays the same to the bit.
 
 Names are those of `model.named_modules()`; a * stands for one part of a name, ** for any number of them. A call is
 one pass through the module. With guidance a step of the sampler is one call with 2B samples, those with the prompt
-first, or for long clips two calls with B (`pipeline.ONE_PASS`). Tokens are in the order of the DiT, (T, H, W) row by
+first, or for long clips two calls with B (`memory.ONE_PASS`). Tokens are in the order of the DiT, (T, H, W) row by
 row, with NABLA in tile order (`nabla.from_tiles` undoes it). In a VAE with fast forms a convolution is called for each
 few frames, and a norm not as a module: `fast.remove(pipe.vae)` first gives each module one call.
 """

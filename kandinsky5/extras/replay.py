@@ -27,6 +27,7 @@ from kandinsky5.config_file import from_json, load_config
 from kandinsky5.extras import lora
 from kandinsky5.files import read_bytes
 from kandinsky5.request import Request
+from kandinsky5.runtime.compile import is_compiled
 from kandinsky5.runtime.device import choose_device, is_native
 from kandinsky5.screen import listed, printable, say
 
@@ -40,14 +41,13 @@ FROM_CHECKPOINT = (
     "rope_scale",
 )  # fmt: skip
 USUAL: dict[str, Any] = {
-    "step_skipping": False, "attention": "auto", "compile": False, "tile_space": False, "quality": 8.0,
+    "step_skipping": False, "attention": "auto", "tile_space": False, "quality": 8.0,
 }  # fmt: skip
 HOW = (
     "step_skipping",
     "fps",
     "quality",
     "attention",
-    "compile",
     "tile_space",
     "quantize",
     "enlarge",
@@ -132,6 +132,7 @@ def describe(
         checkpoint=_portable(shown["checkpoint"]),
         fingerprint=fingerprint(find_checkpoint(checkpoint)),
         model=pipe.config.name,
+        compile=is_compiled(pipe.dit),
         dtype=str(pipe.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         device=pipe.device.type,
         version=__version__,

@@ -2,16 +2,14 @@
 
 A block is compiled once for all blocks of its kind and for all sizes. Sizes equal to 1 are specialised: a batch of one,
 and with NABLA a single frame, row or column of tiles. A block is one graph in which attention is a single operation,
-through the same kernel as without, and without a gradient: for sampling.
+through the same kernel as without, and without a gradient: for sampling. Rotations are pairs of products in place of
+complex ones, for which the compiler generates no code: so a norm and its rotation are one pass through memory.
 
 The decoder is not compiled whole: it loops over frames, for each length others, and the kernels of its convolutions
 depend on size and threads. What is compiled is `FastGroupNorm.activate`, which large frames pass (`fast_vae.PIECE`).
 """
 
 import functools
-import os
-import shutil
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,36 +19,78 @@ from torch import Tensor, nn
 from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention, DiT
 from kandinsky5.runtime import fast
+from kandinsky5.runtime.device import compiler_missing
 from kandinsky5.runtime.fast_vae import FastGroupNorm
 from kandinsky5.runtime.kernels import attend_through
 from kandinsky5.vae import VAE
 from kandinsky5.vae2d import VAE2D
 
+HOW: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 32}
+
+
+def check_compile(compile: bool | str, device: torch.device) -> bool:
+    """Whether to compile: "auto" is yes on CUDA if Triton and a C compiler are there (a fifth of a step, computed).
+
+    Raises ValueError for another text, and for True where a compiler is missing, in a line that says which.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile {compile!r}: choose True, False or 'auto'")
+    missing = compiler_missing(device.type)
+    if compile is True and missing:
+        raise ValueError(f"compile: there is no {missing}; or do without (--no-compile)")
+    return device.type == "cuda" and not missing if compile == "auto" else bool(compile)
+
 
 def compile_models(dit: DiT, vae: VAE | VAE2D, attention: str = "auto", backend: str = "inductor") -> None:
-    """Compile in place; the work is done when a block first runs. Raises ValueError where there is no C++ compiler.
+    """Compile in place; the work is done when a block first runs. `check_compile` says whether that is possible.
 
     attention: one of `kernels.KERNELS`. The DiT's blocks lose their fast forms, which the compiler does better.
     """
-    _check_compiler()
-    # It leaves RoPE's complex product as it is, which costs little and is nothing to warn users of.
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-    how: dict[str, Any] = {"dynamic": True, "backend": backend, "recompile_limit": 32}
+    how = HOW | {"backend": backend}
     for block in [*dit.text_blocks, *dit.visual_blocks]:
         fast.remove(block)
+        fast.swap(block, {Attention: RealAttention})
         for module in block.modules():
             if isinstance(module, Attention):
                 module.attend = functools.partial(attend_opaquely, attention)
-        block.compile(fullgraph=True, **how)
-    dit.run_blocks = functools.partial(_run_on_a_copy, dit.run_blocks)  # type: ignore[method-assign]
+        block.compile(**how)
+        vars(block)["compiled_with"] = how  # `pieces.py` compiles its own parts alike
+    dit.run_blocks = functools.partial(_run_on_reals, dit.run_blocks)  # type: ignore[method-assign]
     for module in vae.decoder.modules():
         if isinstance(module, FastGroupNorm):  # a graph for each width, and for single frames
-            module.activate = torch.compile(module.activate, fullgraph=True, **how)  # type: ignore[method-assign]
+            module.activate = torch.compile(module.activate, **how)  # type: ignore[method-assign]
 
 
-def _run_on_a_copy(run_blocks: Callable[..., Tensor], blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
-    """The first block's tokens may be a view, which would be compiled apart from those of the others."""
-    return run_blocks(blocks, x.clone(), *arguments)
+def is_compiled(dit: nn.Module) -> bool:
+    """Whether `compile_models` has compiled its blocks."""
+    return any("compiled_with" in vars(module) for module in dit.modules())
+
+
+class RealAttention(Attention):
+    """Attention whose rotations are those of `as_real`."""
+
+    @staticmethod
+    def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+        """RoPE of x (B, N, L, D) without complex numbers, rotations (L, 2 · D) → the same."""
+        pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, L, D/2, 2)
+        own, other = rotations.unflatten(-1, (-1, 2, 2)).unbind(-1)  # (L, D/2, 2) each
+        return (pairs * own + pairs.flip(-1) * other).flatten(-2).type_as(x)
+
+
+def as_real(rotations: Tensor) -> Tensor:
+    """What each coordinate of a point, and the point's other one, is multiplied by when it is turned.
+
+    complex64 (L, D/2) → float32 (L, 2 · D): for the first coordinate cos, −sin, for the second cos, sin, side by side,
+    as the compiler would take sizes of 2 for those of a batch of two.
+    """
+    cos, sin = rotations.real, rotations.imag
+    return torch.stack([cos, -sin, cos, sin], dim=-1).flatten(1)
+
+
+def _run_on_reals(run_blocks: Callable[..., Tensor], blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
+    """Rotations become real. The first block's tokens may be a view, which would be compiled apart from the others'."""
+    real = (as_real(y) if isinstance(y, Tensor) and y.is_complex() else y for y in arguments)
+    return run_blocks(blocks, x.clone(), *real)
 
 
 def attend_opaquely(
@@ -86,12 +126,3 @@ def _(
 ) -> Tensor:
     B, N, L, D = q.shape
     return q.new_empty(B, L, N, D)
-
-
-def _check_compiler() -> None:
-    name = os.environ.get("CXX", "g++")  # PyTorch's choice
-    if shutil.which(name) is None:
-        raise ValueError(
-            f"compile: PyTorch needs a C++ compiler, and there is no {name} here: install one (apt install g++), name "
-            "yours in the environment variable CXX, or do without (--no-compile)"
-        )

@@ -1,7 +1,11 @@
 """Where a model runs and in which precision: what "auto" means, decided once, before anything is loaded."""
 
 import contextlib
+import importlib.util
+import os
 import re
+import shutil
+import sys
 from collections.abc import Collection, Iterator
 
 import torch
@@ -73,6 +77,18 @@ def cpu_features() -> set[str]:
     if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         features -= NATIVE[torch.float16]
     return features
+
+
+def compiler_missing(device: str) -> str | None:
+    """What torch.compile needs for a device of this type ("cpu", "cuda", …) and does not find, and how to get it."""
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton here: pip install triton (on Windows triton-windows)"
+    of_pytorch, of_triton = ["clang++" if sys.platform == "darwin" else "g++"], ["gcc", "clang", "cc"]
+    variable, names = ("CC", of_triton) if device == "cuda" else ("CXX", of_pytorch)
+    names = [os.environ[variable]] if variable in os.environ else names
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"{names[0]} here: install a compiler (apt install {names[0]}), or name yours in the variable {variable}"
 
 
 @contextlib.contextmanager

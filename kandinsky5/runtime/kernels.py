@@ -24,10 +24,12 @@ from kandinsky5 import nabla as nabla_map
 from kandinsky5.attention import attend, dense_attention, expand_block_map
 from kandinsky5.config import NablaConfig
 from kandinsky5.nabla import TILE
+from kandinsky5.runtime.device import compiler_missing
 
 KERNELS = ("auto", "sdpa", "chunked", "flex", "dense")
 SCORES = 2**20  # scores held at a time on a CPU: 2 MB in bf16, which stay in the cache
 TILE_PAIRS = 2**21  # tile pairs indexed per chunk in block_sparse_attention: 16 bytes per kept pair
+ON_GPU = 128, 32  # times as many of either on a GPU, where starting kernels costs: 0.3 GB of keys
 LONG = 512  # queries from which chunks pay; text stays below
 
 
@@ -55,23 +57,28 @@ def check_kernel(kernel: str, device: torch.device | None = None) -> None:
     """Raise ValueError unless this is one of KERNELS, and can be used on `device`."""
     if kernel == "flex" and device is not None and device.type not in ("cuda", "meta"):
         raise ValueError(f"attention flex is compiled for CUDA, not for {device.type}: choose auto")
+    if kernel == "flex" and device is not None and (missing := compiler_missing(device.type)):
+        raise ValueError(f"attention flex is compiled, and there is no {missing}; or choose auto, which is slower")
     if kernel not in KERNELS:
         raise ValueError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
 
 
-def choose_kernel(name: str, device: str, dtype: torch.dtype, length: int, has_map: bool) -> str:
+def choose_kernel(name: str, device: str, dtype: torch.dtype, length: int, has_map: bool, compiles: bool = True) -> str:
     """The kernel that one of KERNELS stands for: "dense", "sdpa" or "chunked"; with a block map "dense", "gathered",
     "gathered sdpa" (the gathered tiles through PyTorch's kernel) or "flex".
 
-    device: "cpu", "cuda", …; length: number of queries. On the meta device no data can select tiles: "dense".
+    device: "cpu", "cuda", …; length: number of queries; compiles: whether torch.compile works there. On the meta device
+    no data can select tiles: "dense". Apart from CPU and CUDA no fused kernel is known, so none is relied on.
     """
     if name == "dense" or device == "meta":
         return "dense"
+    fused = name == "sdpa" or name != "chunked" and device == "cuda"
     if has_map:
-        if name == "flex" or name == "auto" and device == "cuda":
+        if name == "flex" or name == "auto" and device == "cuda" and compiles:
             return "flex"
-        return "gathered" if device == "cpu" and name != "sdpa" else "gathered sdpa"
-    if name == "chunked" or name == "auto" and device == "cpu" and dtype == torch.bfloat16 and length >= LONG:
+        return "gathered sdpa" if fused else "gathered"
+    chunks = device != "cpu" or dtype == torch.bfloat16
+    if name == "chunked" or name == "auto" and not fused and chunks and length >= LONG:
         return "chunked"
     return "sdpa"
 
@@ -86,15 +93,18 @@ def attend_through(
     grid: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """`attend`, all shapes as there, through the kernel that `name` stands for."""
-    block_map = None
+    block_map, compiles = None, True
     if nabla is not None:
         assert grid is not None and mask is None, "tiles need the grid of the tokens, and no model masks them"
         block_map = map_head_by_head(q, k, grid, nabla)  # (B, N, L/64, L/64)
-    kernel = choose_kernel(name, q.device.type, q.dtype, q.shape[2], block_map is not None)
+        compiles = _can_compile(q.device.type)
+    kernel = choose_kernel(name, q.device.type, q.dtype, q.shape[2], block_map is not None, compiles)
     if block_map is not None:
         if kernel == "flex":
-            tile = {"BLOCK_M": TILE, "BLOCK_N": TILE}  # the kernel's own default of 128 refuses such blocks
-            return _compiled_flex_attention()(q, k, v, block_mask=build_block_mask(block_map), kernel_options=tile)
+            trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            block_mask = build_block_mask(block_map, backward=trained)
+            options = flex_options(q.shape[3], q.dtype.itemsize, shared_memory(q.device))
+            return _compiled_flex_attention()(q, k, v, block_mask=block_mask, kernel_options=options)
         if kernel != "dense":
             return block_sparse_attention(q, k, v, block_map, fused=kernel == "gathered sdpa")
         mask = expand_block_map(block_map)
@@ -130,7 +140,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     """
     B, N, L, _ = q.shape
     S, rows = k.shape[2], min(L, 256)
-    heads = max(1, SCORES // (rows * S))
+    heads = max(1, piece_sizes(q.device.type)[0] // (rows * S))
     mask = mask.expand(B, N, L, S) if mask is not None else None  # a view
     q, k, v = (x.contiguous() for x in (q, k, v))  # else copied for each chunk
     out = torch.empty_like(q)
@@ -166,7 +176,8 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, f
     per_head = L // TILE
     q, k, v = (x.reshape(B * N * per_head, TILE, D) for x in (q, k, v))  # tiles, head after head
     out = torch.empty_like(q)
-    at_once = max(1, TILE_PAIRS // per_head**2) * per_head  # rows of the map, those of a few heads
+    scores, pairs = piece_sizes(q.device.type)
+    at_once = max(1, pairs // per_head**2) * per_head  # rows of the map, those of a few heads
     numbers, rows = torch.arange(len(q), device=q.device), block_map.reshape(-1, per_head)
     for some, kept in zip(numbers.split(at_once), rows.split(at_once), strict=True):
         counts = kept.sum(dim=-1)
@@ -174,7 +185,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, f
             alike = counts == count
             first = some[alike] // per_head * per_head  # of the head's tiles
             chosen = kept[alike].nonzero()[:, 1].view(-1, count) + first[:, None]  # key tiles of each query tile
-            size = max(1, SCORES // (TILE * TILE * count))
+            size = max(1, scores // (TILE * TILE * count))
             for where, tiles in zip(some[alike].split(size), chosen.split(size), strict=True):
                 keys, values = (x.index_select(0, tiles.flatten()).view(len(tiles), -1, D) for x in (k, v))
                 if fused:
@@ -185,20 +196,67 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, f
     return out.view(B, N, L, D)
 
 
-def build_block_mask(block_map: Tensor):
+def piece_sizes(device: str) -> tuple[int, int]:
+    """Scores and tile pairs that are in hand at a time on a "cpu", "cuda", …"""
+    return (SCORES, TILE_PAIRS) if device == "cpu" else (ON_GPU[0] * SCORES, ON_GPU[1] * TILE_PAIRS)
+
+
+def build_block_mask(block_map: Tensor, backward: bool = True):
     """PyTorch's BlockMask made of a bool (B, N, L/64, L/64) map.
 
     All kept tiles are "full" blocks, which the compiled kernel computes without looking inside. Uncompiled,
     flex_attention ignores blocks and applies `mask_mod` to every pair of tokens, so that must say the same.
+    backward: also list the queries of each key, which gradients need; it takes two sorts of the whole map.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def same_as_map(b, n, q, k):
         return block_map[b, n, q // TILE, k // TILE]
 
-    count = block_map.sum(dim=-1, dtype=torch.int32)
-    index = block_map.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return BlockMask.from_kv_blocks(torch.zeros_like(count), index, count, index, BLOCK_SIZE=TILE, mask_mod=same_as_map)
+    count, index = block_map.sum(dim=-1, dtype=torch.int32), list_tiles(block_map)
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(count), index, count, index, TILE, same_as_map, compute_q_blocks=backward
+    )
+
+
+def list_tiles(block_map: Tensor) -> Tensor:
+    """The kept tiles of each row first, in order, and then the others: bool (B, N, Q, K) → int32 (B, N, Q, K).
+
+    Without sorting: a kept tile's place is the number of kept ones before it. Head by head, as the places are int64.
+    """
+    tiles = torch.arange(block_map.shape[-1], device=block_map.device, dtype=torch.int32)
+    index = torch.empty(block_map.shape, device=block_map.device, dtype=torch.int32)
+    for kept, into in zip(block_map.flatten(0, 1), index.flatten(0, 1), strict=True):  # (Q, K) each
+        before = kept.cumsum(dim=-1) - 1
+        after = before[:, -1:] + tiles - before  # behind all kept ones, the dropped ones in order
+        into.scatter_(-1, torch.where(kept, before, after), tiles.expand_as(into))
+    return index
+
+
+def flex_options(head_dim: int, itemsize: int, shared: int) -> dict[str, int | bool]:
+    """Options of the compiled kernel for tiles of 64: as many stages of its pipeline, three at most, as fit.
+
+    A stage holds a tile of keys and one of values in the `shared` bytes of a multiprocessor, next to the queries: for a
+    head dim of 128 in bf16 three need 112 KB, of which a data-centre GPU has 160 or more and others 99. Four warps are
+    what the authors' autotuning ends at; the kernel's own choice, 8, is for tiles of 128, which refuse these blocks.
+    """
+    tile = TILE * head_dim * itemsize
+    stages = max(1, min(3, (shared // tile - 1) // 2))
+    blocks = {"BLOCK_M": TILE, "BLOCK_N": TILE, "ROWS_GUARANTEED_SAFE": True, "fwd_IS_DIVISIBLE": True}
+    return blocks | {"fwd_num_warps": 4, "fwd_num_stages": stages}
+
+
+@functools.cache
+def _can_compile(device: str) -> bool:
+    return compiler_missing(device) is None
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads may have on a GPU; elsewhere those of a data-centre GPU."""
+    if device.type != "cuda":
+        return 160 * 2**10
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 2**10)
 
 
 @functools.cache

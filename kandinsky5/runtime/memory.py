@@ -2,33 +2,95 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kandinsky5.config import DiTConfig, PipelineConfig, Tiling, VAEConfig
 from kandinsky5.nabla import TILE
-from kandinsky5.runtime.fast_vae import PIECE
+from kandinsky5.runtime import fast_vae
+from kandinsky5.runtime.offload import find_place
+from kandinsky5.runtime.pieces import PIECE, in_pieces
 
 KEPT_BY_HEAP = 300_000_000  # bytes that glibc may retain of what decoding has freed: measured, see `vae_memory`
 MAP = 5  # bytes per pair of NABLA's tiles and head: its map, and the indices of flex_attention's BlockMask
 LATENTS = 8  # times the initial noise, at least, that sampling holds: noise, condition, both velocities, float32
 
 
-def check_sampling(shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises ValueError where latents of that shape, (B, T, h, w, 16), and what each step makes of them do not fit."""
-    needed = 4 * LATENTS
-    for size in shape:
-        needed *= size
+# Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
+# 4 % faster at 2,688 and at 4,096, 1 % here, then as fast (bf16, two threads, small model and Lite's width).
+ONE_PASS = 6144
+
+
+class StepPlan(NamedTuple):
+    """How steps run in the memory that is free."""
+
+    needed: int  # bytes, about
+    piece: int | None  # tokens that a block computes at a time, None for all
+    together: bool  # whether both passes of guidance are one batch
+
+    def __str__(self) -> str:
+        return f"takes {self.needed / 1e9:.1f} GB" + " in pieces" * (self.piece is not None)
+
+    @contextlib.contextmanager
+    def applied(self, dit: nn.Module) -> Iterator[None]:
+        """Inside, the DiT runs like this, and errors say that they came while sampling."""
+        with in_pieces(dit, self.piece), during("sampling"):
+            yield
+
+
+def plan_steps(config: DiTConfig, dit: nn.Module, shape: tuple[int, ...], guided: bool) -> StepPlan:
+    """How the steps of latents of that shape, (B, T, h, w, 16), run, and what they need on the DiT's device.
+
+    Short passes of guidance go together, which saves the time of starting each operation but masks the padding of the
+    shorter prompts. Blocks compute all tokens at once where a tenth of the free memory is left, else in pieces
+    (`pieces.py`). Raises ValueError where not even pieces fit.
+    """
+    device, dtype = find_place(dit)
+    together = guided and math.prod(shape[:4]) < ONE_PASS
+    size = (shape[0] * (1 + together), *shape[1:4])
+    whole, in_parts = (dit_memory(config, size, dtype, piece) for piece in (None, PIECE))
+    weights = bytes_to_come(dit) if device.type == "cuda" else 0  # on a CPU they are pages of files
+    rest = weights + 4 * LATENTS * math.prod(shape)
     free = free_memory(device)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"sampling latents {shape} takes at least {_gigabytes(needed)} GB of memory and {_gigabytes(free)} GB are "
-            "free: ask for fewer videos at once, or less --height, --width or --num-frames"
-        )
+    if free is None or whole + rest <= 0.9 * free:
+        return StepPlan(whole + rest, None, together)
+    if in_parts + rest <= free:
+        return StepPlan(in_parts + rest, PIECE, together)
+    stay = "" if weights or device.type != "cuda" else "keep the other models off the GPU meanwhile (--offload model), "
+    blocks = "stream the DiT's blocks (--offload blocks), " if weights > in_parts else ""
+    raise ValueError(
+        f"a step with latents {tuple(shape)} takes about {_gigabytes(in_parts + rest)} GB of memory and "
+        f"{_gigabytes(free)} GB are free: {stay}{blocks}ask for fewer videos at once, or less --height, --width or "
+        "--num-frames"
+    )
+
+
+def bytes_to_come(model: nn.Module) -> int:
+    """What the weights of a resting model will take of its device: of streamed blocks two at a time."""
+    streamed = [m for m in model.modules() if m is not model and "resting" in vars(m)]
+    blocks = sorted(sum(p.nbytes for p in block.parameters() if p.is_meta) for block in streamed)
+    return sum(p.nbytes for p in model.parameters() if p.is_meta) - sum(blocks[:-2])
+
+
+@contextlib.contextmanager
+def during(phase: str) -> Iterator[None]:
+    """Inside, errors bear a note of what was being done, such as "sampling": who runs out of memory should know."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(phase)
+        raise
+
+
+def release(device: torch.device) -> None:
+    """Give back what PyTorch holds of a GPU's memory and does not use: pieces cut for tokens do not fit frames."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_decoding(
@@ -122,7 +184,7 @@ def vae_memory(config: VAEConfig, size: tuple[int, int, int], dtype: torch.dtype
 
     def copies(channels: int) -> int:
         frame = height * width * channels
-        at_a_time = min(window, max(2, PIECE // frame // 2 * 2))
+        at_a_time = min(window, max(2, fast_vae.PIECE // frame // 2 * 2))
         # Normalised frames, and twice with two of the past; the rest is what the kernels work on. Or, in half
         # precision, normalised frames and two copies of them in float32.
         return frame * max(3 * at_a_time + 13, 5 * at_a_time if dtype.itemsize == 2 else 0)

@@ -19,8 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5.config import NablaConfig
-from kandinsky5.dit import DiT, FinalLayer, VisualBlock, add_gated, modulate
-from kandinsky5.rope import apply_rope
+from kandinsky5.dit import FinalLayer, VisualBlock, add_gated, modulate
 
 PIECE = 8192  # tokens at a time: a matmul of Lite's width over them keeps any GPU busy
 
@@ -60,7 +59,7 @@ class PiecewiseVisualBlock(VisualBlock):
         q, k = (
             rearrange(to(y), "B L (N D) -> B N L D", D=attention.head_dim) for to in (attention.to_q, attention.to_k)
         )
-        q, k = apply_rope(attention.q_norm(q), rotations), apply_rope(attention.k_norm(k), rotations)
+        q, k = attention.rotate(attention.q_norm(q), rotations), attention.rotate(attention.k_norm(k), rotations)
         q, k = (rearrange(y, "B N L D -> B L (N D)") for y in (q, k))
         return q, k, attention.to_v(y)
 
@@ -90,15 +89,24 @@ class PiecewiseFinalLayer(FinalLayer):
 
 
 @contextlib.contextmanager
-def in_pieces(dit: DiT, piece: int | None = PIECE) -> Iterator[None]:
+def in_pieces(dit: nn.Module, piece: int | None = PIECE) -> Iterator[None]:
     """Inside, visual blocks and final layer compute that many tokens at a time; with None nothing changes."""
-    before: dict[nn.Module, type] = {}
-    for module in [*dit.visual_blocks, dit.final_layer] if piece is not None else []:
-        before[module] = type(module)
+    before = []
+    for module in dit.modules() if piece is not None else ():
+        if not isinstance(module, (VisualBlock, FinalLayer)):
+            continue
+        before.append((module, type(module), dict(vars(module))))
         module.__class__ = PiecewiseVisualBlock if isinstance(module, VisualBlock) else PiecewiseFinalLayer
         vars(module)["piece"] = piece
+        if how := vars(module).get("compiled_with"):  # the whole would be compiled anew for each number of pieces
+            parts = {name: torch.compile(getattr(module, name), **how) for name in ("project", "finish")}
+            vars(module).update(parts, _compiled_call_impl=None)
     try:
         yield
     finally:
-        for module, whole in before.items():
+        for module, whole, attributes in before:
             module.__class__ = whole
+            for name in ("piece", "project", "finish", "_compiled_call_impl"):
+                vars(module).pop(name, None)
+                if name in attributes:
+                    vars(module)[name] = attributes[name]
