@@ -9,6 +9,12 @@ pairs, with the smallest and the largest next to it; where theirs takes a minute
 one side alone. rows.py describes each row. The table goes to RESULTS/compare.md and compare.json, a plot of the
 ratios (with matplotlib) to compare.svg; rows that were not run now stay in it as they are. The machine should do
 nothing else meanwhile.
+
+    python benchmarks/compare.py --isa avx2 [--resume]   # float32 rows, as with AVX2 alone, a quarter of an hour
+
+The share of the matmul rate says how much of the time bare matrix products of as many operations, in this precision
+on these threads, would have taken: what is physically possible is near 1, and above it only where a form saves
+multiplications (the VAE's). --resume leaves out rows of the last day; --table only writes the table and its targets.
 """
 
 import argparse
@@ -39,6 +45,7 @@ from kandinsky5.files import replacing, write_text  # noqa: E402
 from random_weights import relative_error  # noqa: E402
 
 SIDES = ("ours", "theirs")
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # What of a measurement each kind of row compares, and how it is printed.
 KINDS = {
     "time": ("seconds", 1, "s"),
@@ -55,33 +62,60 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements of each row (default: 5)")
-    parser.add_argument("--seconds", type=float, default=300, help="start no further pair after that (default: 300)")
+    parser.add_argument("--seconds", type=float, help="start no further pair after that (default: 300; avx2: 90)")
+    parser.add_argument("--isa", choices=("avx2",), help="forbid newer instructions, and measure the float32 rows")
+    parser.add_argument("--resume", action="store_true", help="leave out rows that were measured in the last day")
+    parser.add_argument("--table", action="store_true", help="measure nothing: write the table again")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every row runs")
     parser.add_argument("--out", type=Path, metavar="RESULTS", help="default: benchmarks/results; with --tiny nowhere")
     parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)  # what measure_alone calls
     options = parser.parse_args()
     if options.repeats < 1 or options.threads < 1:
         parser.error(f"--repeats {options.repeats} and --threads {options.threads} must be at least 1")
+    if options.isa and "ONEDNN_MAX_CPU_ISA" not in os.environ:  # libraries read it when they are loaded: once more
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
+    options.seconds = options.seconds or (90 if options.isa else 300)
     torch.set_num_threads(options.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes too
     if options.alone:
         run_alone(*options.alone, options.tiny)
         return
 
-    rows = [row for row in ROWS if not options.rows or row.name in options.rows]
+    rows = [row for row in ROWS if (row.name in options.rows if options.rows else row.avx2 or not options.isa)]
     out = options.out or (None if options.tiny else Path(__file__).parent / "results")
     results = read_results(out)
+    if options.resume:
+        rows = [row for row in rows if not is_recent(results.get(key_of(row, options.isa)))]
+    if options.table:
+        rows = []
     if (load := os.getloadavg()[0]) > 0.5 and not options.tiny:
         print(f"this machine is busy (load {load:.1f}): these will be no figures to keep", flush=True)
     with tempfile.TemporaryDirectory(prefix="kandinsky5-benchmark-") as folder:
         for number, row in enumerate(rows, start=1):
             print(f"[{number}/{len(rows)}] {row.name}: {row.work}", flush=True)
-            results[row.name] = compare(row, Path(folder), options)
+            results[key_of(row, options.isa)] = compare(row, Path(folder), options)
             write_results(results, out)
+    write_results(results, out)
     print("\n" + build_table(results))
-    wrong = [row.name for row in rows if not results[row.name]["agrees"]]
+    wrong = [row.name for row in rows if not results[key_of(row, options.isa)]["agrees"]]
     if wrong:
         sys.exit(f"the two sides' results differ by more than they may in: {', '.join(wrong)}")
+
+
+def key_of(row: Row, isa: str | None) -> str:
+    """A row's name among the results, where each kind of processor has its own."""
+    return f"{row.name}@{isa}" if isa else row.name
+
+
+def is_recent(result: dict | None) -> bool:
+    """Whether a row was measured in the last 24 hours."""
+    return result is not None and time.time() - time.mktime(time.strptime(result["date"], "%Y-%m-%d %H:%M")) < 86400
+
+
+def in_order(results: dict) -> list[tuple[Row, dict]]:
+    """All rows that have results, in the order of `ROWS`, first as this processor is and then with AVX2 alone."""
+    pairs = [(row, key_of(row, isa)) for isa in (None, "avx2") for row in ROWS]
+    return [(row, results[key] | {"wanted": row.target}) for row, key in pairs if key in results]
 
 
 def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
@@ -109,6 +143,9 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
             expected = row.run("exact", options.tiny, folder)() if row.exact else results["theirs"]
         error = relative_error(results["ours"], expected)
     ratios = [pair["theirs"][key] / pair["ours"][key] for pair in pairs]
+    rate = matmul_rate(64 if options.tiny else 2048, torch.float32 if row.dtype == "float32" else torch.bfloat16)
+    flop = row.flop() if row.flop and not options.tiny else None
+    ours = statistics.median(pair["ours"][key] for pair in pairs)
     return {
         "work": row.work,
         "measure": row.measure,
@@ -121,8 +158,10 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         "agrees": error is None or error <= row.tolerance,
         "pairs": pairs,
         "tiny": options.tiny,
-        "matmul": round(matmul_rate(64 if options.tiny else 2048), 4),  # Tflop/s, there and then
-        **describe_machine(options.threads),
+        "precision": row.dtype,
+        "matmul": round(rate, 4),  # Tflop/s in that precision, there and then
+        "share": flop and round(flop / ours / rate / 1e12, 3),  # of that rate, for the operations of the definition
+        **describe_machine(options.threads, options.isa),
     }
 
 
@@ -195,13 +234,14 @@ def memory(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def describe_machine(threads: int) -> dict:
+def describe_machine(threads: int, isa: str | None = None) -> dict:
     """Where and with what a row was measured."""
     with open("/proc/cpuinfo") as file:
         lines = [line.partition(":") for line in file]
     model = next((value.strip() for key, _, value in lines if key.startswith("model name")), "unknown")
     flags = next((value.split() for key, _, value in lines if key.startswith("flags")), [])
-    machine = " ".join([model, platform.machine(), *(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)])
+    newer = () if isa else (flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)
+    machine = " ".join([model, platform.machine(), *newer, *(["restricted to AVX2"] if isa else [])])
     there = [name for name in ("torch", "diffusers", "transformers") if find_spec(name)]
     software = ", ".join(f"{name} {version(name)}" for name in there)
     cores = f"{threads} threads on {os.cpu_count()} cores"
@@ -212,9 +252,9 @@ def describe_machine(threads: int) -> dict:
     }
 
 
-def matmul_rate(size: int) -> float:
-    """Tflop/s of one bf16 matmul of size³ with PyTorch's threads, the best of five."""
-    a, b, out = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(3))
+def matmul_rate(size: int, dtype: torch.dtype) -> float:
+    """Tflop/s of one matmul of size³ with PyTorch's threads, the best of five."""
+    a, b, out = (torch.randn(size, size, dtype=dtype) for _ in range(3))
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -246,9 +286,10 @@ def write_results(results: dict, out: Path | None) -> None:
 
 def build_table(results: dict) -> str:
     """Markdown: a line for each row in the order of `ROWS`, and below it where the figures come from."""
-    head = ("work (bf16 unless stated)", "ours", "theirs", "ratio", "from to", "runs", "target", "", "error", "date")
+    head = ("work", "precision", "processor", "ours", "theirs", "ratio", "from to", "share of the matmul rate", "runs")
+    head += ("target", "", "error", "date")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    rows = [results[row.name] for row in ROWS if row.name in results]
+    rows = [result for _, result in in_order(results)]
     for row in rows:
         figures = " | ".join(format_figure(row, side) for side in SIDES)
         spread = " to ".join(f"{ratio:.2f}" for ratio in row["spread"])
@@ -257,14 +298,30 @@ def build_table(results: dict) -> str:
         met = ("met" if is_met(row) else "**not met**") if has_target else ""
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
         ratio, runs, date = f"{row['ratio']:.2f}", count_runs(row), row["date"].split()[0]
-        cells = (row["work"], figures, ratio, spread, runs, target, met, error, date)
+        share = "" if row.get("share") is None else f"{row['share']:.2f}"
+        processor = "AVX2" if "restricted to AVX2" in row["machine"] else "as it is"
+        cells = (
+            row["work"],
+            precision_of(row),
+            processor,
+            figures,
+            ratio,
+            spread,
+            share,
+            runs,
+            target,
+            met,
+            error,
+            date,
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machines = sorted({row["machine"] + " (toy sizes: no figures to keep)" * row["tiny"] for row in rows})
     dates, loads = ([row[key] for row in rows] for key in ("date", "load"))
-    rates = [row["matmul"] for row in rows if "matmul" in row]  # older rows do not have it
-    bare = (
-        f" A bare bf16 matmul ran at {min(rates)} to {max(rates)} Tflop/s next to {len(rates)} rows." if rates else ""
-    )
+    bare = ""
+    for precision in ("bf16", "float32"):
+        rates = [row["matmul"] for row in rows if "matmul" in row and row.get("precision", "bf16") == precision]
+        if rates:  # older rows do not have it
+            bare += f" A bare {precision} matmul ran at {min(rates)} to {max(rates)} Tflop/s next to {len(rates)} rows."
     lines += [
         "",
         "The ratio is the median over pairs of measurements taken one after the other, which need not be that of the "
@@ -273,6 +330,11 @@ def build_table(results: dict) -> str:
         f"{min(dates)} to {max(dates)}, load {min(loads)} to {max(loads)}. {'; '.join(machines)}.{bare}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def precision_of(row: dict) -> str:
+    """What a row was measured in; older ones say it in their work alone."""
+    return row.get("precision") or ("float32" if "float32" in row["work"] else "bf16")
 
 
 def count_runs(row: dict) -> str:
@@ -299,7 +361,7 @@ def plot_ratios(results: dict, path: Path) -> None:
     """A bar for each row: the ratio, on a logarithmic axis, with a mark at its target."""
     from matplotlib import pyplot
 
-    rows = [results[row.name] for row in reversed(ROWS) if row.name in results]
+    rows = [result for _, result in reversed(in_order(results))]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)), layout="constrained")
     colors = ["C0" if is_met(row) else "C1" for row in rows]
     axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colors)

@@ -38,6 +38,7 @@ from kandinsky5.runtime import fast, kernels, offload
 from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.heap import keep_freed_memory
 from kandinsky5.runtime.memory import ONE_PASS
+from kandinsky5.vae import VAE
 from weights_convert import tables
 from weights_convert.sizes import to_their_config
 
@@ -131,18 +132,21 @@ def dit_nabla_peaked(side: str, tiny: bool, folder: Path) -> Work:
     return dit_nabla(side, tiny, folder, peaked=4)
 
 
+def dit_dense_float32(side: str, tiny: bool, folder: Path) -> Work:
+    """One block of Lite's width on 2,688 tokens, in float32."""
+    config, grid = (TINY_DIT, (2, 8, 12)) if tiny else (DiTConfig(num_text_blocks=1, num_visual_blocks=1), (7, 32, 48))
+    return dit_forward(side, config, grid, dtype=torch.float32)
+
+
 def dit_matmul_share(side: str, tiny: bool, folder: Path) -> Work:
     """The dense forward compared with bare bf16 matmuls of as many floating-point operations, on this machine."""
     config, grid = (TINY_DIT, (2, 8, 12)) if tiny else (DiTConfig(num_visual_blocks=4), (13, 32, 48))
     if side == "ours":
         return dit_forward(side, config, grid)
-    with torch.device("meta"):
-        dit = DiT(config).to(torch.bfloat16)
-    with FlopCounterMode(display=False) as counter:
-        dit(**dit_inputs(config, grid, device="meta"), rope_scale=ROPE_SCALE)
+    flop = dit_flop(config, grid)
     size = 64 if tiny else 3072  # 2048 and 4096 reach the same rate within 6 %
     a, b, out = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(3))
-    count = max(1, round(counter.get_total_flops() / (2 * size**3)))
+    count = max(1, round(flop / (2 * size**3)))
 
     def run() -> None:
         for _ in range(count):
@@ -151,7 +155,12 @@ def dit_matmul_share(side: str, tiny: bool, folder: Path) -> Work:
     return run
 
 
-def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
+def dit_nabla_long_float32(side: str, tiny: bool, folder: Path) -> Work:
+    """One forward of that in float32, in which it takes minutes."""
+    return dit_nabla_long(side, tiny, folder, torch.float32, steps=1)
+
+
+def dit_nabla_long(side: str, tiny: bool, folder: Path, dtype: torch.dtype = torch.bfloat16, steps: int = 3) -> Work:
     """31,744 tokens, one visual block of Lite's width. "theirs" is our own dense path here.
 
     The window keeps 12.7 % of the tiles; queries so long that their maps are peaked add the rest to 15 %. Three
@@ -161,8 +170,8 @@ def dit_nabla_long(side: str, tiny: bool, folder: Path) -> Work:
     if tiny:
         config, grid, nabla_config = TINY_DIT, (2, 32, 32), NablaConfig(P=0.9, window=(1, 1, 1))
     if side == "theirs":
-        return dit_forward("ours", config, grid, peaked=5.3, steps=3)
-    forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.3, steps=3)
+        return dit_forward("ours", config, grid, peaked=5.3, steps=steps, dtype=dtype)
+    forward = dit_forward("ours", replace(config, nabla=nabla_config), grid, peaked=5.3, steps=steps, dtype=dtype)
     build_map, shares = kernels.map_head_by_head, []
 
     def block_map(*arguments) -> Tensor:
@@ -279,15 +288,20 @@ def preview_file(side: str, tiny: bool, folder: Path) -> Work:
 
 
 def dit_forward(
-    side: str, config: DiTConfig, grid: tuple[int, int, int], peaked: float | None = None, steps: int = 1
+    side: str,
+    config: DiTConfig,
+    grid: tuple[int, int, int],
+    peaked: float | None = None,
+    steps: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Work:
     """The DiT on latents of `grid`, ours or diffusers', with the same weights and inputs.
 
     peaked: latents that are much alike within 8 × 8 tokens, and queries that many times as long. steps: how often ours
     runs in a row in one heap.
     """
-    inputs = dit_inputs(config, grid)
-    dit = build(side, "dit", config, torch.bfloat16)
+    inputs = dit_inputs(config, grid, dtype=dtype)
+    dit = build(side, "dit", config, dtype)
     if peaked is not None:
         coarse = inputs["x"][:, :, ::16, ::16].repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
         inputs["x"] = coarse + 0.3 * inputs["x"]
@@ -304,12 +318,14 @@ def dit_forward(
     return run
 
 
-def dit_inputs(config: DiTConfig, grid: tuple[int, int, int], device: str = "cpu") -> dict[str, Tensor]:
-    """Random arguments of `DiT.forward` in bf16; grid (T, H, W) of latents."""
+def dit_inputs(
+    config: DiTConfig, grid: tuple[int, int, int], device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Random arguments of `DiT.forward`; grid (T, H, W) of latents."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     return {
         "x": normal(1, *grid, config.input_channels),
@@ -338,6 +354,27 @@ def call_their_dit(dit, config: DiTConfig, x: Tensor, text: Tensor, pooled: Tens
         text_rope_pos=torch.arange(text.shape[1]),
         sparse_params=sparse,
     ).sample
+
+
+def dit_flop(config: DiTConfig, grid: tuple[int, int, int], kept: float = 1.0) -> int:
+    """Floating-point operations of a forward by its definition, where NABLA keeps this share of the tiles."""
+    with torch.device("meta"):
+        dit = DiT(replace(config, nabla=None))
+    with FlopCounterMode(display=False) as counter:
+        dit(**dit_inputs(config, grid, device="meta", dtype=torch.float32), rope_scale=ROPE_SCALE)
+    tokens = math.prod(grid) // 4
+    attention = config.num_visual_blocks * 4 * tokens**2 * config.dim
+    return counter.get_total_flops() - round((1 - kept) * attention)
+
+
+def vae_flop(grid: tuple[int, int, int], encode: bool = False) -> int:
+    """Floating-point operations of decoding latents of `grid`, or encoding its video, tiled in time, by definition."""
+    with torch.device("meta"):
+        vae, z = VAE(VAEConfig()), torch.empty(1, 16, *grid)
+        video = torch.empty(1, 3, 4 * grid[0] - 3, 8 * grid[1], 8 * grid[2])
+    with FlopCounterMode(display=False) as counter:
+        vae_tiling.encode(vae, video, Tiling()) if encode else vae_tiling.decode(vae, z, Tiling())
+    return counter.get_total_flops()
 
 
 def load_dit(side: str, tiny: bool, folder: Path) -> Work:
@@ -397,6 +434,10 @@ def vae_decode_float32(side: str, tiny: bool, folder: Path) -> Work:
     return vae_decode(side, tiny, torch.float32, (5, 4, 6) if tiny else (5, 16, 24))
 
 
+def vae_decode_short_float32(side: str, tiny: bool, folder: Path) -> Work:
+    return vae_decode(side, tiny, torch.float32, (3, 4, 6) if tiny else (3, 16, 24))
+
+
 def vae_decode_bfloat16(side: str, tiny: bool, folder: Path) -> Work:
     """exact: diffusers with these bf16 weights and latents, computed in float32. Thirty layers that round to bf16 are
     about 0.016 away from that on either side, and so 0.02 from each other."""
@@ -422,11 +463,15 @@ def vae_decode(side: str, tiny: bool, dtype: torch.dtype, grid: tuple[int, int, 
     return lambda: vae.decode(z).sample
 
 
-def vae_encode(side: str, tiny: bool, folder: Path) -> Work:
+def vae_encode_float32(side: str, tiny: bool, folder: Path) -> Work:
+    return vae_encode(side, tiny, folder, torch.float32, frames=9)
+
+
+def vae_encode(side: str, tiny: bool, folder: Path, dtype: torch.dtype = torch.bfloat16, frames: int = 17) -> Work:
     """Mean and log-variance of a video."""
-    config, size = (TINY_VAE, (17, 16, 24)) if tiny else (VAEConfig(), (17, 128, 192))
-    video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16) * 2 - 1
-    vae = build(side, "vae", config, torch.bfloat16)
+    config, size = (TINY_VAE, (frames, 16, 24)) if tiny else (VAEConfig(), (frames, 128, 192))
+    video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype) * 2 - 1
+    vae = build(side, "vae", config, dtype)
     if side == "ours":
         return lambda: torch.cat(vae_tiling.encode(vae, video, Tiling()), dim=1)
     return lambda: vae.encode(video).latent_dist.parameters
@@ -521,29 +566,45 @@ class Row(NamedTuple):
     exact: bool = False  # the error is taken from run("exact", …), as theirs does not compute what it should
     prepare: Callable[[bool, Path], None] | None = None  # writes files
     once: bool = False  # theirs takes minutes: measured once, without a run to warm up
+    dtype: str = "bf16"  # what both sides compute in, or "float32"
+    flop: Callable[[], int] | None = None  # operations by the definition, for the share of the matmul rate
+    avx2: bool = False  # also measured as on a processor with AVX2 alone (--isa avx2)
+
+
+def dense_flop() -> int:
+    return dit_flop(DiTConfig(num_visual_blocks=4), (13, 32, 48))
 
 
 ROWS = [
-    Row("dit", "DiT forward, dense, Lite width, 4 blocks, 13×32×48", dit_dense, 1.6, 2e-2),
+    Row("dit", "DiT forward, dense, Lite width, 4 blocks, 13×32×48", dit_dense, None, 2e-2, flop=dense_flop),
     Row("dit-heap", "DiT forward, dense, theirs too in our heap", dit_dense_both_keep, None, 2e-2),
     Row(
-        "nabla", "DiT forward, NABLA P 0.9, 92 % of the tiles; flex, eager", dit_nabla, 12, 2e-2, exact=True, once=True
+        "nabla",
+        "DiT forward, NABLA P 0.9, 92 % of the tiles; flex, eager",
+        dit_nabla,
+        None,
+        2e-2,
+        exact=True,
+        once=True,
+        flop=lambda: dit_flop(DiTConfig(num_visual_blocks=4), (13, 32, 48), 0.92),
     ),
     Row(
         "nabla-peaked",
         "DiT forward, NABLA, 70 % of the tiles; flex, eager",
         dit_nabla_peaked,
-        12,
+        None,
         2e-2,
         exact=True,
         once=True,
+        flop=lambda: dit_flop(DiTConfig(num_visual_blocks=4), (13, 32, 48), 0.7),
     ),
     Row(
         "nabla-long",
         "3 forwards, 1 block, 31×64×64, NABLA, 15 % of the tiles; our own dense",
         dit_nabla_long,
-        3,
+        2.5,
         None,
+        flop=lambda: 3 * dit_flop(DiTConfig(num_visual_blocks=1), (31, 64, 64), 0.15),
     ),
     Row("attention-long", "of that the attention alone; our own dense", attention_long, None, None),
     Row("guidance-short", "guidance, 7×16×24, in one pass; in two", guidance_short, None, 2e-2),
@@ -553,12 +614,36 @@ ROWS = [
     Row("compiled-decoder", "VAE decode 3×16×24, compiled; plain", decoder_compiled, None, 2e-2),
     Row("preview", "a preview of 7×16×24 in a PNG; a step of the small model", preview_file, 100, None),
     Row("share", "DiT forward, share of the bf16 matmul rate", dit_matmul_share, 0.6, None),
-    Row("decode32", "VAE decode 5×16×24, float32", vae_decode_float32, 1.35, 1e-5),
-    Row("decode16", "VAE decode 5×16×24, bf16", vae_decode_bfloat16, 1.35, 2e-2, exact=True),
-    Row("decode32-memory", "VAE decode 5×16×24, float32, peak memory", vae_decode_float32, 1, 1e-5, "memory"),
+    Row(
+        "decode32",
+        "VAE decode 5×16×24, float32",
+        vae_decode_float32,
+        1.35,
+        1e-5,
+        dtype="float32",
+        flop=lambda: vae_flop((5, 16, 24)),
+    ),
+    Row(
+        "decode16",
+        "VAE decode 5×16×24, bf16",
+        vae_decode_bfloat16,
+        1.35,
+        2e-2,
+        exact=True,
+        flop=lambda: vae_flop((5, 16, 24)),
+    ),
+    Row(
+        "decode32-memory",
+        "VAE decode 5×16×24, float32, peak memory",
+        vae_decode_float32,
+        1,
+        1e-5,
+        "memory",
+        dtype="float32",
+    ),
     Row("decode16-memory", "VAE decode 5×16×24, bf16, peak memory", vae_decode_bfloat16, 1, None, "memory"),
     Row("tiled-memory", "VAE decode 17×32×48, spatial tiles, peak memory", vae_decode_tiled, 2, None, "memory"),
-    Row("encode", "VAE encode 17×128×192", vae_encode, 1.1, 2e-2),
+    Row("encode", "VAE encode 17×128×192", vae_encode, 1.1, 2e-2, flop=lambda: vae_flop((5, 16, 24), encode=True)),
     Row("text", "text: a prompt and the negative prompt", text_1, 3, 2e-2),
     Row("text-headless", "text: the same, theirs without its unused lm_head", text_1_without_head, None, 2e-2),
     Row("text8", "text: 8 prompts and negative prompts", text_8, 4, 2e-2),
@@ -574,5 +659,46 @@ ROWS = [
     ),
     Row("load-memory", "load a 4.02 GB DiT, peak memory", load_dit, 1, 2e-2, "memory", prepare=write_dit),
     Row("pipeline", "pipeline, small model, 8 steps, guidance 5", pipeline_bfloat16, 1.5, 1e-1),
-    Row("pipeline32", "pipeline, the same in float32", pipeline_float32, None, 1e-3),
+    Row("pipeline32", "pipeline, the same in float32", pipeline_float32, 1.4, 1e-3, dtype="float32", avx2=True),
+    Row(
+        "dit32",
+        "DiT forward, dense, Lite width, 1 block, 7×32×48, float32",
+        dit_dense_float32,
+        1.15,
+        1e-5,
+        dtype="float32",
+        avx2=True,
+        flop=lambda: dit_flop(DiTConfig(num_text_blocks=1, num_visual_blocks=1), (7, 32, 48)),
+    ),
+    Row(
+        "decode32-short",
+        "VAE decode 3×16×24, float32",
+        vae_decode_short_float32,
+        1.5,
+        1e-5,
+        dtype="float32",
+        avx2=True,
+        flop=lambda: vae_flop((3, 16, 24)),
+    ),
+    Row(
+        "encode32",
+        "VAE encode 9×128×192, float32",
+        vae_encode_float32,
+        1.3,
+        1e-5,
+        dtype="float32",
+        avx2=True,
+        flop=lambda: vae_flop((3, 16, 24), encode=True),
+    ),
+    Row(
+        "nabla-long32",
+        "forward, 1 block, 31×64×64, NABLA, 15 % of the tiles, float32; our own dense",
+        dit_nabla_long_float32,
+        2.5,
+        None,
+        once=True,
+        dtype="float32",
+        avx2=True,
+        flop=lambda: dit_flop(DiTConfig(num_visual_blocks=1), (31, 64, 64), 0.15),
+    ),
 ]

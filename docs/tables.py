@@ -342,18 +342,32 @@ def stages() -> list[str]:
 
 def speed() -> list[str]:
     """Every row of benchmarks/compare.py, in the order of its own table."""
-    rows: list[tuple] = [("work", "precision", "threads", "theirs / ours", "spread", "target", "")]
+    rows: list[tuple] = [
+        (
+            "work",
+            "precision",
+            "processor",
+            "threads",
+            "theirs / ours",
+            "spread",
+            "share of the matmul rate",
+            "target",
+            "",
+        )
+    ]
     order = (RESULTS / "compare.md").read_text()
     measured = json.loads((RESULTS / "compare.json").read_text()).values()
-    for row in sorted(measured, key=lambda row: order.find(f"| {row['work']} |")):
+    for row in sorted(measured, key=lambda row: ("AVX2" in row["machine"], order.find(f"| {row['work']} |"))):
         work = re.sub(r", (bf16|float32)\b", "", row["work"])
-        precision = "float32" if "float32" in row["work"] else "bf16"
+        precision = row.get("precision") or ("float32" if "float32" in row["work"] else "bf16")
+        processor = "AVX2" if "restricted to AVX2" in row["machine"] else "avx512_bf16"
+        share = "–" if row.get("share") is None else f"{row['share']:.2f}"
         threads = re.search(r"(\d+) threads", row["machine"])[1]
         target, verdict = ("–", "") if row["wanted"] is None else (f"{row['wanted']:.3g}", "met")
         if row["wanted"] is not None and row["ratio"] < row["wanted"]:
             verdict = "**not met**"
         spread = " to ".join(f"{value:.2f}" for value in row["spread"])
-        rows.append((work, precision, threads, f"{row['ratio']:.2f}", spread, target, verdict))
+        rows.append((work, precision, processor, threads, f"{row['ratio']:.2f}", spread, share, target, verdict))
     return table(*rows)
 
 

@@ -60,19 +60,26 @@ def test_theirs_is_run_once_where_it_takes_minutes(compare, monkeypatch, capsys)
     assert runs == {"ours": 1 + 3, "theirs": 1}
 
 
-def test_table_shows_how_far_runs_differ_and_which_targets_are_met(compare):
+def test_table_shows_how_far_runs_differ_and_which_targets_are_met(compare, monkeypatch):
     def result(work, wanted, ratios, error=None, agrees=True, once=False):
         pairs = [{"ours": {"seconds": 1 + i}, "theirs": {"seconds": 1 + i * (not once)}} for i in range(len(ratios))]
         figures = {"ours": 1.0, "theirs": 1.0, "ratio": sorted(ratios)[1], "spread": [min(ratios), max(ratios)]}
         said = {"error": error, "agrees": agrees, "tiny": False, "machine": "here", "date": "today 12:00", "load": 0}
         return {"work": work, "measure": "time", "wanted": wanted, "pairs": pairs, **figures, **said}
 
+    rows = [
+        compare.Row(name, "", None, target, None) for name, target in (("dit", 1.6), ("nabla", 12), ("encode", 1.1))
+    ]
+    monkeypatch.setattr(compare, "ROWS", rows)
     results = {"dit": result("first", 1.6, [1.5, 1.7, 1.65]), "nabla": result("second", 12, [10, 13, 11.9], once=True)}
     results["encode"] = result("third", 1.1, [2, 2, 2], 0.5, agrees=False) | {"matmul": 0.42}
+    emulated = {"machine": "here restricted to AVX2", "precision": "float32", "share": 0.75}
+    results["dit@avx2"] = result("fourth", 1.6, [1.5, 1.5, 1.5]) | emulated
     table = compare.build_table(results)
-    assert "| first | 1 s | 1 s | 1.65 | 1.50 to 1.70 | 3 | 1.6 | met |  | today |" in table
-    assert "| second | 1 s | 1 s | 11.90 | 10.00 to 13.00 | 1 + 3 | 12 | **not met** |  | today |" in table
+    assert "| first | bf16 | as it is | 1 s | 1 s | 1.65 | 1.50 to 1.70 |  | 3 | 1.6 | met |  | today |" in table
+    assert "1 s | 1 s | 11.90 | 10.00 to 13.00 |  | 1 + 3 | 12 | **not met** |  | today |" in table
     assert "3 | 1.1 | **not met** | 5.0e-01 **too large** |" in table  # however fast
+    assert "| fourth | float32 | AVX2 | 1 s | 1 s | 1.50 | 1.50 to 1.50 | 0.75 | 3 | 1.6 | **not met** |" in table
     assert table.endswith("A bare bf16 matmul ran at 0.42 to 0.42 Tflop/s next to 1 rows.\n")
 
 
