@@ -665,7 +665,7 @@ ROWS = [
         "DiT forward, dense, Lite width, 1 block, 7×32×48, float32",
         dit_dense_float32,
         1.15,
-        1e-5,
+        1e-3,
         dtype="float32",
         avx2=True,
         flop=lambda: dit_flop(DiTConfig(num_text_blocks=1, num_visual_blocks=1), (7, 32, 48)),
