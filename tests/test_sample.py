@@ -319,7 +319,7 @@ def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(kandinsky5.Pipeline, "generate", run)
-    refused([*FOX, "--device", "cpu"], "out of memory", "--tile-space", "--offload")
+    refused([*FOX, "--device", "cpu"], "2.00 GiB", "--tile-space", "--offload")
 
 
 def test_a_video_that_does_not_fit_is_refused_before_step_one(cli, refused, monkeypatch):
