@@ -164,6 +164,8 @@ def new_folder(place: str | Path, replace: bool = False, resume: bool = False) -
 
 def _sync(*paths: Path) -> None:
     """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files."""
+    if os.name == "nt":  # there, what is only opened to be read cannot be synchronised, and folders not be opened
+        return
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -228,9 +230,15 @@ def free_name(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, refusal: str) -> Iterator[None]:
-    """Hold `folder` alone, or raise ValueError with `refusal`; the lock ends with the process, however that ends."""
-    import fcntl  # not on Windows, where only training and conversion need it
+    """Hold `folder` alone, or raise ValueError with `refusal`; the lock ends with the process, however that ends.
 
+    On Windows, where folders have no locks, it is not held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

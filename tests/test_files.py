@@ -108,3 +108,13 @@ def test_json_is_written_as_it_is_read(tmp_path):
     values = {"имя": [1, 2.5, None, True, {"a": "🦊"}]}
     files.write_json(tmp_path / "new" / "x.json", values)
     assert files.read_json(tmp_path / "new" / "x.json") == values
+
+
+def test_without_locks_and_folder_handles_files_are_written(tmp_path, monkeypatch):
+    """As on Windows, which has neither: nothing is refused."""
+    missing = tmp_path / "missing"
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "name", "nt")
+        patch.setitem(sys.modules, "fcntl", None)
+        with files.locked(tmp_path, "taken"), files.locked(tmp_path, "taken"):
+            files._sync(missing)
