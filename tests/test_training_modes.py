@@ -108,3 +108,15 @@ def test_float32_islands_stay_under_autocast():
         assert modulation(vec)[0].dtype == torch.bfloat16
         with training_precision(dit):
             assert modulation(vec)[0].equal(expected)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_attention_is_off_in_training(before):
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with training_precision(random_dit()):
+            assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(usual)

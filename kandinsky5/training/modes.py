@@ -68,9 +68,11 @@ def training_precision(model: nn.Module) -> Iterator[None]:
 
     Its float32 layers stay in float32, and so does NABLA's choice of tiles. On a CPU attention is the definition,
     written out, with NABLA over the kept tiles: the gradient of PyTorch's fused kernel in bf16 takes five times as long
-    there (80 tokens, 6 heads of 32). The backward pass belongs inside too where activations are computed again.
+    there (80 tokens, 6 heads of 32). On CUDA cuDNN's attention is not used, whose gradient with a mask is NaN for some
+    lengths (pytorch#196678). The backward pass belongs inside too where activations are computed again.
     """
     with contextlib.ExitStack() as changes:
+        changes.enter_context(without_cudnn_attention())
         changes.enter_context(swapped(model, {Float32Linear: Island, FastFloat32Linear: Island}))
         attentions = [module for module in model.modules() if isinstance(module, Attention)]
         if attentions:
@@ -79,6 +81,17 @@ def training_precision(model: nn.Module) -> Iterator[None]:
                 attend = attend_written_out if device == "cpu" else torch.autocast(device, enabled=False)(module.attend)
                 changes.enter_context(replaced(module, attend=attend))
         yield
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Inside, PyTorch's fused attention takes any of its kernels but cuDNN's."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def attend_written_out(
