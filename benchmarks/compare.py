@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks", "tests", "tests/parity")]
 
 import torch  # noqa: E402
 from rows import ROWS, Row  # noqa: E402

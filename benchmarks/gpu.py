@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks", "tests", "tests/parity")]
 
 import torch  # noqa: E402
 from both_sides import build_theirs  # noqa: E402

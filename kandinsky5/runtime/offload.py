@@ -241,7 +241,7 @@ def _fetch(module: nn.Module, slot: dict[str, Tensor]) -> dict[str, Tensor]:
     device, target, state = vars(module)["works_on"], module.state_dict(), {}
     for name, x in vars(module)["resting"].items():
         if (x.device, x.dtype) != (device, target[name].dtype):
-            if name not in slot:
+            if name not in slot or slot[name].shape != target[name].shape:  # of a block of another kind
                 slot[name] = torch.empty_like(target[name], device=device)
             x = slot[name].copy_(x)
         state[name] = x
