@@ -132,6 +132,7 @@ def test_options_in_the_text_exist():
     programs += [("-m", "weights_convert", name) for name in ("from-diffusers", "from-official", "to-diffusers")]
     known = " ".join(help_of(*program) for program in programs)
     known += (ROOT / "tests/parity/conftest.py").read_text() + (ROOT / "notebooks/build.py").read_text()
+    known += (ROOT / "benchmarks/compare.py").read_text()
     options = {option for page in PAGES for option in re.findall(r"`(--[a-z][\w-]*)", prose(page))}
     assert len(options) > 15
     assert [option for option in options - OTHERS if not re.search(rf"{option}\b", known)] == []
