@@ -115,7 +115,7 @@ def is_recent(result: dict | None) -> bool:
 def in_order(results: dict) -> list[tuple[Row, dict]]:
     """All rows that have results, in the order of `ROWS`, first as this processor is and then with AVX2 alone."""
     pairs = [(row, key_of(row, isa)) for isa in (None, "avx2") for row in ROWS]
-    return [(row, results[key] | {"wanted": row.target}) for row, key in pairs if key in results]
+    return [(row, results[key] | {"target": row.target}) for row, key in pairs if key in results]
 
 
 def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
@@ -152,7 +152,7 @@ def compare(row: Row, folder: Path, options: argparse.Namespace) -> dict:
         **{side: statistics.median(pair[side][key] for pair in pairs) for side in SIDES},
         "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "wanted": row.target,
+        "target": row.target,
         "error": error,
         "tolerance": row.tolerance,
         "agrees": error is None or error <= row.tolerance,
@@ -293,8 +293,8 @@ def build_table(results: dict) -> str:
     for row in rows:
         figures = " | ".join(format_figure(row, side) for side in SIDES)
         spread = " to ".join(f"{ratio:.2f}" for ratio in row["spread"])
-        has_target = row["wanted"] is not None and not row["tiny"]  # targets are for full sizes
-        target = f"{row['wanted']:.3g}" if has_target else ""
+        has_target = row["target"] is not None and not row["tiny"]  # targets are for full sizes
+        target = f"{row['target']:.3g}" if has_target else ""
         met = ("met" if is_met(row) else "**not met**") if has_target else ""
         error = "" if row["error"] is None else f"{row['error']:.1e}" + ("" if row["agrees"] else " **too large**")
         ratio, runs, date = f"{row['ratio']:.2f}", count_runs(row), row["date"].split()[0]
@@ -344,7 +344,7 @@ def count_runs(row: dict) -> str:
 
 
 def is_met(row: dict) -> bool:
-    return row["wanted"] is None or row["ratio"] >= row["wanted"] and row["agrees"]
+    return row["target"] is None or row["ratio"] >= row["target"] and row["agrees"]
 
 
 def format_figure(row: dict, side: str) -> str:
@@ -367,8 +367,8 @@ def plot_ratios(results: dict, path: Path) -> None:
     axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colors)
     for place, row in enumerate(rows):
         axes.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center")
-        if row["wanted"] is not None:
-            axes.plot([row["wanted"]] * 2, [place - 0.45, place + 0.45], color="black")
+        if row["target"] is not None:
+            axes.plot([row["target"]] * 2, [place - 0.45, place + 0.45], color="black")
     axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
     axes.set_xscale("log")
     axes.axvline(1, color="gray", linewidth=0.8)

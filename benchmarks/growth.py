@@ -184,7 +184,7 @@ def build_table(measured: dict[str, dict[int, dict | str]], options: argparse.Na
 def plot(measured: dict[str, dict[int, dict | str]], path: Path) -> None:
     """Both figures over the tokens, all axes logarithmic, with the exponents in the legend.
 
-    No picture without matplotlib, nor where every method met a limit.
+    No plot without matplotlib, nor where every method met a limit.
     """
     if all(isinstance(figure, str) for figures in measured.values() for figure in figures.values()):
         return

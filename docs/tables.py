@@ -363,8 +363,8 @@ def speed() -> list[str]:
         processor = "AVX2" if "restricted to AVX2" in row["machine"] else "avx512_bf16"
         share = "–" if row.get("share") is None else f"{row['share']:.2f}"
         threads = re.search(r"(\d+) threads", row["machine"])[1]
-        target, verdict = ("–", "") if row["wanted"] is None else (f"{row['wanted']:.3g}", "met")
-        if row["wanted"] is not None and row["ratio"] < row["wanted"]:
+        target, verdict = ("–", "") if row["target"] is None else (f"{row['target']:.3g}", "met")
+        if row["target"] is not None and row["ratio"] < row["target"]:
             verdict = "**not met**"
         spread = " to ".join(f"{value:.2f}" for value in row["spread"])
         rows.append((work, precision, processor, threads, f"{row['ratio']:.2f}", spread, share, target, verdict))

@@ -8,6 +8,7 @@ import shutil
 import stat
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,7 @@ def parse_json(data: bytes, where: object) -> Any:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {name!r} occurs twice in one object")
     return values
 

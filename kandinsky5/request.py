@@ -124,8 +124,9 @@ class Request:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         if self.latents is not None:
             return self.latents, generators
-        shape, how = self.latent_shape, {"dtype": torch.float32, "device": "cpu"}
-        return torch.stack([torch.randn(shape, generator=one, **how) for one in generators]), generators  # type: ignore[call-overload]
+        options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        noise = [torch.randn(self.latent_shape, generator=one, **options) for one in generators]
+        return torch.stack(noise), generators
 
 
 def whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
@@ -266,13 +267,13 @@ def choose_seeds(seed: int | list[int], count: int, each: int) -> tuple[int, ...
 
     Raises ValueError for what is no seed.
     """
-    listed = isinstance(seed, (list, tuple))
-    if listed and len(seed) != count:  # type: ignore[arg-type]
-        raise ValueError(f"{len(seed)} seeds for {count} prompts: give one, or one for each prompt")  # type: ignore[arg-type]
-    firsts = [whole("seed", one) for one in (seed if listed else [seed])]  # type: ignore[union-attr]
+    listed = seed if isinstance(seed, (list, tuple)) else None
+    if listed is not None and len(listed) != count:
+        raise ValueError(f"{len(listed)} seeds for {count} prompts: give one, or one for each prompt")
+    firsts = [whole("seed", one) for one in ([seed] if listed is None else listed)]
     if min(firsts) < 0:
         raise ValueError(f"seed {min(firsts)}: give a whole number from 0 to 2⁶³ − 1")
-    return tuple(first + i for first in firsts for i in range(each if listed else count * each))
+    return tuple(first + i for first in firsts for i in range(count * each if listed is None else each))
 
 
 def plan_skips(step_skipping: Any, model: str, steps: int, guidance_scale: float) -> tuple[tuple[bool, ...], ...]:
@@ -290,10 +291,10 @@ def choose_rope_scale(
     """What positions (T, H, W) are divided by: as requested, the checkpoint's, or by size. Raises ValueError."""
     scale = (configured or scale_for_size(height, width)) if requested is None else requested
     if not isinstance(scale, (list, tuple)) or len(scale) != 3:
-        raise ValueError(f"rope_scale {shown(scale)}: give three positive numbers for T, H, W, such as (1, 2, 2)")
+        raise ValueError(f"rope_scale {shown(scale)}: {ROPE_RULE}")
     T, H, W = (number("rope_scale", factor) for factor in scale)
     if not all(0 < factor <= 1e6 for factor in (T, H, W)):
-        raise ValueError(f"rope_scale {shown(scale)}: give three positive numbers up to a million, such as (1, 2, 2)")
+        raise ValueError(f"rope_scale {shown(scale)}: {ROPE_RULE}")
     return T, H, W
 
 

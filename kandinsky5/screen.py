@@ -8,7 +8,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -18,13 +18,13 @@ class Forgiving:
     """A text stream that drops what it cannot write, and replaces letters that its encoding lacks; `None` drops all."""
 
     def __init__(self, stream: TextIO | None):
-        self.stream = stream
+        self.stream: Any = stream
 
     def write(self, text: str) -> int:
         """Write `text` if possible; returns its length."""
         try:
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))  # type: ignore[union-attr]
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError, AttributeError):  # full or gone; closed; None
             pass
         return len(text)
@@ -32,14 +32,14 @@ class Forgiving:
     def flush(self) -> None:
         """Flush if possible."""
         try:
-            self.stream.flush()  # type: ignore[union-attr]
+            self.stream.flush()
         except (OSError, ValueError, AttributeError):
             pass
 
     def isatty(self) -> bool:
         """Whether this is a terminal."""
         try:
-            return self.stream.isatty()  # type: ignore[union-attr]
+            return self.stream.isatty()
         except (OSError, ValueError, AttributeError):
             return False
 

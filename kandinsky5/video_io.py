@@ -49,7 +49,7 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
             for frame in container.decode(stream)
         ]
         if stream.average_rate is None:  # such as a GIF of one frame
-            raise ValueError("it does not say how many frames a second it has")
+            raise ValueError("it does not say its frame rate")
         return torch.from_numpy(np.stack(frames)), float(stream.average_rate)
 
 

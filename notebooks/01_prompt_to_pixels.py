@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
-from show import grid, label, picture, play
+from show import grid, label, panel, play
 
 from kandinsky5 import Pipeline, sampler
 from kandinsky5.nano.world import Object, Scene, draw_scene
@@ -114,7 +114,7 @@ figure, axes = plt.subplots(2, len(chosen), figsize=(10, 3.1))
 for column, step in zip(axes.T, chosen, strict=True):
     t, noisy, guess = seen[step]
     for ax, z in zip(column, (noisy, guess), strict=True):
-        picture(ax, pipe.decode(z)[0, F // 2])
+        panel(ax, pipe.decode(z)[0, F // 2])
     column[0].set_title(f"step {step}\nt = {t:.2f}", fontsize=9)
 label(axes[0, 0], "held:\n$x_t$")
 label(axes[1, 0], "guessed:\n$x_t - t\\,v$")

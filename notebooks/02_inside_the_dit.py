@@ -14,7 +14,7 @@ from unittest.mock import patch
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from show import COLOURS, grid, label, picture, play
+from show import COLOURS, grid, label, panel, play
 
 from kandinsky5 import Pipeline, dit, sampler
 from kandinsky5.extras.probe import record, record_attention, weights
@@ -151,7 +151,7 @@ turned = apply_rope(ones, build_rotations(table.flatten(0, 2)))[0, 0].unflatten(
 product = (turned @ turned[where]) / config.head_dim
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.4))
 for ax, t in zip(axes, range(0, 9, 2), strict=True):
-    shown = picture(ax, product[t], vmin=float(product.min()), vmax=1, cmap="viridis")
+    shown = panel(ax, product[t], vmin=float(product.min()), vmax=1, cmap="viridis")
     ax.set_title(f"{abs(t - where[0])} latent frames away", fontsize=9)
 axes[2].plot(where[2], where[1], "r+", ms=12, mew=2)
 figure.colorbar(shown, ax=axes, label="query · key / D", shrink=0.85)
@@ -186,10 +186,10 @@ maps = weights_by_word(most_uneven, step)
 columns = T + 1
 figure, axes = plt.subplots(len(words) + 1, columns, figsize=(8, 1.2 * (len(words) + 1)))
 for t in range(T):
-    picture(axes[0, t], frames[4 * t])
+    panel(axes[0, t], frames[4 * t])
     axes[0, t].set_title(f"latent frame {t}", fontsize=9)
     for row, values in zip(axes[1:], maps, strict=True):
-        picture(row[t], values[t], vmin=0, vmax=float(values.max()), cmap="magma")
+        panel(row[t], values[t], vmin=0, vmax=float(values.max()), cmap="magma")
 axes[0, -1].axis("off")
 axes[0, -1].set_title("mean by block", fontsize=9)
 label(axes[0, 0], "the video")
@@ -216,7 +216,7 @@ figure, axes = plt.subplots(len(blocks), T, figsize=(7, 1.25 * len(blocks) + 0.5
 for block, row in zip(blocks, axes, strict=True):
     given = to_video[f"visual_blocks.{block}.self_attention"][0][0, :, index].mean(dim=0).unflatten(0, GRID)
     for t, ax in enumerate(row):
-        shown = picture(ax, given[t], vmin=0, vmax=0.1, cmap="magma")
+        shown = panel(ax, given[t], vmin=0, vmax=0.1, cmap="magma")
         if block == 0:
             ax.set_title(f"latent frame {t}", fontsize=9)
         if t == query[0]:

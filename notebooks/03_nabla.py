@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-from show import COLOURS, label, picture, play
+from show import COLOURS, label, panel, play
 
 from kandinsky5 import Pipeline, nabla, vae_tiling, video_io
 from kandinsky5.attention import dense_attention, expand_block_map
@@ -72,7 +72,7 @@ for axes_of_order, (name, order) in zip(
     (axes[:2], axes[2:]), {"row by row": numbers.view(grid), "tile order": when.view(grid)}.items(), strict=True
 ):
     for t, ax in enumerate(axes_of_order):
-        picture(ax, order[t], vmin=0, vmax=order.numel(), cmap="viridis")
+        panel(ax, order[t], vmin=0, vmax=order.numel(), cmap="viridis")
         ax.set_title(f"{name}, frame {t}", fontsize=9)
         for h in range(7, 16, 8):
             for w in range(7, 24, 8):
@@ -136,8 +136,8 @@ assert kept.equal(selected | window)  # what the model did
 
 figure, axes = plt.subplots(2, q.shape[1], figsize=(10, 3.7))
 for head, (above, below) in enumerate(axes.T):
-    shown = picture(above, pooled[0, head], vmin=0, vmax=float(pooled.max()), cmap="magma")
-    picture(below, torch.where(selected[0, head], 2, window.int()), vmin=0, vmax=2, cmap="Greys")
+    shown = panel(above, pooled[0, head], vmin=0, vmax=float(pooled.max()), cmap="magma")
+    panel(below, torch.where(selected[0, head], 2, window.int()), vmin=0, vmax=2, cmap="Greys")
     above.set_title(f"head {head}", fontsize=9)
     below.set_title(f"{kept[0, head].float().mean():.0%} of tiles", fontsize=9)
 label(axes[0, 0], "pooled\nattention")
@@ -197,7 +197,7 @@ def on_the_video(values, columns=6):
 
 names = ["pooled attention", *(f"kept, P = {P}" for P in cuts)]
 for ax, name, values in zip(panels, names, [row, *(nabla.select_mass(row, P) for P in cuts)], strict=True):
-    picture(ax, on_the_video(values), cmap="magma", vmin=0, vmax=float(values.max()))
+    panel(ax, on_the_video(values), cmap="magma", vmin=0, vmax=float(values.max()))
     corner = (5 * (tiles[2] + 1) - 0.5, -0.5)  # the query: frame 5, first row, first column
     ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, ec="#40c0ff", lw=2))
     ax.set(xlim=(-1.5, 18.5))
@@ -219,14 +219,14 @@ window = nabla.build_window(grid, config.window, q.device)
 union = nabla.block_map(q, k, grid, config)[0, head]
 assert union.equal(selected | window)
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.9))
-pictures = {
+images = {
     "pooled attention": pooled[0, head],
     f"mass, P = {config.P}": selected,
     f"window {config.window}": window,
     "union": union,
 }
-for ax, (name, values) in zip(axes, pictures.items(), strict=True):
-    picture(ax, values.float(), cmap="magma" if name.startswith("pooled") else "Greys", vmin=0)
+for ax, (name, values) in zip(axes, images.items(), strict=True):
+    panel(ax, values.float(), cmap="magma" if name.startswith("pooled") else "Greys", vmin=0)
     share = "" if name.startswith("pooled") else f": {values.float().mean():.0%} kept"
     ax.set_title(name + share, fontsize=9)
     ax.set_xlabel("key tile", fontsize=9)

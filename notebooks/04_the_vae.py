@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-from show import COLOURS, grid, label, picture, play
+from show import COLOURS, grid, label, panel, play
 
 from kandinsky5 import Pipeline, vae_tiling, video_io
 from kandinsky5.config import Tiling
@@ -71,10 +71,10 @@ play({"video": original, "decoded": decoded})
 z = posterior.mean[0]  # (16, T, h, w)
 figure = plt.figure(figsize=(10, 2.9))
 left, right = figure.subfigures(1, 2, width_ratios=[1, 3])
-picture(left.subplots(), original[8])
+panel(left.subplots(), original[8])
 left.suptitle("frame 8", fontsize=10)
 for channel, ax in enumerate(right.subplots(2, 8).flatten()):
-    shown = picture(ax, z[channel, 2], cmap="RdBu_r", vmin=-3, vmax=3)
+    shown = panel(ax, z[channel, 2], cmap="RdBu_r", vmin=-3, vmax=3)
     ax.set_title(str(channel), fontsize=9)
 right.colorbar(shown, ax=right.axes, label="latent value", shrink=0.9)
 right.suptitle("channels of latent frame 2", fontsize=10)
@@ -119,7 +119,7 @@ answer = conv(impulse)
 figure, axes = plt.subplots(2, 12, figsize=(10, 2.2))
 for name, values, row in zip(("in", "out"), (impulse, answer), axes, strict=True):
     for frame, ax in enumerate(row):
-        picture(ax, values[0, 0, frame], cmap="magma", vmin=0, vmax=1)
+        panel(ax, values[0, 0, frame], cmap="magma", vmin=0, vmax=1)
         if name == "in":
             ax.set_title(f"frame {frame}", fontsize=8)
     label(row[0], name)
@@ -189,10 +189,10 @@ levels = 255 / 2  # [-1, 1] in levels of 0 … 255
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.9))
 shown = {"in one piece": whole, **{f"{name} tiles": video for name, video in decoded["space"].items()}}
 for ax, (name, video) in zip(axes, shown.items(), strict=False):
-    picture(ax, video_io.to_uint8(video.clamp(-1, 1))[0, 20, 32:96, 32:96])
+    panel(ax, video_io.to_uint8(video.clamp(-1, 1))[0, 20, 32:96, 32:96])
     ax.set_title(name, fontsize=9)
 difference = levels * (decoded["space"]["touching"] - whole).abs().mean(dim=(0, 1, 2))  # (H, W)
-colours = picture(axes[3], difference, cmap="magma", vmin=0)
+colours = panel(axes[3], difference, cmap="magma", vmin=0)
 axes[3].set_title("touching tiles − in one piece", fontsize=9)
 figure.colorbar(colours, ax=axes[3], label="levels of 255", shrink=0.8)
 figure.suptitle("The middle of frame 20; on the right all of it, the mean over the frames")

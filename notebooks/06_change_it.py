@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from show import grid, label, picture, play
+from show import grid, label, panel, play
 
 from kandinsky5 import Pipeline, video_io
 from kandinsky5.attention import dense_attention
@@ -350,7 +350,7 @@ for name, prompt in cases.items():
 figure, axes = plt.subplots(len(shown), 6, figsize=(8.7, 1.25 * len(shown) + 0.4))
 for i, (row, (caption, frames)) in enumerate(zip(axes, shown.items(), strict=True)):
     for ax, f in zip(row, torch.linspace(0, 16, 6).round().long().tolist(), strict=True):
-        picture(ax, frames[f])
+        panel(ax, frames[f])
         if "no path" not in caption:
             points = curve(list(cases)[i // 2], 17)
             ax.plot(*points.T - 0.5, color="white", lw=1)

@@ -56,7 +56,7 @@ def grid(videos: dict[str, Tensor], columns: int = 6, title: str = "", fps: floa
     for i, (caption, frames) in enumerate(videos.items()):
         chosen = torch.linspace(0, len(frames) - 1, columns).round().long().tolist()
         for ax, f in zip(axes[i], chosen, strict=True):
-            picture(ax, frames[f])
+            panel(ax, frames[f])
             if i == 0:
                 ax.set_title(f"{f / fps:.1f} s", fontsize=9)
         label(axes[i, 0], caption)
@@ -65,12 +65,12 @@ def grid(videos: dict[str, Tensor], columns: int = 6, title: str = "", fps: floa
 
 
 def label(ax, text: str, width: int = 17) -> None:
-    """`text` on the left of a picture, in lines of `width` letters: what a row shows."""
+    """`text` on the left of an image, in lines of `width` letters: what a row shows."""
     lines = [textwrap.fill(line, width) for line in text.split("\n")]
     ax.set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
 
 
-def picture(ax, image: Tensor, **options):
+def panel(ax, image: Tensor, **options):
     """An image (H, W) or (H, W, 3) in `ax`, without ticks and grid."""
     shown = ax.imshow(image, interpolation="nearest", **options)
     ax.set(xticks=[], yticks=[])

@@ -1,7 +1,11 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
+
 import torch
 
 from command_line import checkpoint, cli, here, refused  # noqa: F401  (fixtures)

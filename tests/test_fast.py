@@ -251,3 +251,13 @@ def test_large_frames_go_two_by_two_and_nothing_else_does(vae, monkeypatch):
         vae.decode(z)
     assert len(calls) > 3
     assert all(x[0, :, 0].numel() >= 16 * 16 * 16 for x in calls)
+
+
+def test_forms_of_the_cpu_are_not_installed_for_a_gpu():
+    dit = DiT(SMALL_DIT)
+    fast.install(dit, device="cuda")
+    assert type(dit) is fast.FastDiT and not {type(m) for m in dit.modules()} & set(fast.ON_CPU.values())
+    fast.install(dit, device="cpu")
+    assert set(fast.ON_CPU.values()) <= {type(m) for m in dit.modules()}
+    fast.remove(dit)
+    assert not {type(m) for m in dit.modules()} & set(fast.FORMS.values())

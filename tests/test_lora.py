@@ -1,4 +1,4 @@
-"""LoRA: what is added beside the Linears is the formula, comes off again, and goes with every way to run a model."""
+"""LoRA: what is added next to the Linears is the formula, comes off again, and goes with every way to run a model."""
 
 import copy
 from dataclasses import replace

@@ -168,6 +168,8 @@ def test_an_interrupted_stage_ends_as_in_one_go(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
     monkeypatch.setattr(state, "plot_losses", lambda *_: None)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
+    for stage in (train_dit, distill):
+        monkeypatch.setattr(stage, "BATCH", 4)
     checkpoint = ["--vae", "nano", "--text", "nano"]
     nano = ["--teacher", "nano", *checkpoint]
     for stage, arguments in (
@@ -196,6 +198,8 @@ def test_an_interrupted_stage_ends_as_in_one_go(monkeypatch, tmp_path):
 def test_vae_and_text_stages_interrupted_in_each_run_end_alike(monkeypatch, tmp_path, stage, runs):
     monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
     monkeypatch.setattr(train_vae, "test", lambda *_, **__: {})
+    monkeypatch.setattr(train_vae, "FRAMES", 8)
+    monkeypatch.setattr(train_vae, "CLIPS", 1)
     monkeypatch.setattr(train_text, "TOKENIZER_CAPTIONS", 2000)
 
     def train_two_steps(model, loss, recipe, folder, *arguments, **options):

@@ -258,7 +258,7 @@ def test_what_will_not_fit_is_refused_with_a_remedy(pipe, monkeypatch):
     video, needed = 2 * 5 * 32 * 48 * 3, pipe._check_decoding((1, 2, 4, 6, 16), "uint8")
     whole = pipe._check_decoding((1, 2, 64, 64, 16), "uint8")
     assert pipe._check_decoding((3, 2, 4, 6, 16), "uint8") == needed + 2 * video  # two more, in bytes
-    assert pipe._check_decoding((3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve in place of one
+    assert pipe._check_decoding((3, 2, 4, 6, 16), "float") == needed + 11 * video  # twelve instead of one
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed)
     frames = run(pipe)
     monkeypatch.setattr("kandinsky5.runtime.memory.free_memory", lambda device: needed - 1)
@@ -403,6 +403,16 @@ def test_a_second_call_is_refused_while_one_runs(pipe):
     with pytest.raises(KeyboardInterrupt):
         run(pipe, callback=again)
     assert run(pipe).equal(expected)
+
+
+def test_pipelines_in_two_threads_keep_their_kernels():
+    pipes = [Pipeline.load("nano", "cpu", torch.float32, attention=kernel) for kernel in ("dense", "sdpa")]
+    few = {"num_inference_steps": 2, "num_frames": 1, "output_type": "latents"}
+    alone = [run(pipe, **few) for pipe in pipes]
+    assert not alone[0].equal(alone[1]), "the kernels round differently, or nothing is tested"
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda i: [run(pipes[i], **few) for _ in range(3)], range(2)))
+    assert all(latents.equal(alone[i]) for i in range(2) for latents in together[i])
 
 
 def test_a_pipeline_can_be_pickled_and_copied():

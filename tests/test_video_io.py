@@ -190,7 +190,7 @@ def test_a_truncated_or_damaged_video_is_an_error(tmp_path):
 def test_a_file_without_a_frame_rate_is_an_error(tmp_path):
     path = tmp_path / "one.gif"
     Image.new("RGB", (64, 64)).save(path)  # GIF writes how long an image stays only where there are several
-    with pytest.raises(ValueError, match="cannot read .*frames a second") as error:
+    with pytest.raises(ValueError, match="cannot read .*frame rate") as error:
         read_video(path)
     assert is_one_line(error.value, path, "give a")
 

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): low-rank updates of a finished DiT's Linears, W' = W + weight · alpha / rank · B A.
 
     updates = lora.load("camera.safetensors")   # the authors', diffusers', kohya's or our layout
-    lora.add(dit, updates, weight=0.8)          # beside the Linears; lora.remove(dit, updates) takes them off again
+    lora.add(dit, updates, weight=0.8)          # next to the Linears; lora.remove(dit, updates) takes them off again
     lora.merge(dit, updates, weight=0.8)        # or into the weights, once and for all
 
 An update is a forward hook of its Linear, so the Linear may be of any kind: offloaded, quantised, compiled, computed in

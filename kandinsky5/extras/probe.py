@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from kandinsky5 import nabla as nabla_map
 from kandinsky5.attention import Attend
-from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention
 from kandinsky5.nabla import TILE
 
@@ -98,17 +97,9 @@ def record_attention(
     seen, keep_result = _new_recording(modules, calls, max_bytes)
 
     def watch(name: str, attend: Attend) -> Attend:
-        def watched(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            mask: Tensor | None = None,
-            nabla: NablaConfig | None = None,
-            grid: tuple[int, int, int] | None = None,
-        ) -> Tensor:
+        def watched(q: Tensor, k: Tensor, v: Tensor, mask=None, nabla=None, grid=None) -> Tensor:
             def compute() -> Tensor | tuple[Tensor, ...]:
-                tiles = None if nabla is None or grid is None else nabla_map.block_map(q, k, grid, nabla)
-                return keep(q, k, v, mask, tiles)
+                return keep(q, k, v, mask, nabla and nabla_map.block_map(q, k, grid, nabla))
 
             keep_result(name, compute)
             return attend(q, k, v, mask=mask, nabla=nabla, grid=grid)

@@ -123,7 +123,8 @@ def distill(
         return flow_loss(predicted, target, batch.loss_mask), {}
 
     with training_precision(teacher):
-        return train(student, loss, recipe, folder, sampler(config, clips.vae, text_encoder, folder, 32), 400)
+        sample = sampler(config, clips.vae, text_encoder, folder, 32)
+        return train(student, loss, recipe, folder, sample, sample_every=400)
 
 
 def train_long(
@@ -133,7 +134,7 @@ def train_long(
     sample = sampler(config, clips.vae, text_encoder, folder, LONG_SAMPLES)
     dit, count = start_from(teacher, config), LONG_CLIPS_AT_FIRST
     loss = clip_loss(dit, clips, text_encoder, TIMES, config.sampling.rope_scale, count, LONG_BATCH)
-    return train(dit, loss, recipe, folder, sample, LONG_SAMPLE_EVERY)
+    return train(dit, loss, recipe, folder, sample, sample_every=LONG_SAMPLE_EVERY)
 
 
 def train_sparse(
@@ -164,7 +165,7 @@ def train_sparse(
 
     sample = sampler(config, clips.vae, text_encoder, folder, LONG_SAMPLES)
     with training_precision(teacher):
-        return train(student, loss, recipe, folder, sample, LONG_SAMPLE_EVERY)
+        return train(student, loss, recipe, folder, sample, sample_every=LONG_SAMPLE_EVERY)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kandinsky5.runtime.fast import swapped
 from kandinsky5.runtime.fast_vae import FORMS, FastCausalConv3d
-from kandinsky5.training.modes import swapped
 from kandinsky5.vae import VAE, CausalConv3d
 
 

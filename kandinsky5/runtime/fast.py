@@ -6,8 +6,9 @@ class does where gradients are enabled; FastUpsample and FastFloat32Linear write
 right gradients. The forms of the VAE are in `fast_vae.py`.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ from kandinsky5.runtime import fast_vae
 WIDENED = 2**20  # weights that a Float32Linear widens at a time on a CPU: they stay in the cache
 
 
-def install(*models: nn.Module) -> None:
-    """Give the modules of DiTs and VAEs their faster forms, in place."""
+def install(*models: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give the modules of DiTs and VAEs the forms that are faster on this device, in place."""
     for model in models:
-        swap(model, FORMS)
+        swap(model, ANYWHERE | (ON_CPU if torch.device(device).type == "cpu" else {}))
 
 
 def remove(*models: nn.Module) -> None:
@@ -32,13 +33,26 @@ def remove(*models: nn.Module) -> None:
         swap(model, {fast: plain for plain, fast in FORMS.items()})
 
 
-def swap(model: nn.Module, classes: Mapping[type, type]) -> None:
-    """Let each module of `model` whose class is a key become the class that it maps to, in place.
+def swap(model: nn.Module, classes: Mapping[type, type]) -> dict[nn.Module, type]:
+    """Let each module of `model` whose class is a key become the class that it maps to; returns those that did.
 
     The two must hold the same parameters: one is a subclass of the other that changes methods alone.
     """
-    for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
+    before = {module: type(module) for module in model.modules() if type(module) in classes}
+    for module, plain in before.items():
+        module.__class__ = classes[plain]
+    return before
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, classes: Mapping[type, type]) -> Iterator[None]:
+    """Inside, each module of a class on the left has the class on the right."""
+    before = swap(model, classes)
+    try:
+        yield
+    finally:
+        for module, plain in before.items():
+            module.__class__ = plain
 
 
 class FastDiT(DiT):
@@ -114,7 +128,7 @@ class FastFinalLayer(FinalLayer):
 
 
 def pays_in_one_pass(x: Tensor) -> bool:
-    """Whether `modulate_in_one_pass` is for x, of any shape: PyTorch's CPU kernel is, without gradients."""
+    """Whether `modulate_in_one_pass` is for x, of any shape: not with gradients, nor for a model moved to a GPU."""
     return x.device.type == "cpu" and x.dtype != torch.float64 and not torch.is_grad_enabled()
 
 
@@ -146,11 +160,11 @@ class FastFloat32Linear(Float32Linear):
         return torch.cat([F.linear(x, weight.to(dtype), bias.to(dtype)) for weight, bias in pieces], dim=-1)
 
 
-FORMS: dict[type, type] = {
-    DiT: FastDiT,
+ANYWHERE: dict[type, type] = {DiT: FastDiT, **fast_vae.FORMS}
+ON_CPU: dict[type, type] = {
     TextBlock: FastTextBlock,
     VisualBlock: FastVisualBlock,
     FinalLayer: FastFinalLayer,
     Float32Linear: FastFloat32Linear,
-    **fast_vae.FORMS,
 }
+FORMS = ANYWHERE | ON_CPU

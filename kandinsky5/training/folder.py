@@ -54,7 +54,7 @@ class ClipSettings:
     ) -> "ClipSettings":
         """Those of a model, where None means its own: size and its transpose, number of frames, rate.
 
-        Raises ValueError for a size, length or cut that cannot be.
+        Raises ValueError for an invalid size, length or cut.
         """
         own = config.sampling
         both = dict.fromkeys(sizes or [(own.height, own.width), (own.width, own.height)])

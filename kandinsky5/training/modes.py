@@ -1,6 +1,6 @@
 """How training changes a model for the time of a run: precision, attention, memory. Each change is undone at its end.
 
-swapped, replaced       other classes, other attributes for a while: the means
+replaced                other attributes of a module for a while
 training_precision      float32 layers stay in float32 under autocast; attention is written out
 gradient_checkpointing  activations of the blocks are computed twice instead of kept
 """
@@ -17,7 +17,7 @@ from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention, DiT, Float32Linear
 from kandinsky5.nabla import block_map
 from kandinsky5.runtime.device import choose_dtype
-from kandinsky5.runtime.fast import FastFloat32Linear
+from kandinsky5.runtime.fast import FastFloat32Linear, swapped
 from kandinsky5.runtime.kernels import block_sparse_attention
 from kandinsky5.runtime.offload import find_place
 
@@ -26,19 +26,6 @@ def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
     """Autocast in this precision, "auto" as in `choose_dtype`; in float32 it changes nothing."""
     chosen = choose_dtype(dtype, device)
     return torch.autocast(device.type, chosen, enabled=chosen != torch.float32)
-
-
-@contextlib.contextmanager
-def swapped(model: nn.Module, classes: dict[type, type]) -> Iterator[None]:
-    """Inside, each module of a class on the left has the class on the right, which holds the same parameters."""
-    before = {module: type(module) for module in model.modules() if type(module) in classes}
-    for module, plain in before.items():
-        module.__class__ = classes[plain]
-    try:
-        yield
-    finally:
-        for module, plain in before.items():
-            module.__class__ = plain
 
 
 @contextlib.contextmanager

@@ -61,11 +61,11 @@ def test_theirs_is_run_once_where_it_takes_minutes(compare, monkeypatch, capsys)
 
 
 def test_table_shows_how_far_runs_differ_and_which_targets_are_met(compare, monkeypatch):
-    def result(work, wanted, ratios, error=None, agrees=True, once=False):
+    def result(work, target, ratios, error=None, agrees=True, once=False):
         pairs = [{"ours": {"seconds": 1 + i}, "theirs": {"seconds": 1 + i * (not once)}} for i in range(len(ratios))]
         figures = {"ours": 1.0, "theirs": 1.0, "ratio": sorted(ratios)[1], "spread": [min(ratios), max(ratios)]}
         said = {"error": error, "agrees": agrees, "tiny": False, "machine": "here", "date": "today 12:00", "load": 0}
-        return {"work": work, "measure": "time", "wanted": wanted, "pairs": pairs, **figures, **said}
+        return {"work": work, "measure": "time", "target": target, "pairs": pairs, **figures, **said}
 
     rows = [
         compare.Row(name, "", None, target, None) for name, target in (("dit", 1.6), ("nabla", 12), ("encode", 1.1))
@@ -121,7 +121,7 @@ def test_converting_is_compared(tmp_path):
 
 
 def test_memory_is_what_was_allocated(tmp_path, compare, monkeypatch):
-    """64 MB that are freed before the end, beside 32 MB that were there before."""
+    """64 MB that are freed before the end, next to 32 MB that were there before."""
     before = torch.ones(8 * 2**20)
 
     def allocate(side, tiny, folder):

@@ -138,7 +138,7 @@ def test_every_spelling_of_clip(small, native, tmp_path):
     edit_json(folder / "config.json", lambda config: config.update(bos_token_id=0, eos_token_id=2))
     # the whole CLIP
     whole_clip(small).save_pretrained(tmp_path / "whole")
-    # OpenAI's own names, in one file; its config.json beside it for the number of heads
+    # OpenAI's own names, in one file; its config.json next to it for the number of heads
     (tmp_path / "openai").mkdir()
     save_file(openai_names(state), tmp_path / "openai" / "ViT-L-14.safetensors")
     shutil.copy(folder / "config.json", tmp_path / "openai")
