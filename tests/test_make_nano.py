@@ -44,7 +44,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
     monkeypatch.setattr(evaluate, "evaluate", evaluate_in_one_step)
-    monkeypatch.setattr(evaluate, "SETS", {name: evaluate.SETS[name] for name in ("seen, English", "ground truth")})
+    monkeypatch.setattr(evaluate, "DEFAULT_SETS", ["seen, English", "ground truth"])
 
     say = f"{sys.executable} -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))'"
     make = ["make", "--silent", "nano", f"PYTHON={say}", f"RUNS={tmp_path}", "PROMPTS=1"]

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def forward_work(config: DiTConfig, tokens: int) -> float:
 def device_rate(config: DiTConfig, device: str, dtype: str) -> float:
     """Operations per second of a product of the feed-forward's size, measured on the device just now."""
     place = choose_device(device)
-    how = {"device": place, "dtype": choose_dtype(dtype, place)}
+    how: dict[str, Any] = {"device": place, "dtype": choose_dtype(dtype, place)}
     x, weight = torch.ones(1024, config.dim, **how), torch.ones(config.dim, config.ff_dim, **how)
     best = math.inf
     for _ in range(4):  # the first is slow
