@@ -130,7 +130,7 @@ def test_memory_is_what_was_allocated(tmp_path, compare, monkeypatch):
     monkeypatch.setattr(compare, "ROWS", [compare.Row("allocate", "", allocate, None, None, "memory")])
     compare.run_alone("allocate", "ours", str(tmp_path), str(tmp_path / "measured.pt"), tiny=True)
     peak = torch.load(tmp_path / "measured.pt")["peak"]
-    assert 64 * 2**20 <= peak < 72 * 2**20, f"{peak / 2**20:.1f} MiB"
+    assert 60 * 2**20 <= peak < 72 * 2**20, f"{peak / 2**20:.1f} MiB"
 
 
 def test_the_matmuls_have_as_many_operations_as_the_dit(tmp_path, compare):
