@@ -240,6 +240,14 @@ def nano() -> list[str]:
     return table(*rows)
 
 
+def nano_frame() -> list[str]:
+    """The judge's verdict on nano's single frames."""
+    result = judged("judge_nano-one-frame")["sets"]["one frame"]["answers"]
+    names = ("objects", "background", "colour", "shape", "size", "all")
+    cells = (f"{100 * result[name]['rate']:.1f} of {result[name]['asked']}" for name in names)
+    return table(("objects, and nothing else", *names[1:-1], "all of these"), tuple(cells))
+
+
 def nano_targets() -> list[str]:
     """The targets, and whether the two families meet them."""
     families = {label: {n: judged(file + n) for n in ("nano", *DISTANCES)} for file, label in FAMILIES.items()}
@@ -404,6 +412,7 @@ TABLES = {
     "costs": costs,
     "vocabulary": vocabulary,
     "nano": nano,
+    "nano-frame": nano_frame,
     "nano-targets": nano_targets,
     "nano-failures": nano_failures,
     "from-scratch": from_scratch,
