@@ -110,8 +110,9 @@ class Pipeline:
         video, dtype = self.config.sampling, str(self.dtype).removeprefix("torch.")
         dtype += ", weights in int8," * any(p.dtype == torch.int8 for m in models.values() for p in m.parameters())
         return (
-            f"Pipeline({self.config.name}: {' and '.join(self.config.tasks)}, {video.num_frames} frames of "
-            f"{video.height}x{video.width}; parameters: {', '.join(sizes)}; {dtype} on {self.device})"
+            f"Pipeline({self.config.name}: {' and '.join(self.config.tasks)}, {video.num_frames} "
+            f"frame{'s' * (video.num_frames > 1)} of {video.height}x{video.width}; "
+            f"parameters: {', '.join(sizes)}; {dtype} on {self.device})"
         )
 
     def __call__(

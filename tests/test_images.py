@@ -12,8 +12,10 @@ import image_cases
 from image_golden import convert, load_pipeline, measure_error
 from kandinsky5 import Pipeline, pipeline, sampler, text_encoder, vae, vae2d, video_io
 from kandinsky5.config import PRESETS
-from kandinsky5.extras import preview
+from kandinsky5.extras import lora, preview
 from kandinsky5.request import Request
+from random_weights import relative_error
+from test_lora import random_lora
 from test_mutations import replace_code
 
 golden = functools.cache(load_pipeline)
@@ -131,6 +133,20 @@ def test_previews_of_images(pipe):
     callback = preview.build_callback(pipe.vae, lambda step, frame: seen.append(frame.shape))
     frames = pipe("a fox", callback=callback, **SMALL, **given(pipe))
     assert seen == [(1, 4, 6, 3)] and frames.shape == (1, 1, 32, 48, 3)
+
+
+def test_loras_and_int8_work_for_images_too(pipe):
+    how = SMALL | given(pipe) | {"output_type": "latents"}
+    plain = pipe("a fox", **how)
+    added = lora.add(pipe.dit, random_lora(pipe.dit))
+    try:
+        assert relative_error(pipe("a fox", **how), plain) > 1e-2
+    finally:
+        lora.remove(pipe.dit, added)
+    assert pipe("a fox", **how).equal(plain)
+    folder = Path(convert(pipe.config.tasks[0]).name) / "native"
+    rounded = Pipeline.load(folder, device="cpu", dtype="float32", quantize="int8")("a fox", **how)
+    assert 1e-4 < relative_error(rounded, plain) < 3e-2
 
 
 @pytest.mark.parametrize("task", ["t2i", "i2i"])

@@ -44,7 +44,7 @@ class FakePipeline:
         sampling = SimpleNamespace(num_frames=17, height=64, width=64, fps=10, **steps)
         self.config, self.vae = SimpleNamespace(sampling=sampling), IdentityVAE(vae_noise)
         self.honest, self.clip_noise = honest, clip_noise
-        self.scenes, self.calls = {}, []
+        self.scenes, self.calls, self.frames = {}, [], set()
         for name in evaluate.SETS:
             for index in range(8):
                 scene, caption = evaluate.sample_prompt(name, index)
@@ -53,6 +53,7 @@ class FakePipeline:
     def __call__(self, prompt, image=None, seed=0, num_frames=None, height=None, width=None, progress=True, **options):
         assert isinstance(prompt, list) and not progress
         self.calls.append((prompt, image, seed, options))
+        self.frames.add(num_frames)
         if not self.honest:
             noise = np.random.default_rng(seed).integers(0, 256, (len(prompt), num_frames, height, width, 3))
             return torch.from_numpy(noise.astype(np.uint8))
@@ -112,6 +113,13 @@ def test_a_pipeline_that_draws_noise_scores_nothing(tmp_path):
         assert len(document["mistakes"][name]) == 8 and document["mistakes"][name][0]["text"]
         assert all(mistake["unexplained"] > judge.MAX_UNEXPLAINED for mistake in document["mistakes"][name])
     assert document["sets"]["image to video"]["answers"]["first frame"]["right"] == 0
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_single_frames_are_judged_without_motion(honest, tmp_path):
+    pipe = FakePipeline(honest)
+    answers = run_command(tmp_path, pipe, "--sets", "one frame")["sets"]["one frame"]["answers"]
+    assert "motion" not in answers and answers["all"]["right"] == 8 * honest and pipe.frames == {1}
 
 
 @pytest.mark.parametrize(("noise", "good"), [(0.06, True), (0.08, True), (0.105, False)])
