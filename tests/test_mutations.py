@@ -21,6 +21,7 @@ import test_compile
 import test_fast
 import test_kernels
 import test_magcache
+import test_memory
 import test_nano_text
 import test_offload
 import test_pieces
@@ -50,7 +51,7 @@ from kandinsky5 import (
 from kandinsky5.extras import magcache
 from kandinsky5.nano import train_text
 from kandinsky5.runtime import compile as compiling
-from kandinsky5.runtime import fast, fast_vae, kernels, offload, pieces, quantize
+from kandinsky5.runtime import fast, fast_vae, kernels, memory, offload, pieces, quantize
 from random_weights import build_small_pipeline, save_small_checkpoint
 from weights_convert import scales
 
@@ -451,6 +452,21 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      lambda patch, folder: test_offload.test_packed_blocks_compute_the_same(
          save_small_checkpoint(folder / "small"), True),
      offload.Stream._arrive, "self.lane.wait(slot", "id(slot"),
+    ("dropped tiles before kept ones",
+     lambda patch, folder: test_kernels.test_tiles_are_listed_without_sorting(),
+     kernels.list_tiles, "torch.where(kept, before, after)", "torch.where(kept, after, before + 1)"),
+    ("stages that do not fit in shared memory",
+     lambda patch, folder: test_kernels.test_stages_fit_in_shared_memory(128, 2, 99, 2),
+     kernels.flex_options, "min(3, ", "max(3, "),
+    ("real rotations turned backwards",
+     lambda patch, folder: test_compile.test_real_rotations_are_the_complex_ones(torch.float32, 1e-6),
+     compiling.as_real, "[cos, -sin, cos, sin]", "[cos, sin, cos, -sin]"),
+    ("pieces only where the whole does not fit at all",
+     lambda patch, folder: test_memory.test_steps_go_in_pieces_where_memory_is_short(patch),
+     memory.plan_steps, "0.9 * free", "free"),
+    ("the samples of a batch left out of the estimate",
+     lambda patch, folder: test_memory.test_activations_are_estimated(torch.float32, 512, 4096),
+     memory.dit_memory, "some = size[0] * piece", "some = piece"),
     ("pieces rotated by the positions of the first one",
      lambda patch, folder: test_pieces.test_pieces_are_the_whole(None, 100),
      pieces.PiecewiseVisualBlock.forward, "x[:, here], rotations[here]", "x[:, here], rotations.roll(1, 0)[here]"),

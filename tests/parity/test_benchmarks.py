@@ -156,3 +156,14 @@ def test_the_table_of_skipped_steps_has_a_row_for_each_setting(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     table = (tmp_path / "magcache.md").read_text()
     assert "| 50 steps | 50 | 1.00 |" in table and table.count("\n| threshold ") == 5
+
+
+def test_rows_of_a_gpu_run_at_toy_size_on_a_cpu(tmp_path):
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--blocks", "1", "--repeats", "1", "--out", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(results) == 9 and all(row["ours"] > 0 and row["theirs"] > 0 for row in results.values())
+    assert (tmp_path / "gpu.md").read_text().count("toy sizes: no figures to keep") == 1
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0 and "theirs 0" not in again.stdout
