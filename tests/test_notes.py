@@ -9,6 +9,7 @@ from kandinsky5.extras import notes
 from kandinsky5.nano import captions
 from kandinsky5.nano.world import COLOURS, SHAPES, sample_scene
 from kandinsky5.request import Request
+from random_weights import build_meta_pipeline
 
 
 @pytest.fixture
@@ -65,6 +66,6 @@ def test_the_note_is_one_short_line(noted, prompt):
 @pytest.mark.parametrize("folder, count", [(SHIPPED / "nano", 1), (SHIPPED / "elsewhere" / "nano", 0)])
 def test_only_bundled_models_are_held_to_nanos_words(monkeypatch, capsys, folder, count):
     monkeypatch.setattr(notes, "note_long_prompt", lambda *a: None)
-    config = load_config(SHIPPED / "nano" / "config.json")
-    notes.show(Request.resolve(config, "a fox"), config, None, folder)
+    pipe = build_meta_pipeline(load_config(SHIPPED / "nano" / "config.json"))
+    notes.show(Request.resolve(pipe.config, "a fox"), pipe, folder)
     assert capsys.readouterr().err.count("not know fox") == count
