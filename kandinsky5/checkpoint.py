@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -273,7 +274,10 @@ def fill_checkpoint(
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to one safetensors file, atomically: `path` is never half there."""
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+        except SafetensorError as error:  # a full disk, mostly
+            raise OSError(f"cannot write {path} ({error}): free some disk space") from error
         _sort_metadata(temporary)
 
 

@@ -196,3 +196,19 @@ def test_inspect_says_what_a_lora_is(mixed, tmp_path, capsys):
     assert main(["inspect", str(mixed)]) == 0
     table = capsys.readouterr().out
     assert "native" in table and "Foxy" in table and "steps: 7" in table
+
+
+@pytest.mark.parametrize(
+    "metadata, words",
+    [
+        ({"alpha": "NaN"}, "no finite numbers"),
+        ({"alpha": '"two"'}, "should be a number"),
+        ({"alpha": "{"}, "cannot be read as JSON"),
+        ({"trigger": "x" * 1001}, "more than 1,000 characters"),
+    ],
+)
+def test_metadata_that_cannot_be(tmp_path, metadata, words):
+    save_file({f"{OURS}.A": A, f"{OURS}.B": B}, tmp_path / "lora.safetensors", metadata)
+    with pytest.raises(ValueError, match=words) as error:
+        read(tmp_path / "lora.safetensors")
+    assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ Linear's weight is alpha / rank · B A.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ CONFIGS = ("config_lora.json", "adapter_config.json")  # the authors', PEFT's
 THEIR_METADATA = "lora_adapter_metadata"  # diffusers' key in the header
 OURS = {theirs: ours for ours, theirs in tables.DIT.items()}
 FLAT = {theirs.replace(".", "_"): ours for theirs, ours in OURS.items()}
+LONGEST_TRIGGER = 1000  # characters: a phrase, not a text
 FORMAT = ("format", "sha256", "alpha", THEIR_METADATA)  # of the metadata, what a layout says for itself
 
 
@@ -111,6 +113,10 @@ def read(path: Path) -> File:
     modules = sorted({module for module, _ in found})
     check_halves(weights, modules, found)
     alphas = read_alphas(layout, weights, modules, found)
+    if odd := [f"{module} {alpha:g}" for module, alpha in alphas.items() if not math.isfinite(alpha)]:
+        raise ValueError(f"{weights.source} has alphas that are no finite numbers: {listed(odd, 3)}")
+    if len(weights.metadata.get("trigger", "")) > LONGEST_TRIGGER:
+        raise ValueError(f"{weights.source} has a trigger of more than {LONGEST_TRIGGER:,} characters: shorten it")
     pairs = {m: Pair(values(found[m, "A"]), values(found[m, "B"]), alphas[m]) for m in modules}
     metadata = {key: text for key, text in weights.metadata.items() if key not in FORMAT}
     folder_says = weights.source.stem in ("lora", "pytorch_lora_weights", "adapter_model")
