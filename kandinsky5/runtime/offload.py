@@ -104,6 +104,9 @@ class Stream:
         """
         if self.device.type == "cuda" and self.lane is None:
             self.lane = Lane(self.device)
+        if self.lane and torch.is_grad_enabled():  # gradients of blocks that ran before still read their slots
+            for slot in self.slots:
+                slot["computed"] = self.lane.mark()
         for i, block in enumerate(blocks):
             if self.last is not None:
                 self.after[id(self.last)] = block
