@@ -7,6 +7,7 @@ Windows begin at the upper left; those at the right and lower edge are filled up
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -174,12 +175,13 @@ def build_positions(ids: list[int], image_token: int, grids: list[tuple[int, int
     what follows stands behind its longer side.
     """
     pieces, place, done = [], 0, 0
+    count = partial(torch.arange, device="cpu")
     for rows, columns in grids:
         words = ids.index(image_token, done) - done
-        pieces.append(torch.arange(place, place + words).expand(3, -1))  # (3, words)
+        pieces.append(count(place, place + words).expand(3, -1))  # (3, words)
         place, done = place + words, done + words + rows * columns
-        cells = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
+        cells = torch.cartesian_prod(count(1), count(rows), count(columns))
         pieces.append(place + cells.T)  # (3, rows · columns)
         place += max(rows, columns)
-    pieces.append(torch.arange(place, place + len(ids) - done).expand(3, -1))
+    pieces.append(count(place, place + len(ids) - done).expand(3, -1))
     return torch.cat(pieces, dim=1)

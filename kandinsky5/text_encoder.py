@@ -31,7 +31,9 @@ class TextFeatures(NamedTuple):
     @property
     def mask(self) -> Tensor:
         """(B, S) bool, True for real tokens."""
-        return (torch.arange(self.text.shape[1]) < self.lengths[:, None]).to(self.text.device)
+        return (torch.arange(self.text.shape[1], device=self.lengths.device) < self.lengths[:, None]).to(
+            self.text.device
+        )
 
     def repeat(self, count: int) -> "TextFeatures":
         """Each prompt `count` times in a row: (B, …) → (B·count, …), all three in the same order."""
@@ -90,18 +92,18 @@ class TextEncoder(nn.Module):
         seen = self.see(images or [])
         grids = [[grid] for _, grid in seen] or [[] for _ in prompts]
         ids = [self.qwen_ids(prompt, most, one_frame, grid) for prompt, grid in zip(prompts, grids, strict=True)]
-        lengths = torch.tensor([len(i) for i in ids]) - dropped
+        lengths = torch.tensor([len(i) for i in ids], device="cpu") - dropped
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
         common = min(len(os.path.commonprefix(ids)), dropped - self.config.dropped_from_prompt)
         cache: Cache = {}
         if common:
             self.qwen(torch.tensor([ids[0][:common]], device=device), cache=cache)
-        rest = pad_sequence([torch.tensor(i[common:]) for i in ids], batch_first=True).to(device)
+        rest = pad_sequence([torch.tensor(i[common:], device=device) for i in ids], batch_first=True)
         places = [build_positions(i, self.image_token, grid).T[common:] for i, grid in zip(ids, grids, strict=True)]
         positions = pad_sequence(places, batch_first=True).mT.to(device)  # (B, 3, S)
         tokens = torch.cat([tokens for tokens, _ in seen]) if seen else None  # (M, 3584)
         text = self.qwen(rest, cache=cache, positions=positions, images=tokens)[:, dropped - common :]  # (B, S, 3584)
-        pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts]).to(device))
+        pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts], device=device))
         return TextFeatures(text, lengths, pooled)
 
     @property

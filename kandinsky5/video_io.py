@@ -68,7 +68,7 @@ def resize_image(image: torch.Tensor | np.ndarray, height: int, width: int) -> t
 
     Unchanged if it has that size.
     """
-    image = torch.as_tensor(image)
+    image = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
     if image.shape[:2] == (height, width):
         return image
     pixels = rearrange(image, "H W C -> 1 C H W")
@@ -92,7 +92,8 @@ def halve_image(image: torch.Tensor | np.ndarray) -> torch.Tensor:
 
 def from_uint8(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
     """uint8 (B, F, H, W, 3) -> the VAE's float32 (B, 3, F, H, W) in [-1, 1]."""
-    video = torch.as_tensor(frames).float() / 255 * 2 - 1
+    frames = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames
+    video = frames.to(torch.float32) / 255 * 2 - 1
     return rearrange(video, "B F H W C -> B C F H W")
 
 

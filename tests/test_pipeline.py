@@ -14,8 +14,10 @@ import torch
 
 from kandinsky5 import Pipeline, sampler
 from kandinsky5.config import PRESETS, PipelineConfig
+from kandinsky5.extras.preview import fit_colours
 from kandinsky5.request import Request
 from kandinsky5.runtime import memory
+from kandinsky5.sampler import flow_schedule
 from random_weights import SMALL_DIT, SMALL_NABLA, build_meta_pipeline, build_small_pipeline, relative_error
 
 
@@ -438,6 +440,30 @@ def test_the_callers_default_device_changes_nothing(pipe):
         assert run(pipe, image=torch.zeros(32, 48, 3, dtype=torch.uint8, device="cpu")).equal(expected)
         loaded = Pipeline.load("nano", "cpu", torch.float32)
     assert not any(weight.is_meta for weight in loaded.dit.parameters())
+
+
+def test_each_part_alone_works_on_its_own_device_in_float32(pipe):
+    """Where the calling program has another default device and precision."""
+    request = Request.resolve(pipe.config, "a fox", image=torch.zeros(32, 48, 3, dtype=torch.uint8))
+    latents = torch.zeros(1, *request.latent_shape)
+    parts = {
+        "text": lambda: pipe.encode_text(request).text,
+        "mask": lambda: pipe.text_encoder.encode(["a fox", "two words"]).mask,
+        "noise": lambda: request.noise()[0],
+        "first frame": lambda: pipe.encode_image(request, request.noise()[1]),
+        "times": lambda: flow_schedule(4, 5.0, "diffusers"),
+        "frames": lambda: pipe.decode(latents, "float"),
+        "colours": lambda: fit_colours(pipe.vae),
+    }
+    plain = {name: part() for name, part in parts.items()}
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            for name, part in parts.items():
+                found = part()
+                assert found.dtype == plain[name].dtype and torch.allclose(found, plain[name], atol=1e-4), name
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_vae_may_have_another_precision(pipe):

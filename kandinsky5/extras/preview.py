@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kandinsky5 import video_io
+from kandinsky5.runtime.device import plain_defaults
 from kandinsky5.runtime.offload import awake
 from kandinsky5.screen import Forgiving, say
 from kandinsky5.vae import VAE
@@ -64,6 +65,7 @@ def draw(latents: Tensor, colours: Tensor) -> Tensor:
     return ((rgb.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
+@plain_defaults()
 @torch.no_grad()
 def fit_colours(vae: VAE | VAE2D, count: int = 32) -> Tensor:
     """The map (17, 3) from scaled latents and 1 to RGB in [-1, 1] that fits best: least squares over simple frames.

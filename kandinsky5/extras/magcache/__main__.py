@@ -11,7 +11,6 @@ than memory is measured with --offload, as it is sampled.
 import argparse
 import dataclasses
 import json
-import sys
 from collections import deque
 from pathlib import Path
 
@@ -120,4 +119,4 @@ def save(skipping: StepSkipping, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(main)
