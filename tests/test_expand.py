@@ -117,17 +117,16 @@ def test_generation_stops_when_all_have_ended(pipe, monkeypatch):
 
 @pytest.mark.parametrize("tasks, image, frame, kind", [
     (("t2v",), False, False, "video"), (("t2v",), False, True, "image"), (("i2v",), True, False, "image-to-video"),
+    (("t2i",), False, True, "image"), (("i2i",), True, True, "editing"),
 ])  # fmt: skip
 def test_the_instruction_is_for_what_is_made(tasks, image, frame, kind):
     config = replace(CONFIG, tasks=tasks)
     chosen = expand.choose_instruction(config, image, frame)
-    assert chosen.text == (expand.OURS / f"{kind}.txt").read_text(encoding="utf-8").strip() and not chosen.editing
-    assert chosen.text.count("{}") == 1
+    assert chosen.text == (expand.OURS / f"{kind}.txt").read_text(encoding="utf-8").strip()
+    assert chosen.text.count("{}") == 1 and chosen.editing == (kind == "editing") and len(chosen.sha256) == 64
 
 
-def test_there_is_an_instruction_for_editing():
-    chosen = expand.Instruction((expand.OURS / "editing.txt").read_text(encoding="utf-8"), editing=True)
-    assert chosen.text.count("{}") == 1 and len(chosen.sha256) == 64
+def test_images_are_shrunk_for_reading():
     assert expand.shrink(IMAGE, editing=True).shape == (18, 22, 3)
     assert expand.shrink(torch.zeros(4000, 3000, 3, dtype=torch.uint8), editing=False).shape[:2] == (1157, 868)
 

@@ -65,8 +65,8 @@ def choose_instruction(
             f"{config.name} was converted without the part of Qwen that writes: convert it again with --with-vision, "
             "or leave --expand out"
         )
-    editing = has_image and "i2i" in config.tasks
-    without_image = "image" if one_frame or "t2i" in config.tasks else "video"
+    editing = has_image and config.edits
+    without_image = "image" if one_frame or config.makes_images else "video"
     kind = "editing" if editing else "image-to-video" if has_image else without_image
     path = Path(file) if file else OURS / f"{kind}.txt"
     text = read_text(path, LONGEST).strip()
