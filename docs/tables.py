@@ -302,6 +302,23 @@ def nano_failures() -> list[str]:
     return table(("", ""), *rows)
 
 
+def lesson() -> list[str]:
+    """What nano's LoRA for a new word gives and costs, by its weight; without it nano's verdict on the same prompts."""
+    base, kinds = judged("judge_nano-float32"), ("star", "seen, English")
+    rows: list[tuple] = [("weight", "a star", *(SETS[kind] for kind in kinds[1:]))]
+    names = sorted(path.stem for path in JUDGE.glob("star_weight_*.json"))
+    results = {name.removeprefix("star_weight_"): judged(name)["sets"] for name in names}
+    for weight, sets in results.items():
+        right = {kind: f"{found['answers']['all']['right']} of {found['clips']}" for kind, found in sets.items()}
+        for kind in kinds[1:]:
+            if weight == "0" and kind in results["1"]:
+                count = results["1"][kind]["clips"]  # nano's own run has 300: of these, the same as with the LoRA
+                wrong = sum(clip["index"] < count for clip in base["mistakes"][kind])
+                right[kind] = f"{count - wrong} of {count}"
+        rows.append((weight, *(right.get(kind, "–") for kind in kinds)))
+    return table(*rows)
+
+
 def from_scratch() -> list[str]:
     """Other runs of `make nano`, judged on the way."""
     files = {
@@ -415,6 +432,7 @@ TABLES = {
     "nano-frame": nano_frame,
     "nano-targets": nano_targets,
     "nano-failures": nano_failures,
+    "lesson": lesson,
     "from-scratch": from_scratch,
     "stages": stages,
     "speed": speed,

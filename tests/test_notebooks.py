@@ -40,7 +40,7 @@ def code_of(source: Path) -> str:
 
 
 def test_sources_and_notebooks_correspond():
-    assert len(SOURCES) == 6
+    assert len(SOURCES) == 7
     assert [path.with_suffix(".ipynb") for path in SOURCES] == sorted(FOLDER.glob("*.ipynb"))
 
 

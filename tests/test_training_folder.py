@@ -1,5 +1,6 @@
 """A folder of footage and captions becomes clips, or one line that says what is wrong with it."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from footage_files import flat, write, write_sound
 from kandinsky5.config import PipelineConfig, SamplingConfig
+from kandinsky5.nano import presets
 from kandinsky5.training.folder import ClipSettings, describe_files, find_clips
 
 CONFIG = PipelineConfig(sampling=SamplingConfig(height=32, width=48, num_frames=5, fps=10))
@@ -125,3 +127,13 @@ def test_rate_becomes_the_models(tmp_path):
 def test_settings_the_model_has_no_grid_for(options):
     with pytest.raises(ValueError):
         settings(**options)
+
+
+def test_the_lessons_folder_is_one_of_clips(tmp_path):
+    path = Path(__file__).parents[1] / "docs" / "draw_stars.py"
+    spec = importlib.util.spec_from_file_location("draw_stars", path)
+    draw_stars = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw_stars)
+    draw_stars.draw(tmp_path / "stars", 3)
+    found = find_clips(tmp_path / "stars", ClipSettings.of(presets.NANO), decode=True)
+    assert ["star" in clip.caption for clip in found.clips] == [True, True, False] and not found.left_out

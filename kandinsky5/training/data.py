@@ -54,12 +54,19 @@ class Clips:
     empty_text: Path | None = None
 
     @classmethod
-    def open(cls, folder: str | Path, config: PipelineConfig, settings: ClipSettings, decode: bool = False) -> "Clips":
+    def open(
+        cls,
+        folder: str | Path,
+        config: PipelineConfig,
+        settings: ClipSettings,
+        decode: bool = False,
+        progress: bool = True,
+    ) -> "Clips":
         """The clips of `folder`; nothing is encoded yet. decode: read each once, to find damaged ones now.
 
         Raises ValueError as `find_clips`.
         """
-        found = find_clips(Path(folder), settings, decode)
+        found = find_clips(Path(folder), settings, decode, progress)
         for name, reason in found.left_out.items():
             screen.say(f"left out: {screen.printable(name, 200)} {reason}")
         return cls(found.clips, found.left_out, config)
@@ -70,7 +77,9 @@ class Clips:
         parts = sorted(repr((c.content, c.start, c.size, c.num_frames, c.fps, c.caption)) for c in self.clips)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def encode(self, vae: VAE, text_encoder: TextEncoder, cache: str | Path, origin: str) -> "Clips":
+    def encode(
+        self, vae: VAE, text_encoder: TextEncoder, cache: str | Path, origin: str, progress: bool = True
+    ) -> "Clips":
         """The same clips with everything encoded in `cache`, a folder; what is there already is verified, not redone.
 
         origin: of the weights, such as `checkpoint.fingerprint(folder, ("vae", "qwen", "clip"))`.
@@ -84,17 +93,26 @@ class Clips:
         with locked(cache, f"another process is encoding in {cache}: wait for it, or choose another folder"):
             for left in cache.glob(".*.safetensors"):  # half written by a run that was killed
                 left.unlink()
-            with screen.bar(len(self.clips), "encoding clips", "clip") as bar, awake(vae), torch.no_grad():
+            with (
+                screen.bar(len(self.clips), "encoding clips", "clip", show=progress) as bar,
+                awake(vae),
+                torch.no_grad(),
+            ):
                 for clip, path in zip(self.clips, clip_names, strict=True):
                     _keep(path, partial(encode_clip, vae, clip, self.config))
                     bar.update()
             models = text_encoder.qwen, text_encoder.clip
-            with screen.bar(len(texts), "encoding captions", "text") as bar, awake(*models), torch.no_grad():
+            with (
+                screen.bar(len(texts), "encoding captions", "text", show=progress) as bar,
+                awake(*models),
+                torch.no_grad(),
+            ):
                 for text, path in text_names.items():
                     _keep(path, partial(encode_caption, text_encoder, text))
                     bar.update()
         written = sum(path.stat().st_size for path in {*clip_names, *text_names.values()})
-        screen.say(f"{cache}: {len(self.clips):,} clips and {len(texts) - 1:,} captions, {written:,} bytes")
+        if progress:
+            screen.say(f"{cache}: {len(self.clips):,} clips and {len(texts) - 1:,} captions, {written:,} bytes")
         places = tuple(text_names[clip.caption] for clip in self.clips)
         return replace(self, cache=cache, entries=tuple(clip_names), texts=places, empty_text=text_names[""])
 

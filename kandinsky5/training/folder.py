@@ -101,7 +101,7 @@ class Found:
     left_out: dict[str, str]  # file: why
 
 
-def find_clips(folder: Path, settings: ClipSettings, decode: bool = False) -> Found:
+def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progress: bool = True) -> Found:
     """All clips in `folder`. decode: read each once, so that damage is found now and not hours later.
 
     Raises ValueError without a usable clip, for captions that are missing, empty, unreadable or of no file, and for
@@ -113,7 +113,8 @@ def find_clips(folder: Path, settings: ClipSettings, decode: bool = False) -> Fo
     names = [p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in (*IMAGES, *VIDEOS)]
     captions = read_captions(folder, names, [p.relative_to(folder).as_posix() for p in files])
     clips, left_out, damaged = [], {}, []
-    with screen.bar(len(names), "reading clips" if decode else "looking through clips", "file") as bar:
+    doing = "reading clips" if decode else "looking through clips"
+    with screen.bar(len(names), doing, "file", show=progress) as bar:
         for name in names:
             try:
                 found = list(cut(folder / name, name, captions[name], settings))
