@@ -169,7 +169,6 @@ def test_as_a_module_it_is_the_same_command():
 PROGRAM = """
 import sys
 from kandinsky5 import cli
-from kandinsky5.runtime import memory
 from kandinsky5.screen import bar, say
 def main():
     with bar(3, "sampling", "step") as shown:
