@@ -3,6 +3,7 @@
     python sample.py "a red circle moves left" --enlarge 4   # nano, the small bundled model
     python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s -o fox.mp4
     python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg --seed 3
+    python sample.py "make it night" --checkpoint weights/i2i-lite-sft --image fox.jpg -o night.png
     python sample.py "a red fox in snow" --checkpoint weights/t2v-lite-sft-5s --num-frames 1 -o fox.png
     python sample.py --replay fox.mp4 --seed 4 -o other.mp4  # the settings in a file, but for the seed
 

@@ -98,12 +98,12 @@ COLUMNS = {  # of the table by card
 NAMES = {None: "all", "model": "model", "blocks": "blocks"}  # of --offload in a cell of that table
 
 
-def cards(quantize: str | None = None) -> list[str]:
+def cards(quantize: str | None = None, columns: dict[str, str] = COLUMNS) -> list[str]:
     """For each card and model the first of `budget.choices` that fits, with its peak."""
-    rows: list[tuple] = [("card", *COLUMNS.values())]
+    rows: list[tuple] = [("card", *columns.values())]
     for card in CARDS:
         cells = []
-        for name in COLUMNS:
+        for name in columns:
             config, some = PRESETS[name], budget.choices(quantize=quantize)
             found = budget.first_that_fits(config, card * 10**9, some)
             how = found and NAMES[found.offload] + ", tiles" * found.tile_space
@@ -424,6 +424,7 @@ def copied(name: str) -> list[str]:
 TABLES = {
     "presets": presets,
     "cards": cards,
+    "cards-images": lambda: cards(columns={"t2i-lite-sft": "text-to-image", "i2i-lite-sft": "editing"}),
     "cards-int8": lambda: cards("int8"),
     "weights": weights,
     "costs": costs,

@@ -177,6 +177,7 @@ Make a video from a prompt, or from an image and a prompt.
     python sample.py "a red circle moves left" --enlarge 4   # nano, the small bundled model
     python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s -o fox.mp4
     python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg --seed 3
+    python sample.py "make it night" --checkpoint weights/i2i-lite-sft --image fox.jpg -o night.png
     python sample.py "a red fox in snow" --checkpoint weights/t2v-lite-sft-5s --num-frames 1 -o fox.png
     python sample.py --replay fox.mp4 -o again.mp4           # the same file again, from the settings in it
     python sample.py --replay fox.mp4 --seed 4 -o other.mp4  # all as it was, but for the seed
@@ -314,15 +315,23 @@ def build_sample_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("prompt", nargs="?", help='what to show; long descriptions work best, up to 256 tokens; "": anything')
+    add(
+        "prompt",
+        nargs="?",
+        help='what to show; long descriptions work best, up to 256 tokens (images: 512); "": anything',
+    )
     add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
-    add("--image", metavar="FILE", help="first frame (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); needs an i2v checkpoint")
+    add(
+        "--image",
+        metavar="FILE",
+        help="first frame, or what to edit (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); for i2v and i2i",
+    )
     add("--expand", nargs="?", const=True, type=file(".txt"), metavar="FILE.txt",
         help="let Qwen write the prompt out in detail; by our instruction, or by yours with {} in it")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", help="what to avoid; no effect at --guidance 1")
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
     add("--width", type=int, metavar="PX", help="likewise; with --image both default to its shape")
-    add("--num-frames", type=int, metavar="N", help="4k + 1; 121 are 5 seconds at 24 per second")
+    add("--num-frames", type=int, metavar="N", help="4k + 1; 121 are 5 seconds at 24 per second; 1: an image")
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="more are slower and finer")
     add("--guidance", type=float, dest="guidance_scale", metavar="W",
         help="classifier-free guidance scale; 1 disables it and halves the time; below 1 it is applied as it "
