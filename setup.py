@@ -46,7 +46,7 @@ setup(
         "weights_convert": ["py.typed"],
     },
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "einops>=0.8",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
