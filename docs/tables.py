@@ -405,6 +405,58 @@ def machine() -> list[str]:
     return [f"Processor: {'; '.join(sorted(processors))}. {'; '.join(sorted(versions))}. {dates[0]} to {dates[-1]}."]
 
 
+def quantised() -> dict:
+    """Results of benchmarks/quantise.py by part."""
+    return json.loads((RESULTS / "quantise.json").read_text())
+
+
+def int8_speed() -> list[str]:
+    """CPU seconds of a block with int8 weights next to the same block without."""
+    rows: list[tuple] = [
+        ("a visual block of Lite's width, 2,688 tokens", "plain, s", "int8, s", "int8 / plain", "spread")
+    ]
+    for dtype, row in quantised()["speed"]["seconds"].items():
+        spread = " to ".join(f"{value:.2f}" for value in row["spread"])
+        rows.append((dtype, f"{row['plain']:.2f}", f"{row['int8']:.2f}", f"{row['ratio']:.2f}", spread))
+    return table(*rows)
+
+
+def int8_nano() -> list[str]:
+    """Velocity and frames of nano with each kind of weights, next to float32."""
+    rows: list[tuple] = [("weights of `nano`", "velocity at t = 0.9", "0.5", "0.1", "frames, PSNR")]
+    for name, row in quantised()["nano"]["kinds"].items():
+        errors = (f"{100 * row['velocity'][t]:.1f} %" for t in ("0.9", "0.5", "0.1"))
+        rows.append((name, *errors, f"{row['psnr']:.0f} dB"))
+    return table(*rows)
+
+
+def int8_judge() -> list[str]:
+    """The judge's verdict on nano in int8."""
+    rows: list[tuple] = [("`nano`, bf16, right in %", "clips", "as it is", "int8", "clips with another verdict")]
+    for key, row in quantised()["judge"].items():
+        if key in SETS:
+            cells = (row["clips"], f"{row['bf16']:.1f}", f"{row['int8']:.1f}", row["other verdicts"])
+            rows.append((SETS[key], *cells))
+    return table(*rows)
+
+
+def int8_blocks() -> list[str]:
+    """Error of the tokens after some of the blocks, next to float32."""
+    found = quantised()["blocks"]["errors"]
+    shown = (1, 2, 4, 8, 16, 32)
+    rows: list[tuple] = [("error of the tokens after block", *shown)]
+    rows += [(name, *(f"{100 * row[i - 1]:.2f} %" for i in shown)) for name, row in found.items()]
+    return table(*rows)
+
+
+def int8_text() -> list[str]:
+    """What rounding a random Qwen does to features and velocity."""
+    rows: list[tuple] = [("weights of Qwen", "features", "velocity")]
+    for name, row in quantised()["text"]["errors"].items():
+        rows.append((name, f"{100 * row['features']:.1f} %", f"{100 * row['velocity']:.1f} %"))
+    return table(*rows)
+
+
 def ratios() -> list[str]:
     """The checkpoints whose ratios for step skipping are in the package, and where those come from."""
     rows: list[tuple] = [("preset", "steps", "passes", "source")]
@@ -439,6 +491,11 @@ TABLES = {
     "speed": speed,
     "machine": machine,
     "growth": lambda: copied("growth.md"),
+    "int8-speed": int8_speed,
+    "int8-nano": int8_nano,
+    "int8-judge": int8_judge,
+    "int8-blocks": int8_blocks,
+    "int8-text": int8_text,
     "ratios": ratios,
     "magcache": lambda: copied("magcache.md"),
     "convert": lambda: copied("convert.md"),

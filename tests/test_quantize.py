@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from kandinsky5 import Pipeline
 from kandinsky5.checkpoint import without_weights
@@ -15,9 +17,11 @@ from kandinsky5.config import LITE, QwenConfig
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.qwen import Qwen
 from kandinsky5.runtime import quantize
+from kandinsky5.runtime.compile import compile_models
 from kandinsky5.runtime.offload import MODES
 from kandinsky5.runtime.quantize import Int8Linear, dequantise, quantise, to_float, to_int8
-from random_weights import SMALL_CLIP, SMALL_DIT, randomise, relative_error
+from kandinsky5.vae import VAE
+from random_weights import SMALL_CLIP, SMALL_DIT, SMALL_VAE, randomise, relative_error
 
 QWEN = QwenConfig(vocab_size=64, dim=64, num_layers=2, num_heads=2, num_kv_heads=1, ff_dim=96)
 
@@ -182,3 +186,29 @@ def test_quantised_while_loading_and_offloaded():
 def test_another_kind_is_refused():
     with pytest.raises(ValueError, match="quantize 'int4': choose int8"):
         Pipeline.load("nano", quantize="int4")
+
+
+@pytest.mark.compiled
+def test_compiled_in_one_graph():
+    dit, vae = to_int8(randomise(DiT(SMALL_DIT))), VAE(SMALL_VAE)
+    expected = velocity(dit)
+    torch._dynamo.reset()
+    compile_models(dit, vae, backend="aot_eager")  # fullgraph
+    assert relative_error(velocity(dit), expected) < 1e-6
+    torch._dynamo.reset()
+
+
+def test_sharded_over_ranks(tmp_path):
+    """fully_shard of one rank: int8 weights are sharded like any, scales are whole on each."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        dit = to_int8(randomise(DiT(SMALL_DIT)))
+        expected = velocity(dit)
+        for block in dit.visual_blocks:
+            fully_shard(block)
+        fully_shard(dit)
+        weight = dit.visual_blocks[0].self_attention.to_q.weight
+        assert isinstance(weight, DTensor) and weight.dtype == torch.int8
+        assert velocity(dit).equal(expected)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from kandinsky5.config import LITE
 from kandinsky5.files import write_json
-from kandinsky5.tensor_files import Stored
+from kandinsky5.runtime.quantize import quantise
+from kandinsky5.tensor_files import Stored, read_safetensors
 from weights_convert import convert
 from weights_convert.read import read_weights
 from weights_convert.sizes import to_their_config
@@ -35,6 +36,16 @@ def test_lite_goes_native_and_back_in_bounded_memory(tmp_path):
     run_below(limit, "from-diffusers", source, tmp_path / "native", *options)
     run_below(limit, "to-diffusers", tmp_path / "native", tmp_path / "back", *options, "--max-shard-size", str(SHARD))
     run_below(limit, "from-diffusers", source, tmp_path / "fp32", *options, "--dtype", "fp32")
+    run_below(500e6, "from-diffusers", source, tmp_path / "int8", *options, "--dtype", "int8")
+    int8 = read_safetensors(tmp_path / "int8" / "dit.safetensors").tensors
+    assert sum(stored.nbytes for stored in int8.values()) < 0.63 * sum(
+        s.nbytes for s in read_weights(source).tensors.values()
+    )
+    name = "visual_blocks.31.feed_forward.linear_out"
+    weight = read_weights(source).tensors[convert.tables.theirs("dit", f"{name}.weight")].read()
+    assert all(
+        x.equal(int8[f"{name}.{kind}"].read()) for kind, x in zip(("weight", "scale"), quantise(weight), strict=True)
+    )
 
     back = tmp_path / "back" / "transformer"
     assert len(list(source.glob("*.safetensors"))) == len(list(back.glob("*.safetensors"))) == 3

@@ -73,8 +73,8 @@ def plan_steps(config: DiTConfig, dit: nn.Module, shape: tuple[int, ...], guided
 def bytes_to_come(model: nn.Module) -> int:
     """What the weights of a resting model will take of its device: of streamed blocks two at a time."""
     streamed = [m for m in model.modules() if m is not model and "resting" in vars(m)]
-    blocks = sorted(sum(p.nbytes for p in block.parameters() if p.is_meta) for block in streamed)
-    return sum(p.nbytes for p in model.parameters() if p.is_meta) - sum(blocks[:-2])
+    blocks = sorted(sum(x.nbytes for x in block.state_dict().values() if x.is_meta) for block in streamed)
+    return sum(x.nbytes for x in model.state_dict().values() if x.is_meta) - sum(blocks[:-2])
 
 
 @contextlib.contextmanager
