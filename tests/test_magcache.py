@@ -321,6 +321,26 @@ def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "text, prompts",
+    [
+        ("a red circle\n", ["a red circle"]),
+        ("красный круг\r\n\r\na dog", ["красный круг", "a dog"]),
+        ("\n  a fox  \n", ["a fox"]),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, monkeypatch, text, prompts):
+    """As Notepad and PowerShell write one."""
+    seen: list[str] = []
+    monkeypatch.setattr(calibration.Pipeline, "load", lambda *_, **__: None)
+    monkeypatch.setattr(
+        calibration, "measure_ratios", lambda _, found, **__: seen.extend(found) or StepSkipping((1.0,))
+    )
+    (tmp_path / "p.txt").write_bytes(text.encode("utf-8-sig"))
+    calibration.main(["nano", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "ratios.json")])
+    assert seen == prompts
+
+
+@pytest.mark.parametrize(
     ("skipping", "words"),
     [
         (7, "step_skipping 7: give True, a file of"),
