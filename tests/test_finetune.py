@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from kandinsky5.training.finetune import finetune, main
 from kandinsky5.training.flow import FlowTimes
 from kandinsky5.training.folder import ClipSettings
 from kandinsky5.training.loop import generator, train
+from kandinsky5.training.previews import Previews
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import read_rows
 
@@ -154,12 +156,34 @@ def test_checking_writes_nothing(run, capsys):
         (["--first-frames", "2"], "--first-frames 2: give a share"),
         (["--sizes", "32"], "no size"),
         (["--prompts", "nothing.txt"], "nothing.txt is missing"),
+        (["--alpha", "inf"], "--alpha inf"),
+        (["--weight-decay", "nan"], "--weight-decay"),
+        (["--warmup", "-1"], "--warmup"),
+        (["--seed", str(2**63)], "--seed"),
+        (["--sample-steps", "0"], "--sample-steps 0: give at least 1"),
+        (["--stop-after", "0"], "--stop-after 0: give at least 1"),
+        (["--full", "--export"], "--export is for LoRAs"),
+        (["--trigger", "x" * 1001], "--trigger has 1,001"),
     ],
 )
 def test_wrong_options_cost_one_line_and_no_file(run, tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words) as error:
         run(*arguments)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_prompts_are_utf_8(run, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("лиса".encode("cp1251"))
+    with pytest.raises(ValueError, match="prompts.txt is not UTF-8"):
+        run("--prompts", tmp_path / "prompts.txt")
+
+
+@torch.no_grad()
+def test_samples_next_to_each_other_have_one_shape(encoded, clips, tmp_path):
+    pipe, found = encoded
+    options = Namespace(prompts=None, trigger="", sample_steps=1, to=tmp_path)
+    shapes = {(r.height, r.width) for r in Previews.prepare(pipe, options, found).requests}
+    assert len({clip.size for clip in found.clips}) == 2 and shapes == {(32, 48)}
 
 
 def test_a_run_resumes_with_its_own_settings_only(run):

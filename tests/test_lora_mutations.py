@@ -60,7 +60,7 @@ MUTATIONS = {  # name: test, function, right, wrong
                                       "enabled=torch.is_autocast_enabled('cpu')"),
     "A and B swapped in a file": (read("native"), files.read, 'values(found[m, "A"]), values(found[m, "B"])',
                                   'values(found[m, "B"]).mT, values(found[m, "A"]).mT'),
-    "kohya's alpha forgotten": (read("kohya"), files.read_alphas, "float(values(stored).view(-1)[0])", "2.0"),
+    "kohya's alpha forgotten": (read("kohya"), files.read_alphas, "float(values(stored))", "2.0"),
     "the authors' config forgotten": (read("official"), files.read_alphas, "if config is None", "if True"),
     "alpha pattern forgotten": (read("peft"), files.alphas_by_config, 'config.get("alpha_pattern")', "None"),
     "shift missing": (loss, flow.FlowTimes.sample, "self.shift * t / (1 + (self.shift - 1) * t)", "t"),

@@ -137,6 +137,7 @@ def test_conversions_that_are_refused(mixed, tmp_path, monkeypatch, capsys, argu
     [
         ({"r": 3, "lora_alpha": 1}, "has rank 2, its config says 3"),
         ({"r": 2, "lora_alpha": "1"}, "not two numbers"),
+        ({"r": 2, "lora_alpha": 10**400}, "no finite numbers"),
         ({"r": 2, "lora_alpha": 1, "use_dora": True}, "use_dora, which is not supported"),
     ],
 )
@@ -145,6 +146,13 @@ def test_configs_that_contradict_their_tensors(tmp_path, config, words):
     (tmp_path / "config_lora.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [torch.zeros(0), torch.ones(2)])
+def test_an_alpha_is_one_number(tmp_path, alpha):
+    save_file({**WRITTEN["kohya"][0], f"{KOHYA}.alpha": alpha}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="alphas that are not one number"):
+        read(tmp_path / "lora.safetensors")
 
 
 # --- into a checkpoint
@@ -202,6 +210,7 @@ def test_inspect_says_what_a_lora_is(mixed, tmp_path, capsys):
     "metadata, words",
     [
         ({"alpha": "NaN"}, "no finite numbers"),
+        ({"alpha": "1" + "0" * 400}, "no finite numbers"),
         ({"alpha": '"two"'}, "should be a number"),
         ({"alpha": "{"}, "cannot be read as JSON"),
         ({"trigger": "x" * 1001}, "more than 1,000 characters"),

@@ -148,13 +148,15 @@ def read_alphas(
     ranks = {module: found[module, "A"].shape[0] for module in modules}
     if layout == "kohya":
         given = {m: found[m, "alpha"] for m in modules if (m, "alpha") in found}
-        return ranks | {module: float(values(stored).view(-1)[0]) for module, stored in given.items()}
+        if odd := [f"{module} {stored.shape}" for module, stored in given.items() if math.prod(stored.shape) != 1]:
+            raise ValueError(f"{weights.source} has alphas that are not one number: {listed(odd, 3)}")
+        return ranks | {module: float(values(stored)) for module, stored in given.items()}
     if layout == "native":
         alpha = parse_json(weights.metadata.get("alpha", "{}").encode(), f"{weights.source}: alpha")
         alphas = alpha if isinstance(alpha, dict) else dict.fromkeys(modules, alpha)
         if not all(type(value) in (int, float) for value in alphas.values()):
             raise ValueError(f"{weights.source}: its alpha should be a number, or one for each module")
-        return ranks | {module: float(alphas[module]) for module in modules if module in alphas}
+        return ranks | {module: as_float(alphas[module]) for module in modules if module in alphas}
     config = find_peft_config(weights)
     if config is None:
         return {module: float(rank) for module, rank in ranks.items()}
@@ -186,10 +188,15 @@ def alphas_by_config(config: dict[str, Any], ranks: Mapping[str, int], source: P
             raise ValueError(f"{source}: its config says rank {said!r:.50} and alpha {alpha!r:.50}, not two numbers")
         if said != rank:
             wrong.append(f"{theirs} has rank {rank}, its config says {said}")
-        alphas[ours] = alpha * rank**0.5 if config.get("use_rslora") else float(alpha)  # there: alpha / √rank
+        alphas[ours] = as_float(alpha) * (rank**0.5 if config.get("use_rslora") else 1)  # there: alpha / √rank
     if wrong:
         raise ValueError(f"{source} and its config contradict each other: {listed(wrong, 3)}")
     return alphas
+
+
+def as_float(number: float) -> float:
+    """A number of a JSON file, where whole ones have any length; infinity beyond what a float holds."""
+    return float(number) if abs(number) < 1e300 else math.inf
 
 
 def by_pattern(patterns: Any, module: str, usual: Any) -> Any:

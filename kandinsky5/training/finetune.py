@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import re
 import shlex
 import sys
@@ -43,6 +44,7 @@ from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import write_events
 from kandinsky5.training.validation import plot_by_flow_time
 from kandinsky5.vae import VAE
+from weights_convert.lora import LONGEST_TRIGGER
 
 RESUMES = "run the same command to resume; what is encoded and saved is kept"
 LARGE = 512  # width of a DiT from which activations are computed twice by default
@@ -72,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 def finetune(arguments: list[str] | None = None) -> None:
     """Train as the options say, or with --check only say what would be trained on. Raises ValueError or OSError."""
     options = build_parser().parse_args(arguments)
+    options.trigger = options.trigger.strip()
     job = prepare(options)
     if options.check:
         print(report.describe(job.clips, job.recipe, options))
@@ -115,14 +118,9 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ValueError(f"--first-frames {options.first_frames:g}: {config.name} makes videos from a prompt alone")
     if options.full and options.quantize:
         raise ValueError("--full trains the weights themselves, which --quantize would round: leave one of them out")
-    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard: the library is not installed; pip install tensorboard, or leave it out")
-    if options.alpha is not None and not options.alpha > 0:
-        raise ValueError(f"--alpha {options.alpha:g}: updates are scaled by alpha / rank, so it is above 0")
-    if options.prompts and "t2v" not in config.tasks:
-        raise ValueError(f"--prompts: {config.name} needs images, so it samples from held-out clips: leave it out")
-    if options.prompts:
-        read_prompts(options.prompts)
+    check_watching(options, config)
+    if options.alpha is not None and not 0 < options.alpha < math.inf:
+        raise ValueError(f"--alpha {options.alpha:g}: updates are scaled by alpha / rank, so it is finite and above 0")
     options.alpha = float(options.rank) if options.alpha is None else options.alpha
     with checkpoint.without_weights():
         dit = DiT(config.dit)
@@ -142,17 +140,34 @@ def prepare(options: argparse.Namespace) -> Job:
     return Job(options, folder, config, clips, recipe, conditioning)
 
 
+def check_watching(options: argparse.Namespace, config: PipelineConfig) -> None:
+    """Raise ValueError for options about samples and results that cannot be followed at the end of a long run."""
+    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard: the library is not installed; pip install tensorboard, or leave it out")
+    if options.full and options.export:
+        raise ValueError("--export is for LoRAs: leave it out with --full, or convert the checkpoint afterwards")
+    if len(options.trigger) > LONGEST_TRIGGER:
+        raise ValueError(f"--trigger has {len(options.trigger):,} characters: give at most {LONGEST_TRIGGER:,}")
+    if options.prompts and "t2v" not in config.tasks:
+        raise ValueError(f"--prompts: {config.name} needs images, so it samples from held-out clips: leave it out")
+    if options.prompts:
+        read_prompts(options.prompts)
+
+
 def build_recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of the options. Raises ValueError for numbers that make none."""
-    counts = ("steps", "batch_size", "accumulate", "sample_every")
-    if wrong := [
-        f"--{name.replace('_', '-')} {getattr(options, name)}" for name in counts if getattr(options, name) < 1
-    ]:
+    if options.sample_every is None:
+        options.sample_every = min(250, max(options.steps, 1))
+    counts = ("steps", "batch_size", "accumulate", "sample_every", "sample_steps", "stop_after")
+    given = {name: getattr(options, name) for name in counts if getattr(options, name) is not None}
+    if wrong := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value < 1]:
         raise ValueError(f"{', '.join(wrong)}: give at least 1")
     usual = 1e-5 if options.full else 1e-4
     rate = usual if options.learning_rate is None else options.learning_rate
-    if not 0 < rate <= 1 or not 0 <= options.ema < 1 or options.seed < 0 or not options.clip_norm > 0:
-        raise ValueError("--learning-rate is above 0, --ema from 0 to below 1, --clip-norm above 0, --seed at least 0")
+    if not 0 < rate <= 1 or not 0 <= options.ema < 1 or not options.clip_norm > 0:
+        raise ValueError("--learning-rate is above 0 and at most 1, --ema from 0 to below 1, --clip-norm above 0")
+    if options.warmup < 0 or not 0 <= options.weight_decay < math.inf or not 0 <= options.seed < 2**63:
+        raise ValueError("--warmup and --weight-decay are at least 0 and finite, --seed from 0 to below 2^63")
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"--dtype {options.dtype}: training is in bfloat16 or float32")
@@ -409,7 +424,8 @@ def _add_how(group) -> None:
 def _add_watching(group) -> None:
     add = group.add_argument
     add("--prompts", type=Path, metavar="FILE", help="one per line, for samples (default: captions of held-out clips)")
-    add("--sample-every", type=int, default=250, metavar="N", help="steps between samples (default: 250)")
+    add("--sample-every", type=int, metavar="N",
+        help="steps between samples and held-out losses; none above --steps (default: 250 or --steps)")  # fmt: skip
     add("--sample-steps", type=int, metavar="N", help="of sampling (default: the checkpoint's)")
     add("--tensorboard", action="store_true", help="write events for TensorBoard too; needs pip install tensorboard")
     add("--export", action="store_true", help="write the LoRA in the authors' and diffusers' layouts as well")

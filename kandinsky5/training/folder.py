@@ -189,7 +189,7 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
         strangers = [name for name in captions if name not in names]
     else:
         beside = {name: str(Path(name).with_suffix(".txt").as_posix()) for name in names}
-        captions = {name: _decoded(folder / text) for name, text in beside.items() if text in texts}
+        captions = {name: read_utf8(folder / text) for name, text in beside.items() if text in texts}
         strangers = sorted(texts - set(beside.values()))
     if strangers:
         raise ValueError(f"{folder} has captions without clips ({listed(strangers, 3)}): remove them, or add the clips")
@@ -210,7 +210,7 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
 
 def _read_table(path: Path) -> dict[str, str]:
     """File: caption, of a captions.jsonl or .csv. Raises ValueError for another form."""
-    text = _decoded(path)
+    text = read_utf8(path)
     if path.suffix == ".jsonl":
         lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows = [(i, parse_json(line.encode(), f"{path}, line {i},")) for i, line in lines]
@@ -227,7 +227,8 @@ def _read_table(path: Path) -> dict[str, str]:
     return captions
 
 
-def _decoded(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises ValueError for another encoding."""
     try:
         return read_bytes(path, LONGEST_TABLE).decode("utf-8-sig")
     except UnicodeDecodeError as error:

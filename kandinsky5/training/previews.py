@@ -1,6 +1,7 @@
 """Videos of the model in training next to those of the base model, from the same prompts and seeds."""
 
 from argparse import Namespace
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from kandinsky5 import video_io
 from kandinsky5.dit import DiT
-from kandinsky5.files import make_folder, read_text
+from kandinsky5.files import make_folder
 from kandinsky5.request import Request
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training.data import Clips
-from kandinsky5.training.folder import Clip
+from kandinsky5.training.folder import Clip, read_utf8
 
 if TYPE_CHECKING:
     from kandinsky5.pipeline import Pipeline
@@ -36,7 +37,10 @@ class Previews:
     @classmethod
     def prepare(cls, pipe: "Pipeline", options: Namespace, clips: Clips) -> "Previews":
         """Requests for the prompts of a file, or the captions of some clips; image models are given first frames."""
-        some = list({clip.caption: clip for clip in clips.clips}.values())[:4]
+        shapes = Counter((clip.num_frames, *clip.size) for clip in clips.clips)
+        usual = shapes.most_common(1)[0][0]  # one shape, as videos are shown next to each other
+        some = [clip for clip in clips.clips if (clip.num_frames, *clip.size) == usual]
+        some = list({clip.caption: clip for clip in some}.values())[:4]
         wanted: list[tuple[str, Clip]] = [(clip.caption, clip) for clip in some]
         if options.prompts:
             prompts = read_prompts(options.prompts)
@@ -69,11 +73,10 @@ class Previews:
             self.pipe.dit = own
         make_folder(self.folder)
         name = self.folder / f"step_{step:06d}"
-        same = [i for i, video in enumerate(videos) if video.shape == videos[0].shape]
-        rows = [torch.cat([row[i] for i in same], dim=2) for row in (self.base, videos)]
+        rows = [torch.cat(row, dim=2) for row in (self.base, videos)]
         if len(videos[0]) > 1:
             video_io.write_video(name.with_suffix(".mp4"), torch.cat(rows, dim=1), self.pipe.config.sampling.fps)
-        sheet = torch.cat([pick_frames(row[i]) for i in same for row in (self.base, videos)])
+        sheet = torch.cat([pick_frames(video) for pair in zip(self.base, videos, strict=True) for video in pair])
         video_io.write_video(name.with_suffix(".png"), sheet[None])
 
     @torch.no_grad()
@@ -88,8 +91,8 @@ class Previews:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty. Raises ValueError for none, or too many."""
-    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    """The lines of a file that are not empty. Raises ValueError for none, too many, or what is not UTF-8."""
+    prompts = [line.strip() for line in read_utf8(path).splitlines() if line.strip()]
     if not 1 <= len(prompts) <= MOST:
         raise ValueError(f"{path} holds {len(prompts)} prompts: write 1 to {MOST}, one per line")
     return prompts

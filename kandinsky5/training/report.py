@@ -146,7 +146,7 @@ CARD = """\
 {what}
 
 - **Base**: {base} ({base_fingerprint:.16})
-- **Data**: {count:,} clips of {files:,} files, {held:.0%} of them held out; digest {data:.16}
+- **Data**: {count:,} clips of {files:,} files, {held:,} clips held out; digest {data:.16}
 - **Recipe**: {recipe}
 - **Trained**: {steps} steps in {hours:.2f} hours; loss {loss}{held_out}
 - **Trigger**: {trigger}
@@ -167,7 +167,7 @@ def write_card(path: Path, clips: Clips, said: dict[str, str], command: str, opt
         what="A fine-tuned DiT." if options.full else "A LoRA.",
         count=len(clips.clips),
         files=len({clip.content for clip in clips.clips}),
-        held=options.hold_out,
+        held=len(clips.hold_out(options.hold_out)[1].clips),
         hours=load_progress(options.to)[1] / 3600,
         loss=f"from {rows[0]['loss']} to {rows[-1]['loss']}",
         held_out=f", held out {held_out[-1]}" if held_out else "",
