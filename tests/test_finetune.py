@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,15 @@ def test_a_run_resumes_with_its_own_settings_only(run):
     with pytest.raises(ValueError, match="trigger"):
         run("--trigger", "Foxy")
     run("--export")
+
+
+def test_renamed_clips_would_come_in_another_order(run, clips, tmp_path):
+    same = shutil.copytree(clips, tmp_path / "same")
+    run("--stop-after", "1")
+    for suffix in ("mp4", "txt"):
+        (same / f"0.{suffix}").rename(same / f"9.{suffix}")
+    with pytest.raises(ValueError, match="has order"):
+        run("--clips", same)
 
 
 def test_a_lora_is_no_checkpoint_to_start_from(run, clips, tmp_path, capsys):

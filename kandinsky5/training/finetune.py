@@ -10,6 +10,7 @@ captions are encoded once into a cache. The same command resumes an interrupted 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import math
 import re
@@ -184,7 +185,8 @@ def begin(job: Job) -> None:
     make_folder(job.options.to)
     path = job.options.to / "run.json"
     settings = {name: _as_json(value) for name, value in vars(job.options).items() if name not in SAME_RESULT}
-    settings |= {"model": checkpoint.fingerprint(job.folder, ("dit",)), "data": job.clips.digest}
+    order = hashlib.sha256("\n".join(clip.content for clip in job.clips.clips).encode()).hexdigest()  # by name
+    settings |= {"model": checkpoint.fingerprint(job.folder, ("dit",)), "data": job.clips.digest, "order": order}
     if not path.is_file():
         check_replaceable(path)
         write_json(path, settings)
