@@ -25,6 +25,7 @@ types: ## check the types of kandinsky5 and weights_convert with mypy
 
 goldens: ## recompute the references' results in tests/data: the same bytes (extra `parity`)
 	$(PYTHON) tests/parity/make_goldens.py
+	$(PYTHON) tests/parity/make_image_goldens.py
 	PYTHONPATH=tests $(PYTHON) tests/parity/make_tokenizer_goldens.py
 	PYTHONPATH=.:tests $(PYTHON) tests/parity/make_vision_goldens.py
 
@@ -33,6 +34,7 @@ benchmarks: ## compare with diffusers, into benchmarks/results; slow, needs the 
 	$(PYTHON) benchmarks/growth.py
 	$(PYTHON) benchmarks/convert.py
 	$(PYTHON) benchmarks/magcache.py
+	$(PYTHON) benchmarks/quantise.py
 
 notebooks: ## run notebooks/*.py and write them with their outputs as .ipynb (extra `notebooks`)
 	$(PYTHON) notebooks/build.py

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     from kandinsky5.screen import printable
     from kandinsky5.video_io import write_video
 
-    # What is wrong is said here, before the weights are loaded.
+    # Invalid requests are refused here, before the weights are loaded.
     folder = find_checkpoint(options.checkpoint)
     config = load_config(folder / "config.json")
     request = Request.resolve(

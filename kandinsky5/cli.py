@@ -206,13 +206,15 @@ def sample(arguments: list[str] | None = None) -> int:
     replayed, place = given.pop("replay", None), given.pop("preview", None)
     output = check_places(given, replayed, place)
     with _replaying(replayed):
-        from kandinsky5 import Pipeline, checkpoint, video_io  # takes seconds
+        from kandinsky5 import Pipeline, video_io  # takes seconds
+        from kandinsky5.checkpoint import find_checkpoint
+        from kandinsky5.config_file import load_config
         from kandinsky5.extras import expand, lora, notes, preview, replay
         from kandinsky5.request import LONGEST_SIDE, Request
 
         settings = DEFAULTS | (replay.read_settings(replayed, given) if replayed else {}) | given
-        folder = checkpoint.find_checkpoint(settings["checkpoint"])
-        config = checkpoint.load_config(folder / "config.json")
+        folder = find_checkpoint(settings["checkpoint"])
+        config = load_config(folder / "config.json")
         _read_ratios(settings)
         requested = {name: settings[name] for name in REQUEST if name in settings}
         request = Request.resolve(config, settings["prompt"], settings["image"], **requested)
@@ -229,8 +231,8 @@ def sample(arguments: list[str] | None = None) -> int:
         show = None if place is None else preview.open_place(place)
 
         pipe = Pipeline.load(folder, **{name: settings[name] for name in LOAD})
-        for one, said in zip(loras, settings["loras"], strict=True):
-            pipe.load_lora(one, said["weight"], settings["trigger"])
+        for one, requested_lora in zip(loras, settings["loras"], strict=True):
+            pipe.load_lora(one, requested_lora["weight"], settings["trigger"])
         if instruction:
             settings |= {"expanded_from": settings["prompt"], "instruction_sha256": instruction.sha256}
             request = expand.expand_request(pipe.text_encoder, request, instruction, settings["image"])

@@ -225,7 +225,7 @@ class PipelineConfig:
     """The contents of `config.json` in a native checkpoint folder."""
 
     name: str = "t2v-lite-sft-5s"
-    # "t2v": a video from a prompt, "i2v": from an image and a prompt; "t2i", "i2i": an image likewise, a frame of F = 1
+    # "t2v": a video from a prompt, "i2v": from an image and a prompt; "t2i": an image (F = 1) likewise, "i2i": an edit
     tasks: tuple[str, ...] = ("t2v",)
     dit: DiTConfig = field(default_factory=DiTConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)

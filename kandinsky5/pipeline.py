@@ -209,10 +209,10 @@ class Pipeline:
         seen *= len(texts) // max(len(seen), 1)  # each with its prompt, and again with its negative one
         encoder = self.text_encoder
         models = (encoder.qwen, encoder.clip, *([encoder.vision] if encoder.vision and seen else []))
-        shown = bar(len(texts), "encoding", "text", show=progress)
-        with shown, awake(*models), memory.during("encoding text"):
+        progressed = bar(len(texts), "encoding", "text", show=progress)
+        with progressed, awake(*models), memory.during("encoding text"):
             features = encoder.encode(texts, request.max_sequence_length, request.num_frames == 1, seen or None)
-            shown.update(len(texts))
+            progressed.update(len(texts))
         return features.repeat(request.num_videos_per_prompt)
 
     def encode_image(self, request: Request, generators: list[torch.Generator]) -> Tensor | None:
@@ -300,13 +300,13 @@ class Pipeline:
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
-        shown = bar(len(z) * num_frames, "decoding", "frame", takes, show=progress)
-        with shown, awake(self.vae), memory.during("decoding"):
+        progressed = bar(len(z) * num_frames, "decoding", "frame", takes, show=progress)
+        with progressed, awake(self.vae), memory.during("decoding"):
             for one in z.split(1):  # all at once would take as many times the memory
                 for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling):  # (1, 3, f, H, W)
                     check_finite(piece, "the decoded frames")
                     pieces.append(_to_cpu(to_output(piece)))
-                    shown.update(piece.shape[2])
+                    progressed.update(piece.shape[2])
         return torch.cat(pieces, dim=1)[0].unflatten(0, (len(z), num_frames))  # (B, F, H, W, 3)
 
     def _check_decoding(self, shape: tuple[int, ...], output_type: str) -> int:

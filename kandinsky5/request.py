@@ -103,7 +103,7 @@ class Request:
             prompts=prompts,
             negative_prompts=check_texts("negative_prompt", negative, count),
             images=images and tuple(fit(one, height, width) for one in images),
-            qwen_images=images and config.edits and tuple(map(video_io.halve_image, images)) or None,
+            qwen_images=tuple(map(video_io.halve_image, images)) if images and config.edits else None,
             height=height, width=width, num_frames=num_frames,
             times=sampler.flow_schedule(steps, shift, choose("schedule", schedule, sampler.RULES)),
             guidance_scale=guidance, shift=shift, schedule=schedule,
@@ -208,7 +208,7 @@ def check_task(config: PipelineConfig, has_image: bool) -> None:
             "checkpoint"
         )
     if config.edits and config.qwen_vision is None:
-        raise ValueError(f"{config.name} has no eyes for the image: convert it again with --with-vision")
+        raise ValueError(f"{config.name} has no vision tower: convert it again with --with-vision")
     if has_image and f"i{ends}" not in config.tasks:
         raise ValueError(
             f"{config.name} makes {what} from a prompt alone: leave the image out, or use an i{ends} checkpoint"

@@ -22,7 +22,7 @@ from kandinsky5.tokenizer import Tokenizer
 
 
 class TextFeatures(NamedTuple):
-    """What the DiT is told about B prompts."""
+    """What the DiT reads of B prompts."""
 
     text: Tensor  # (B, S, 3584), padded on the right to the longest prompt
     lengths: Tensor  # (B,) on the CPU: how many tokens of each are real
@@ -31,9 +31,8 @@ class TextFeatures(NamedTuple):
     @property
     def mask(self) -> Tensor:
         """(B, S) bool, True for real tokens."""
-        return (torch.arange(self.text.shape[1], device=self.lengths.device) < self.lengths[:, None]).to(
-            self.text.device
-        )
+        positions = torch.arange(self.text.shape[1], device=self.lengths.device)
+        return (positions < self.lengths[:, None]).to(self.text.device)
 
     def repeat(self, count: int) -> "TextFeatures":
         """Each prompt `count` times in a row: (B, …) → (B·count, …), all three in the same order."""
@@ -46,7 +45,7 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """Both language models with their tokenizers. Qwen's eyes and its head, which writes, are not always there."""
+    """Both language models with their tokenizers. Qwen's vision tower and head are optional."""
 
     def __init__(
         self, config: TextConfig, qwen: Qwen, clip: CLIPText, qwen_tokenizer: Tokenizer, clip_tokenizer: Tokenizer,
@@ -119,7 +118,7 @@ class TextEncoder(nn.Module):
         seen: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         for image in images:
             if self.vision is None:
-                raise ValueError("this checkpoint has no eyes for the image: convert it again with --with-vision")
+                raise ValueError("this checkpoint has no vision tower: convert it again with --with-vision")
             if id(image) not in seen:  # an image often goes with several texts
                 pixels = prepare_image(image, self.vision.config).to(self.vision.patch_embedder.weight)  # (3, H', W')
                 seen[id(image)] = self.vision(pixels), (pixels.shape[1] // TOKEN, pixels.shape[2] // TOKEN)

@@ -80,6 +80,12 @@ def test_the_command_says_the_peak_and_what_helps(capsys):
     assert "--quantize int8 --offload model" in run(capsys, "t2v-lite-sft-5s --card 12")[1]
 
 
+@pytest.mark.parametrize("name", ["t2i-lite-sft", "i2i-lite-sft", "i2v-lite-5s"])
+def test_every_task_has_a_peak_that_grows_with_the_size(capsys, name):
+    peaks = [float(GB.search(run(capsys, f"{name} --offload blocks {size}")[1])[1]) for size in ("", "--height 2048")]
+    assert peaks[0] == round(peak(PRESETS[name], Choice("blocks")) / 1e9, 1) < peaks[1]
+
+
 @pytest.mark.parametrize(
     "command, word",
     [

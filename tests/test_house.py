@@ -63,7 +63,7 @@ MAY_IMPORT = {
         "extras.magcache",
     },
     "pipeline": {*MODELS, "request", "runtime", "extras.expand", "extras.magcache", "extras.lora"},
-    "cli": {"checkpoint", "config", "files", "screen", "request", "pipeline", "video_io", "extras"},
+    "cli": {"checkpoint", "config", "config_file", "files", "screen", "request", "pipeline", "video_io", "extras"},
     "runtime": {*MODELS, "runtime"},
     # LoRAs under other people's names; the words that nano knows
     "extras": {*MODELS, "runtime", "extras", "request", "weights_convert", "nano.captions"},

@@ -54,8 +54,9 @@ def find_config(preset: str) -> PipelineConfig:
 def resize(config: PipelineConfig, height: int | None, width: int | None, num_frames: int | None) -> PipelineConfig:
     """The config with another size of its videos; ValueError for one that cannot be sampled."""
     given = {"height": height, "width": width, "num_frames": num_frames}
-    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    checked = Request.resolve(replace(config, tasks=(*config.tasks, "t2v")), "", **asked)
+    requested: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    without_image = replace(config, tasks=("t2i",) if config.makes_images else ("t2v",))  # of the same sizes
+    checked = Request.resolve(without_image, "", **requested)
     size = {name: getattr(checked, name) for name in given}
     return replace(config, sampling=replace(config.sampling, **size))
 

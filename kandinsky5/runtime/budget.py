@@ -33,9 +33,8 @@ class Choice:
 
     def flags(self) -> str:
         """The same as options of the command line."""
-        given = [f"--quantize {self.quantize}"] * bool(self.quantize) + [f"--offload {self.offload}"] * bool(
-            self.offload
-        )
+        values = {"--quantize": self.quantize, "--offload": self.offload}
+        given = [f"{flag} {value}" for flag, value in values.items() if value]
         return " ".join(given + ["--tile-space"] * self.tile_space)
 
 

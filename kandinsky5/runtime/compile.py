@@ -2,7 +2,7 @@
 
 A block is compiled once for all blocks of its kind and for all sizes. Sizes equal to 1 are specialised: a batch of one,
 and with NABLA a single frame, row or column of tiles. A block is one graph in which attention is a single operation,
-through the same kernel as without, and without a gradient: for sampling. Rotations are pairs of products in place of
+through the same kernel as without, and without a gradient: for sampling. Rotations are real products instead of
 complex ones, for which the compiler generates no code: so a norm and its rotation are one pass through memory.
 
 The decoder is not compiled whole: it loops over frames, for each length others, and the kernels of its convolutions

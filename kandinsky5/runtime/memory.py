@@ -19,8 +19,6 @@ from kandinsky5.runtime.pieces import PIECE, in_pieces
 KEPT_BY_HEAP = 300_000_000  # bytes that glibc may retain of what decoding has freed: measured, see `vae_memory`
 MAP = 5  # bytes per pair of NABLA's tiles and head: its map, and the indices of flex_attention's BlockMask
 LATENTS = 8  # times the initial noise, at least, that sampling holds: noise, condition, both velocities, float32
-
-
 # Latent positions of a batch below which both passes of guidance go as one (rows guidance-… of benchmarks/compare.py):
 # 4 % faster at 2,688 and at 4,096, 1 % here, then as fast (bf16, two threads, small model and Lite's width).
 ONE_PASS = 6144
@@ -144,7 +142,7 @@ def dit_memory(config: DiTConfig, size: tuple[int, ...], dtype: torch.dtype, pie
     The largest of what lives at once in a visual block, uncompiled and without gradients: in its feed-forward the two
     hidden layers, in its gated sums four float32 copies of the tokens, in its attention queries, keys, values and
     NABLA's map. The tokens before the first block and before this one come on top, and the rotations. From sizes
-    alone; counted on the meta device it is the same within 5 %. piece: tokens that a block computes at a time
+    alone; a forward on the meta device holds the same within 5 %. piece: tokens that a block computes at a time
     (`pieces.py`), None for all.
     """
     wide, hidden = dtype.itemsize * config.dim, dtype.itemsize * config.ff_dim  # bytes per token
