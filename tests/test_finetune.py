@@ -173,6 +173,12 @@ def test_wrong_options_cost_one_line_and_no_file(run, tmp_path, arguments, words
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_torchrun_is_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun"):
+        run()
+
+
 def test_prompts_are_utf_8(run, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("лиса".encode("cp1251"))
     with pytest.raises(ValueError, match="prompts.txt is not UTF-8"):

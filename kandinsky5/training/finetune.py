@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+import os
 import re
 import shlex
 import sys
@@ -142,7 +143,9 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 def check_watching(options: argparse.Namespace, config: PipelineConfig) -> None:
-    """Raise ValueError for options about samples and results that cannot be followed at the end of a long run."""
+    """Raise ValueError for what would be found only at the end of a long run, and under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # which torchrun sets
+        raise ValueError("several processes would train the same run: start finetune without torchrun, on one device")
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard: the library is not installed; pip install tensorboard, or leave it out")
     if options.full and options.export:
