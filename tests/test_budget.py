@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from kandinsky5 import cli
+from kandinsky5.checkpoint import save_checkpoint
 from kandinsky5.config import PRESETS, QwenConfig
 from kandinsky5.runtime import budget
 from kandinsky5.runtime.budget import Choice, moments, peak, weigh
 from kandinsky5.runtime.loading import build_models
 from kandinsky5.runtime.memory import dit_memory, vae_memory
 from kandinsky5.runtime.quantize import to_int8
-from random_weights import SMALL
+from random_weights import SMALL, build_small_models
+from tokenizer_data import tokenizer_folder
 
 CONFIG = replace(
     SMALL,
@@ -84,6 +86,20 @@ def test_the_command_says_the_peak_and_what_helps(capsys):
 def test_every_task_has_a_peak_that_grows_with_the_size(capsys, name):
     peaks = [float(GB.search(run(capsys, f"{name} --offload blocks {size}")[1])[1]) for size in ("", "--height 2048")]
     assert peaks[0] == round(peak(PRESETS[name], Choice("blocks")) / 1e9, 1) < peaks[1]
+
+
+@pytest.mark.parametrize("int8", [("dit", "qwen"), ("dit",), ()])
+def test_a_checkpoint_in_int8_is_weighed_as_such(capsys, tmp_path, int8):
+    """One of which only a part is in int8 is on the safe side."""
+    models = build_small_models(CONFIG)
+    for name in int8:
+        to_int8(models[name])
+    folder = tmp_path / "small"
+    tokenizers = {"qwen": tokenizer_folder("qwen2.5"), "clip": tokenizer_folder("clip-vit-large-patch14")}
+    save_checkpoint(folder, CONFIG, models, tokenizers)
+    first, *_, last = run(capsys, f"{folder} --card 8")[1].splitlines()
+    assert first.endswith("--quantize int8") == (len(int8) == 2) and "int8" in last
+    assert ("with --quantize" in run(capsys, str(folder))[1]) == (len(int8) < 2)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ Nothing is loaded. The estimates are on the safe side; docs/memory.md says how t
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kandinsky5 import cli
-from kandinsky5.checkpoint import find_checkpoint
+from kandinsky5.checkpoint import find_checkpoint, find_part, find_weights
 from kandinsky5.config import NANO_NAMES, PRESETS, PipelineConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.request import Request
@@ -40,15 +41,28 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.card is not None and not 0 < options.card < 1e6:
         raise ValueError(f"--card {options.card:g}: give the memory of a GPU in GB, such as 12")
-    config = resize(find_config(options.preset), options.height, options.width, options.num_frames)
-    choice = Choice(options.offload, options.quantize, options.tile_space, DTYPES[options.dtype])
+    config, stored = find_config(options.preset)
+    config = resize(config, options.height, options.width, options.num_frames)
+    choice = Choice(options.offload, options.quantize or stored, options.tile_space, DTYPES[options.dtype])
     print(describe(options.preset, config, choice))
     print(advise(config, choice) if options.card is None else fit(config, choice, options.card))
 
 
-def find_config(preset: str) -> PipelineConfig:
-    """The config of a preset, a bundled model or a checkpoint folder."""
-    return PRESETS[preset] if preset in PRESETS else load_config(find_checkpoint(preset) / "config.json")
+def find_config(preset: str) -> tuple[PipelineConfig, str | None]:
+    """The config of a preset, a bundled model or a checkpoint folder, and "int8" if its DiT and Qwen are stored so."""
+    if preset in PRESETS:
+        return PRESETS[preset], None
+    folder = find_checkpoint(preset)
+    config = load_config(folder / "config.json")
+    return config, "int8" if all(is_int8(folder, name, config.base) for name in ("dit", "qwen")) else None
+
+
+def is_int8(folder: Path, name: str, base: str | None) -> bool:
+    """Whether a model's file holds int8. False if there is none, as after a conversion with --only."""
+    place = find_part(folder, name, base)
+    if not any(place.glob(f"{name}.safetensors*")):
+        return False
+    return any(stored.dtype == "I8" for stored in find_weights(place, name).tensors.values())
 
 
 def resize(config: PipelineConfig, height: int | None, width: int | None, num_frames: int | None) -> PipelineConfig:
@@ -65,7 +79,8 @@ def describe(name: str, config: PipelineConfig, choice: Choice) -> str:
     """A table of the three moments."""
     video, found = config.sampling, moments(config, choice)
     dtype = str(choice.dtype).removeprefix("torch.")
-    lines = [f"{printable(name)}: {video.num_frames} frames of {video.height}x{video.width}, {dtype} {choice.flags()}"]
+    size = f"{video.num_frames} frame{'s' * (video.num_frames > 1)} of {video.height}x{video.width}"
+    lines = [f"{printable(name)}: {size}, {dtype} {choice.flags()}".rstrip()]
     lines.append(f"{'GB':10}{'weights':>10}{'computed':>10}{'together':>10}")
     for moment in found:
         cells = (moment.weights, moment.computed, moment.total)
@@ -91,9 +106,9 @@ def advise(config: PipelineConfig, choice: Choice) -> str:
 
 
 def fit(config: PipelineConfig, choice: Choice, card: float) -> str:
-    """The fastest options that fit a card of so many GB, in the precision asked for and in int8."""
+    """The fastest options that fit a card of so many GB: in the precision requested and in int8, or in int8 alone."""
     lines = []
-    for kind in (None, "int8"):
+    for kind in ("int8",) if choice.quantize else (None, "int8"):
         found = first_that_fits(config, int(card * 1e9), choices(choice.dtype, kind))
         label = "weights in int8" if kind else "weights as they are"
         how = f"{found.flags() or 'no option needed'}: {peak(config, found) / 1e9:.1f} GB" if found else "do not fit"
