@@ -235,6 +235,13 @@ def test_without_the_option_they_are_left_out_and_counted(whole, tmp_path, capsy
     assert fingerprint(tmp_path / "again") == fingerprint(native()) != fingerprint(whole / "native")
 
 
+def test_a_qwen_written_without_a_tower_has_none_to_keep(tmp_path):
+    to_diffusers(native(), tmp_path / "theirs", progress=False)
+    with pytest.raises(ValueError, match="no vision tower"):
+        from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("file, limits", [
     ("preprocessor_config.json", {"min_pixels": 4096, "max_pixels": 65536, "patch_size": 14}),
     ("preprocessor_config.json", {"size": {"shortest_edge": 4096, "longest_edge": 65536}}),

@@ -280,6 +280,8 @@ def read_vision(sources: Mapping[str, Source]) -> dict[str, Source]:
     if section != sizes.rope_sections:
         raise ValueError(f"{where}: config.json says mrope_section {section}; this code has {sizes.rope_sections}")
     vision = read_value(dict, theirs.get("vision_config") or {}, "vision_config", where)
+    if vision.get("depth") == 0:  # as `to_diffusers` writes it where the native folder had none
+        raise ValueError(f"{where} has no vision tower: take a released Qwen, or leave --with-vision out")
     vision = vision | read_pixel_limits(tokenizer or weights.source.parent)
     if theirs.get("tie_word_embeddings") and "lm_head.weight" not in weights.tensors:
         head = {"lm_head.weight": weights.tensors["model.embed_tokens.weight"]}

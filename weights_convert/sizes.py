@@ -291,10 +291,10 @@ def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -
     if model == "qwen":
         del config["image_token_id"]  # which goes to the top
         # What we do not have is made as small as possible: no vision layers, and the embedding as the head.
-        eyes = {"depth": 0, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": sizes.dim}
+        tower = {"depth": 0, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": sizes.dim}
         if vision:
             keys = {field: key for field, key in KEYS["qwen_vision"].items() if field not in PREPROCESSOR}
-            eyes = {key: getattr(vision, field) for field, key in keys.items()}
+            tower = {key: getattr(vision, field) for field, key in keys.items()}
         rope = {"rope_type": "default", "rope_theta": sizes.rope_theta, "mrope_section": sizes.rope_sections}
         config = {
             "text_config": {
@@ -302,7 +302,7 @@ def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -
                 "model_type": "qwen2_5_vl_text",
                 "rope_parameters": rope,
             },
-            "vision_config": {**eyes, "model_type": "qwen2_5_vl_vision"},
+            "vision_config": {**tower, "model_type": "qwen2_5_vl_vision"},
             "image_token_id": sizes.image_token,
             "tie_word_embeddings": vision is None,
         }

@@ -62,8 +62,8 @@ def choose_instruction(
     """
     if config.qwen_vision is None:
         raise ValueError(
-            f"{config.name} was converted without the part of Qwen that writes: convert it again with --with-vision, "
-            "or leave --expand out"
+            f"{config.name} has neither Qwen's vision tower nor its head, which writes: convert a released checkpoint "
+            "with --with-vision, or leave --expand out"
         )
     editing = has_image and config.edits
     without_image = "image" if one_frame or config.makes_images else "video"
