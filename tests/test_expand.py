@@ -160,6 +160,12 @@ def test_an_instruction_without_one_place_is_refused(cli, text):
     assert code == 2 and "mine.txt" in line and not Path("fox.png").exists()
 
 
+def test_an_instruction_in_another_encoding_is_refused(cli):
+    Path("mine.txt").write_bytes("Опиши: {}".encode("cp1251"))
+    code, line = cli(*FOX, "--expand", "mine.txt")
+    assert code == 2 and "UTF-8" in line and not Path("fox.png").exists()
+
+
 def test_checkpoints_without_the_parts_are_refused_by_name(tmp_path):
     small = save_small_checkpoint(tmp_path / "small")
     pipe = Pipeline.load(small)

@@ -70,6 +70,8 @@ def choose_instruction(
     kind = "editing" if editing else "image-to-video" if has_image else without_image
     path = Path(file) if file else OURS / f"{kind}.txt"
     text = read_text(path, LONGEST).strip()
+    if "\ufffd" in text:  # what read_text makes of other encodings, such as cp1251
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8")
     if (count := text.count("{}")) != 1:
         raise ValueError(f"{path} holds {{}} {count} times: write it once, where the prompt goes")
     return Instruction(text, editing)
