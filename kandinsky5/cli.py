@@ -237,7 +237,6 @@ def sample(arguments: list[str] | None = None) -> int:
             settings |= {"expanded_from": settings["prompt"], "instruction_sha256": instruction.sha256}
             request = expand.expand_request(pipe.text_encoder, request, instruction, settings["image"])
         notes.show(request, pipe, folder)
-        notes.note_triggers(pipe.loras)
         callback = show and preview.build_callback(pipe.vae, show, every=-(-request.steps // 10))  # 10 at most
         frames = pipe.generate(request, callback)[0]  # (F, H, W, 3)
         frames = frames.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)

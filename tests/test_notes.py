@@ -69,6 +69,8 @@ def test_the_note_is_one_short_line(noted, prompt):
 def test_only_bundled_models_are_held_to_nanos_words(monkeypatch, capsys, folder, count):
     monkeypatch.setattr(notes, "note_long_prompt", lambda *a: None)
     config, dit = load_config(SHIPPED / "nano" / "config.json"), torch.nn.Identity()
-    pipe = SimpleNamespace(config=config, text_encoder=None, dit=dit, device=torch.device("cpu"), dtype=torch.float32)
+    pipe = SimpleNamespace(
+        config=config, text_encoder=None, dit=dit, loras=[], device=torch.device("cpu"), dtype=torch.float32
+    )
     notes.show(Request.resolve(pipe.config, "a fox"), pipe, folder)
     assert capsys.readouterr().err.count("not know fox") == count

@@ -158,7 +158,7 @@ def test_replay_with_other_weights_needs_them_named(cli, refused, here):
     refused(replay, "small has changed since out.mp4 was made with it", "--checkpoint small")
     code, _, lines = cli(*replay, "--checkpoint", "small")
     before, now = (video_io.read_metadata(name)["fingerprint"][:8] for name in ("out.mp4", "again.mp4"))
-    assert code == 0 and lines == [f"note: out.mp4 was made by small ({before}), this is small ({now})"]
+    assert code == 0 and len(lines) == 1 and before in lines[0] and now in lines[0]
     assert before != now and not video_io.read_video("again.mp4")[0].equal(video_io.read_video("out.mp4")[0])
     Path("small/dit.safetensors").unlink()
     Path("small/dit.safetensors").symlink_to(old)
@@ -169,7 +169,7 @@ def test_replay_of_another_version_is_a_note(cli, monkeypatch):
     assert cli(*FOX)[0] == 0
     monkeypatch.setattr("kandinsky5.extras.replay.__version__", "9.9")
     code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
-    assert code == 0 and lines == ["note: out.mp4 was made by version 0.1.0, this is 9.9: they may draw it differently"]
+    assert code == 0 and len(lines) == 1 and "0.1.0" in lines[0] and "9.9" in lines[0]
     assert video_io.read_metadata("again.mp4")["version"] == "9.9"
 
 

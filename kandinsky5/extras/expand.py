@@ -137,8 +137,8 @@ def expand(
                 break
     answers = [list(itertools.takewhile(lambda token: token not in stop, row)) for row in rows]
     first_special = min(stop)  # the ids from here on are no words
-    said = [tokenizer.decode([token for token in answer if token < first_special]).strip() for answer in answers]
-    return [answer or prompt for answer, prompt in zip(said, prompts, strict=True)]
+    expanded = [tokenizer.decode([token for token in answer if token < first_special]).strip() for answer in answers]
+    return [text or prompt for text, prompt in zip(expanded, prompts, strict=True)]
 
 
 def read_chats(

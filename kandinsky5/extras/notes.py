@@ -46,6 +46,7 @@ def show(request: Request, pipe: "Pipeline", folder: Path) -> None:
     native, missing = is_native(torch.bfloat16, device), compiler_missing(device.type)
     for line in advise(device.type, native, pipe.dtype, is_compiled(pipe.dit), nabla, missing):
         say(f"note: {line}")
+    note_triggers(pipe.loras)
 
 
 def advise(

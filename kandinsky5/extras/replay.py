@@ -40,21 +40,11 @@ FROM_CHECKPOINT = (
     "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "fps",
     "rope_scale",
 )  # fmt: skip
-USUAL: dict[str, Any] = {
-    "step_skipping": False, "attention": "auto", "tile_space": False, "quality": 8.0,
-}  # fmt: skip
-HOW = (
-    "step_skipping",
-    "fps",
-    "quality",
-    "attention",
-    "tile_space",
-    "quantize",
-    "enlarge",
-    "trigger",
-    "expanded_from",
+USUAL: dict[str, Any] = {"step_skipping": False, "attention": "auto", "tile_space": False, "quality": 8.0}
+HOW = (  # settings that are not the request's
+    "step_skipping", "fps", "quality", "attention", "tile_space", "quantize", "enlarge", "trigger", "expanded_from",
     "instruction_sha256",
-)  # settings, not the request
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,8 +127,8 @@ def describe(
         device=pipe.device.type,
         version=__version__,
         loras=tuple(
-            Lora(_portable(said.get("recorded", said["file"])), said["weight"], one.fingerprint)
-            for said, one in zip(loras, pipe.loras, strict=True)
+            Lora(_portable(given.get("recorded", given["file"])), given["weight"], one.fingerprint)
+            for given, one in zip(loras, pipe.loras, strict=True)
         ),
     )
     return dataclasses.asdict(dataclasses.replace(settings, fps=float(settings.fps)))

@@ -1,4 +1,4 @@
-"""Visual blocks that compute a few thousand tokens at a time, in a third of the memory: for long videos.
+"""Visual blocks that compute a few thousand tokens at a time, in half of the memory: for long videos.
 
 Only attention needs all tokens at once. What surrounds it (norms, modulation, projections, rotation, gated sums, text
 attention, feed-forward) acts on each token alone, but makes float32 copies and hidden layers several times as wide

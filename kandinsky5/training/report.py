@@ -92,7 +92,7 @@ def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -
     count = sum(p.numel() for p in dit.parameters())
     block = sum(p.numel() for p in dit.visual_blocks[0].parameters())
     each = 4 if recipe.dtype == "float32" else 2
-    # A visual block keeps for its gradient 64 bytes per token and channel in bf16 (counted, Lite's proportions), of
+    # A visual block keeps for its gradient 64 bytes per token and channel in bf16 (computed, Lite's proportions), of
     # which 24 are the feed-forward's; in the backward pass two gradients of its hidden layer come on top.
     inside = tokens * (5 * config.dim * 4 + 10 * config.dim * each + 5 * config.ff_dim * each)
     between = tokens * config.dim * each * config.num_visual_blocks
