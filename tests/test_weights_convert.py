@@ -235,6 +235,16 @@ def test_without_the_option_they_are_left_out_and_counted(whole, tmp_path, capsy
     assert fingerprint(tmp_path / "again") == fingerprint(native()) != fingerprint(whole / "native")
 
 
+def test_pixel_limits_survive_where_no_file_of_the_tokenizer_says_them(whole, tmp_path):
+    shutil.copytree(whole / "native", tmp_path / "native")
+    config = load_config(tmp_path / "native" / "config.json")
+    vision = replace(config.qwen_vision, min_pixels=4096, max_pixels=65536)
+    save_config(replace(config, qwen_vision=vision), tmp_path / "native" / "config.json")
+    to_diffusers(tmp_path / "native", tmp_path / "theirs", progress=False)
+    again = from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
+    assert again.qwen_vision == vision
+
+
 def test_a_qwen_written_without_a_tower_has_none_to_keep(tmp_path):
     to_diffusers(native(), tmp_path / "theirs", progress=False)
     with pytest.raises(ValueError, match="no vision tower"):
@@ -249,6 +259,7 @@ def test_a_qwen_written_without_a_tower_has_none_to_keep(tmp_path):
 ])  # fmt: skip
 def test_pixel_limits_are_those_of_the_processor(whole, tmp_path, file, limits):
     shutil.copytree(whole / "diffusers", tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer" / "preprocessor_config.json").unlink()
     (tmp_path / "theirs" / "tokenizer" / file).write_text(json.dumps(limits))
     config = from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
     assert (config.qwen_vision.min_pixels, config.qwen_vision.max_pixels) == (4096, 65536)

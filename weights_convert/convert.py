@@ -41,6 +41,7 @@ from weights_convert.diffusers_files import (
     read_shift,
     read_tasks,
     write_model_index,
+    write_preprocessor_config,
     write_scheduler,
     write_tokenizer_config,
 )
@@ -199,6 +200,8 @@ def to_diffusers(
             if model in TOKENIZERS and not base and tokenizer.is_dir():
                 copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
                 write_tokenizer_config(model, folder / TOKENIZERS[model])
+                if model == "qwen" and config.qwen_vision:
+                    write_preprocessor_config(config.qwen_vision, folder / TOKENIZERS[model])
         if base or not only:
             write_scheduler(config.sampling.shift, folder / "scheduler" / "scheduler_config.json")
             write_model_index(config.tasks, folder / "model_index.json", base)

@@ -3,9 +3,12 @@
 import shutil
 from pathlib import Path
 
+from kandinsky5.config import QwenVisionConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.files import check_inside, read_json, write_json
+from kandinsky5.qwen_vision import MEAN, MERGED, PATCH, STD
 from kandinsky5.tokenizer import Tokenizer, find_files
+from weights_convert.sizes import PREPROCESSOR
 
 TASKS = {
     "Kandinsky5T2VPipeline": "t2v",
@@ -59,12 +62,22 @@ def write_tokenizer_config(model: str, folder: Path) -> None:
         write_json(path, TOKENIZER_CONFIGS[model] | common)
 
 
+def write_preprocessor_config(sizes: QwenVisionConfig, folder: Path) -> None:
+    """How Qwen's images are prepared, unless `folder` has a file that says it; Qwen2VLProcessor requires one."""
+    if any((folder / name).exists() for name in IMAGE_CONFIGS):
+        return
+    patches = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": MERGED}
+    limits = {name: getattr(sizes, name) for name in PREPROCESSOR}
+    common = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": MEAN, "image_std": STD}
+    write_json(folder / IMAGE_CONFIGS[0], common | patches | limits)
+
+
+IMAGE_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 # What diffusers wants next to the files of a tokenizer.
 PROCESSOR_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "processor_config.json",
-    "preprocessor_config.json",
+    *IMAGE_CONFIGS,
     "video_preprocessor_config.json",
     "chat_template.json",
     "chat_template.jinja",
@@ -87,7 +100,7 @@ def read_pixel_limits(folder: Path) -> dict:
     or processor_config.json with all that in a table.
     """
     given: dict = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in IMAGE_CONFIGS:
         if (folder / name).is_file() and not given:
             found = read_json(folder / name)
             tables = [found, found.get("image_processor"), found.get("size")]

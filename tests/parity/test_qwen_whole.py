@@ -62,6 +62,11 @@ def test_round_trip_is_what_transformers_wrote(ours, theirs, tmp_path):
         a, b = (getattr(model.config, part).to_dict() for model in (theirs, again))
         keys = {"num_heads", "depth", "fullatt_block_indexes", "rope_parameters", "hidden_size", "intermediate_size"}
         assert [a.get(key) for key in sorted(keys)] == [b.get(key) for key in sorted(keys)]
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "tokenizer")
+    pixels = processor(images=[random_image(300, 200).numpy()], return_tensors="pt")["pixel_values"]
+    limits = processor.size["shortest_edge"], processor.size["longest_edge"]
+    assert limits == (ours[0].qwen_vision.min_pixels, ours[0].qwen_vision.max_pixels)
+    assert pixels.equal(process(random_image(300, 200))["pixel_values"])
 
 
 def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
