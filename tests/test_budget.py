@@ -39,7 +39,7 @@ def test_sizes_are_those_of_the_models(quantize):
     assert sizes["dit"].widened == (2 * 64 * 96 if quantize else 0)
 
 
-def test_moments_are_the_estimates_that_check_before_the_first_step():
+def test_moments_are_the_estimates_of_the_first_check():
     config, grid = PRESETS["t2v-lite-sft-5s"], (31, 64, 96)
     encoding, sampling, decoding = moments(config, Choice())
     assert sampling.computed == dit_memory(config.dit, (1, *grid), torch.bfloat16)

@@ -176,7 +176,7 @@ def test_checkpoints_without_the_parts_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
-def test_a_prompt_that_spells_an_image_is_refused_where_there_is_one(pipe, image):
+def test_a_prompt_that_spells_an_image_token_is_refused(pipe, image):
     if image is None:
         assert pipe.expand("a <|image_pad|>", progress=False)
     else:

@@ -60,7 +60,7 @@ def test_a_single_frame_through_2d_convs_is_the_same(vae):
     assert torch.equal(vae.encode(video).mean, expected[0])  # and nothing is left behind
 
 
-def test_a_single_frame_through_2d_convs_is_the_same_in_fast_forms(vae):
+def test_fast_forms_agree_on_a_single_frame_through_2d_convs(vae):
     quick, video = copy.deepcopy(vae), draw_videos([sample_scene([1, 0])], num_frames=1)
     fast.install(quick)
     with single_frame(vae), single_frame(quick), torch.no_grad():

@@ -60,7 +60,7 @@ def test_theirs_is_run_once_where_it_takes_minutes(compare, monkeypatch, capsys)
     assert runs == {"ours": 1 + 3, "theirs": 1}
 
 
-def test_table_shows_how_far_runs_differ_and_which_targets_are_met(compare, monkeypatch):
+def test_table_shows_the_spread_and_which_targets_are_met(compare, monkeypatch):
     def result(work, target, ratios, error=None, agrees=True, once=False):
         pairs = [{"ours": {"seconds": 1 + i}, "theirs": {"seconds": 1 + i * (not once)}} for i in range(len(ratios))]
         figures = {"ours": 1.0, "theirs": 1.0, "ratio": sorted(ratios)[1], "spread": [min(ratios), max(ratios)]}

@@ -140,7 +140,7 @@ def test_whole_qwen_is_three_models_and_nothing_is_left():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sizes_come_from_the_tensors_alone_where_no_config_says_them(case):
+def test_sizes_come_from_the_tensors_without_a_config(case):
     model, _, build, expected = CASES[case]
     with torch.device("meta"):
         reference = build().state_dict()

@@ -208,7 +208,7 @@ def test_the_official_files_give_what_the_diffusers_folder_gives(prefix, wrapped
     Pipeline.load(tmp_path / "native", device="meta")
 
 
-def test_config_and_tensors_that_contradict_each_other_are_shown_both(small, tmp_path):
+def test_config_and_tensors_that_contradict_are_both_shown(small, tmp_path):
     for folder, key, wrong in [
         ("transformer", "model_dim", 96),
         ("transformer", "num_text_blocks", 4),

@@ -12,7 +12,7 @@ from tokenizer_data import load_goldens, tokenizer_folder  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "clip-vit-large-patch14"])
-def test_vocab_and_merges_and_saved_tokenizer_json_give_the_ids_of_transformers(name, tmp_path):
+def test_vocabularies_of_both_forms_give_the_ids_of_transformers(name, tmp_path):
     reference = load_reference(name)
     reference.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
