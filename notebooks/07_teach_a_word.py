@@ -4,7 +4,7 @@
 # **At the end you will have seen a LoRA from both sides: as a folder of clips and captions that goes in, and as two thin
 # matrices next to each Linear that come out, with a weight to turn them up and down.**
 #
-# `nano` knows four shapes. Asked for a star it draws one of these, without a word. The training itself takes a quarter of an hour and
+# `nano` knows four shapes. Asked for a star it draws one of these, without an error. The training itself takes a quarter of an hour and
 # is one command ([`docs/teach-a-word.md`](../docs/teach-a-word.md)); here we look at what it reads and at what it made.
 
 # %%
@@ -42,7 +42,7 @@ print(describe_files(clips.clips, clips.left_out))
 grid({clip.caption: clip.read() for clip in clips.clips[:3]})
 
 # %% [markdown]
-# The VAE and the text encoders see each clip and each caption once. What they say goes into a cache: of a clip the mean
+# The VAE and the text encoders see each clip and each caption once. Their outputs go into a cache: of a clip the mean
 # and the log-variance of its latents, so that every step can draw its own sample. From then on the DiT trains without them.
 # A batch depends on nothing but its seed: run, step, part of the step.
 
@@ -80,7 +80,7 @@ for weight in (0.0, 0.5, 1.0, 1.5):
 # %% [markdown]
 # ## Did it learn the word, and what did it cost?
 #
-# The judge knows the star from its drawing, as it knows the other shapes; no model was asked. Eight prompts of each kind are few: the page has more.
+# The judge knows the star from its drawing, as it knows the other shapes, without any learning. Eight prompts of each kind are few: the page has more.
 
 
 # %%

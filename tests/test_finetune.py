@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from command_line import ROOT
-from kandinsky5 import Pipeline, video_io
+from kandinsky5 import PRESETS, Pipeline, video_io
+from kandinsky5.config_file import save_config
 from kandinsky5.extras import lora
 from kandinsky5.training import loop, state
 from kandinsky5.training.clip_loss import Conditioning, clip_loss, held_out_loss
@@ -209,6 +210,13 @@ def test_renamed_clips_would_come_in_another_order(run, clips, tmp_path):
         (same / f"0.{suffix}").rename(same / f"9.{suffix}")
     with pytest.raises(ValueError, match="has order"):
         run("--clips", same)
+
+
+@pytest.mark.parametrize("name", ["t2i-lite-sft", "i2i-lite-sft"])
+def test_image_models_are_refused(clips, tmp_path, name):
+    save_config(PRESETS[name], tmp_path / "config.json")
+    with pytest.raises(ValueError, match=f"{name} makes images"):
+        finetune([str(tmp_path), "--clips", str(clips), "--to", str(tmp_path / "run"), "--check"])
 
 
 def test_a_lora_is_no_checkpoint_to_start_from(run, clips, tmp_path, capsys):

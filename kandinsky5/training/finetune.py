@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from kandinsky5 import Pipeline, __version__, checkpoint, cli
-from kandinsky5.config import PipelineConfig, VAEConfig
+from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
@@ -105,7 +105,7 @@ def prepare(options: argparse.Namespace) -> Job:
     """Everything that can be wrong before a model is loaded. Raises ValueError or OSError."""
     folder = checkpoint.find_checkpoint(options.checkpoint)
     config = load_config(folder / "config.json")
-    if not isinstance(config.vae, VAEConfig):
+    if config.makes_images:
         raise ValueError(f"{config.name} makes images: only models of videos can be fine-tuned")
     settings = ClipSettings.of(
         config, options.sizes, options.num_frames, options.fps, cut=options.cut, per_file=options.per_file,
