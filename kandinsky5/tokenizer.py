@@ -27,7 +27,7 @@ LARGEST_FILE = 50_000_000  # bytes; Qwen's tokenizer.json has 11 MB
 LARGEST_ID = 2**24  # an embedding of so many rows would be larger than the models
 LONGEST_TEXT = 100_000  # characters; the models read 256 tokens of a prompt, and the library slows down with the square
 LONGEST_REPLACEMENT = 64  # bytes of one character, normalised; of one in Unicode 33
-STEPS = 8  # of a normaliser; CLIP's has three
+STEPS = 8  # of a normaliser, CLIP's has three; and of what splits text and joins it again
 
 
 class Tokenizer:
@@ -130,6 +130,8 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     if not isinstance(document, dict):
         raise ValueError(f"{path} cannot be read as a tokenizer: it holds no JSON object; {REMEDY}")
     check_normalizer(document.get("normalizer"), path)
+    for part, inner in (("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
+        check_steps(document.get(part), part, inner, path)
     with library_errors(f"{path} cannot be read as a tokenizer"):
         backend = tokenizers.Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))
         backend.no_truncation()  # the file remembers how its saver cut and padded: the text encoder's business
@@ -150,6 +152,16 @@ def check_normalizer(normalizer: Any, path: Path) -> None:
         if any(len(str(step.get(key, ""))) > 1 for key in ("content", "prepend")):
             raise ValueError(f"{path} replaces text by more than one character: {step!r:.200}; {REMEDY}")
         steps += inner
+
+
+def check_steps(part: Any, name: str, inner: str, path: Path) -> None:
+    """ValueError for a sequence of more than STEPS, as each passes over the whole text."""
+    steps = [part]
+    for step in steps:  # which grows meanwhile
+        more = step.get(inner) if isinstance(step, dict) else None
+        steps += more if isinstance(more, list) else []
+        if len(steps) > STEPS:
+            raise ValueError(f"{path} has a {name} of more than {STEPS} steps; {REMEDY}")
 
 
 # Text is split by these first, and no token crosses a split. Qwen takes the space before a word along and one
@@ -235,6 +247,8 @@ def read_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
         nonlocal at
         value = shift = 0
         while True:
+            if shift > 63:  # ten bytes; without a limit, numbers of millions of them
+                raise ValueError("it holds a number of more than 64 bits")
             byte = data[at]
             at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
             if byte < 128:

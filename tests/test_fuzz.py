@@ -27,7 +27,8 @@ from kandinsky5.config_file import load_config
 from kandinsky5.extras import magcache, replay
 from kandinsky5.tensor_files import read_index, read_safetensors
 from kandinsky5.tokenizer import Tokenizer
-from weights_convert import convert
+from kandinsky5.training.folder import read_captions
+from weights_convert import convert, lora
 from weights_convert.read import read_weights
 
 WORDS = [
@@ -156,6 +157,24 @@ def settings() -> bytes:
     return json.dumps(SETTINGS).encode()
 
 
+def adapter() -> bytes:
+    module = "transformer.visual_transformer_blocks.0.self_attention.to_query"
+    state = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(8, 2)}
+    return save(state, {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 1}'})
+
+
+def fp8() -> bytes:
+    weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
+    return save({"a.weight": weight, "a.scale_weight": torch.ones(4, 2), "a.input_scale": torch.ones(1)})
+
+
+CAPTIONS = b'{"file": "a.mp4", "text": "a fox"}\n{"file": "b.mp4", "text": "a cat"}\n'
+
+
+def captions(path: Path) -> None:
+    read_captions(path.parent, ["a.mp4", "b.mp4"], ["a.mp4", "b.mp4", path.name])
+
+
 def replayed(path: Path) -> None:
     """What a replay makes of these settings, up to the loading of its checkpoint."""
     film = path.with_suffix(".png")
@@ -213,6 +232,10 @@ KINDS: dict[str, Case] = {
     "metadata of a video": ("film.mp4", lambda: film(".mp4"), mutate, video_io.read_metadata, 8),
     "metadata of a PNG": ("film.png", lambda: film(".png"), mutate, video_io.read_metadata, 2),
     "settings of a replay": ("settings", settings, numbers, replayed, 8),
+    "LoRA": ("x.safetensors", adapter, header, lora.read, 1),
+    "fp8 and scales": ("x.safetensors", fp8, header, read_values, 1),
+    "captions.csv": ("captions.csv", lambda: b'file,text\na.mp4,a fox\nb.mp4,"a, b"\n', mutate, captions, 1),
+    "captions.jsonl": ("captions.jsonl", lambda: CAPTIONS, mutate, captions, 1),
     "pickle in a zip": ("x.pt", pickle, mutate, read_values, 1),
     "old pickle": ("x.pt", lambda: pickle(_use_new_zipfile_serialization=False), mutate, read_values, 1),
 }

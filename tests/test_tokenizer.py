@@ -196,6 +196,8 @@ HOSTILE = {  # what is changed in a valid tokenizer.json
     "catastrophic 2": regex("(a|aa)+$"),
     "catastrophic 3": regex("a*a*a*a*a*a*a*a*$"),
     "no regular expression": regex("("),
+    "many splits": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [regex("a")["pre_tokenizer"]] * 3000}},
+    "many decoders": {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 3000}},
     "words without [UNK]": {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}},
     "a piece without id": {"model": {"type": "Unigram", "vocab": [["b", 0.0]], "unk_id": None}},
     "long replacement": replacing("a" * 1000),
@@ -241,6 +243,12 @@ def test_only_the_files_that_are_read_count(tmp_path):
         (tmp_path / name).mkdir()
     os.mkfifo(tmp_path / "added_tokens.json")
     assert before == find_files(tmp_path) == [tmp_path / "vocab.json", tmp_path / "merges.txt"]
+
+
+def test_a_number_of_a_million_bytes_is_refused(tmp_path):
+    (tmp_path / "a.model").write_bytes(b"\xff" * 10**6)
+    with pytest.raises(ValueError, match="a.model"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_sentencepiece_model_that_inflates_is_refused(tmp_path):

@@ -65,12 +65,22 @@ def test_what_is_wrong_is_named(tmp_path, spoil, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("table", ["file,text\na.mp4,x\na.mp4,y\n", "name,text\na.mp4,x\n", "file,text\na.mp4\n"])
+@pytest.mark.parametrize("table", [
+    "file,text\na.mp4,x\na.mp4,y\n", "name,text\na.mp4,x\n", "file,text\na.mp4\n", "file,text\na.mp4,a fox, running\n",
+    "file,text,text\na.mp4,x,y\n", 'file,text\na.mp4,"x\nb.mp4,y\n', "file,text\na.mp4," + "x" * 200_000,
+])  # fmt: skip
 def test_invalid_tables_are_refused(tmp_path, table):
     folder_of(tmp_path, {}, a=5)
     (tmp_path / "captions.csv").write_text(table)
     with pytest.raises(ValueError, match=r"captions\.csv"):
         find_clips(tmp_path, settings())
+
+
+def test_line_separators_in_json_are_part_of_a_caption(tmp_path):
+    folder_of(tmp_path, {}, a=5)
+    row = json.dumps({"file": "a.mp4", "text": "a fox\u2028runs"}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_text(row + "\r\n", encoding="utf-8", newline="")
+    assert find_clips(tmp_path, settings()).clips[0].caption == "a fox\u2028runs"
 
 
 def test_unusable_files_are_left_out_with_a_reason(tmp_path):

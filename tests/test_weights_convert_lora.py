@@ -148,7 +148,7 @@ def test_configs_that_contradict_their_tensors(tmp_path, config, words):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("alpha", [torch.zeros(0), torch.ones(2)])
+@pytest.mark.parametrize("alpha", [torch.zeros(0), torch.ones(2), torch.ones(1) * 1j])
 def test_an_alpha_is_one_number(tmp_path, alpha):
     save_file({**WRITTEN["kohya"][0], f"{KOHYA}.alpha": alpha}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="alphas that are not one number"):

@@ -152,6 +152,7 @@ def quantised(dtype, **more):
     return lambda to: save_file({n: x.to(dtype) for n, x in state().items()} | more, to / "model.safetensors")
 
 
+FP8, ONE = torch.float8_e4m3fn, torch.ones(1)
 REFUSED = {
     "git-lfs pointer": (cut_lfs, ["model.safetensors", "git lfs pull"]),
     "missing shard": (missing_shard, ["model-0000", "number 3"]),
@@ -165,6 +166,18 @@ REFUSED = {
     "views": (saved(lambda s: {n: x[..., ::2] for n, x in s.items()}), ["x.pt"]),
     "numbers alone": (saved(lambda s: {"a": 1}), ["x.pt"]),
     "a list": (saved(lambda s: [1, 2]), ["x.pt"]),
+    "fp8 without values": (
+        quantised(FP8, **{"a.weight": torch.ones(4, 0).to(FP8), "a.scale_weight": ONE}),
+        ["a.weight"],
+    ),
+    "scale without values": (
+        quantised(FP8, **{"a.weight": torch.ones(4, 8).to(FP8), "a.scale_weight": torch.ones(4, 0)}),
+        ["a.weight", "(4, 0)"],
+    ),
+    "int8 next to fp8": (
+        quantised(FP8, **{"a.weight": torch.ones(4, 8).to(FP8), "a.scale_weight": ONE, "a.input_scale": ONE.char()}),
+        ["a.weight is not known"],
+    ),
     "an adapter": (
         lambda to: save_file(state() | {"x.lora_A.weight": torch.ones(2)}, to / "model.safetensors"),
         ["lora_A"],
@@ -195,6 +208,9 @@ def test_no_code_in_a_pickle_runs(old, source, tmp_path):
     assert not (tmp_path / "code was run").exists()
 
 
+DOUBLED = b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # twice what is on top, 60 times
+
+
 @pytest.mark.parametrize(
     "instructions",
     [
@@ -203,6 +219,11 @@ def test_no_code_in_a_pickle_runs(old, source, tmp_path):
         b"\x80\x02X\xff\xff\xff\x7fa.",  # a text of 2 GB
         b"\x80\x02\x8b\xff\xff\xff\x7f.",  # a number of 2 GB
         b"\x80\x02}" * 10**6,  # longer than any
+        b"\x80\x02})" + b"\x85" * 10**5 + b"K\x01s.",  # a key whose hash is that of 100,000 levels
+        b"\x80\x02}()" + DOUBLED + b"K\x01u.",  # and of 2⁶⁰ items
+        b"\x80\x02)" + DOUBLED + b"Q.",  # a storage by such a name
+        b"\x80\x02](" + b"K\x01" * 9 + b"eq\0ctorch\nSize\nh\0\x85R.",  # nine axes
+        b"\x80\x02](K\x01K\x01\x86eq\0ccollections\nOrderedDict\nh\0\x85R.",  # a list of pairs, again and again
         b"",
     ],
 )

@@ -148,7 +148,7 @@ def read_alphas(
     ranks = {module: found[module, "A"].shape[0] for module in modules}
     if layout == "kohya":
         given = {m: found[m, "alpha"] for m in modules if (m, "alpha") in found}
-        if odd := [f"{module} {stored.shape}" for module, stored in given.items() if math.prod(stored.shape) != 1]:
+        if odd := [f"{m} {x.dtype} {x.shape}" for m, x in given.items() if math.prod(x.shape) != 1 or x.dtype == "C64"]:
             raise ValueError(f"{weights.source} has alphas that are not one number: {listed(odd, 3)}")
         return ranks | {module: float(values(stored)) for module, stored in given.items()}
     if layout == "native":

@@ -6,6 +6,7 @@ that they refer to only those in KNOWN, which stand for functions of this file.
 
 import io
 import pickle
+import reprlib
 import zipfile
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ from kandinsky5.screen import listed, printable, say
 from kandinsky5.tensor_files import DTYPES, Stored, Weights
 
 LARGEST = 2_000_000  # bytes of the pickle itself, without the tensors; that of a 7B model has 0.2 MB
+MOST_AXES = 8  # of a tensor
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put them, best first
 NAMES = {str(dtype).removeprefix("torch."): ours for ours, dtype in DTYPES.items()}  # "bfloat16": "BF16"
 STORAGES = {
@@ -109,11 +111,11 @@ def read_legacy(file) -> tuple[Any, dict[str, int]]:
         raise ValueError("it is no file of torch.save")
     starts, at = {}, pickles.tell()
     for key in keys:
-        storage = machines[3].storages.get(key)
+        storage = machines[3].storages.get(key) if isinstance(key, str) else None
         file.seek(at)
         count = int.from_bytes(file.read(8), "little")
         if storage is None or count != storage.numel:
-            raise ValueError(f"its storage {key} has {count:,} values, which no tensor has")
+            raise ValueError(f"its storage {reprlib.repr(key)} has {count:,} values, which no tensor has")
         starts[key] = at + 8
         at += 8 + count * DTYPES[storage.dtype].itemsize
     return document, starts
@@ -149,6 +151,8 @@ def store(path: Path, place: Place, starts: dict[str, int]) -> Stored:
 
 def rebuild_tensor(storage: Storage, first: int, shape: tuple, stride: tuple, *_) -> Place:
     """What stands in a pickle for a tensor. Raises ValueError for sizes that are not whole numbers."""
+    if max(len(shape), len(stride)) > MOST_AXES:  # before they are read: thousands may share one list of a million
+        raise ValueError(f"a tensor of it has more than {MOST_AXES} axes")
     if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in (first, *shape, *stride)):
         raise ValueError("a tensor of it has an impossible size")
     rows, step = [], 1
@@ -163,17 +167,32 @@ def rebuild_tensor(storage: Storage, first: int, shape: tuple, stride: tuple, *_
 
 def rebuild_tensor_v3(storage: Storage, first: int, shape: tuple, stride: tuple, grad, hooks, dtype: str, *_) -> Place:
     """The same for a dtype that has no storage class: the storage counts bytes."""
+    if not isinstance(dtype, str) or dtype not in NAMES:
+        raise ValueError(f"a tensor of it has the unknown dtype {reprlib.repr(dtype)}")
     count = storage.numel // DTYPES[NAMES[dtype]].itemsize
     return rebuild_tensor(Storage(NAMES[dtype], storage.key, count), first, shape, stride)
 
 
 class Table(dict):
-    """An OrderedDict of a pickle; its attributes are dropped."""
+    """An OrderedDict of a pickle; its attributes are dropped. ValueError for one that begins with pairs, which
+    thousands may share."""
+
+    def __init__(self, pairs: Any = ()):
+        if pairs:
+            raise ValueError("it holds a table as Python 2 writes it: save it again with Python 3")
+        super().__init__()
+
+
+def make_size(lengths: Any = ()) -> tuple:
+    """A torch.Size; ValueError for more axes than a tensor has, as each takes memory of its own."""
+    if len(lengths) > MOST_AXES:
+        raise ValueError(f"a size in it has more than {MOST_AXES} axes")
+    return tuple(lengths)
 
 
 KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): Table,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): make_size,
     ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): rebuild_tensor_v3,
@@ -212,4 +231,22 @@ class Machine(pickle._Unpickler):
             case ("storage", str(dtype), str(key), _, int(count), *more) if dtype in DTYPES and more in ([], [None]):
                 self.storages[key] = Storage(dtype, key, count)
                 return self.storages[key]
-        raise ValueError(f"it holds an unknown storage {pid!r:.100}")
+        raise ValueError(f"it holds an unknown storage {reprlib.repr(pid)}")
+
+    def set_item(self) -> None:
+        """The instruction SETITEM."""
+        _check_keys(self.stack[-2:-1])  # type: ignore[attr-defined]
+        self.load_setitem()  # type: ignore[attr-defined]
+
+    def set_items(self) -> None:
+        """The instruction SETITEMS."""
+        _check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        self.load_setitems()  # type: ignore[attr-defined]
+
+    dispatch |= {pickle.SETITEM[0]: set_item, pickle.SETITEMS[0]: set_items}  # type: ignore[dict-item]
+
+
+def _check_keys(keys: list) -> None:
+    """ValueError for keys such as nested tuples, whose hashes can take for ever or end the process."""
+    if odd := {type(key).__name__ for key in keys if not isinstance(key, str | int | float | None)}:
+        raise ValueError(f"it holds a table by {listed(sorted(odd))} instead of names: save the tensors alone")

@@ -45,7 +45,7 @@ def widen(weights: Weights) -> Weights:
                 del tensors[name]
             elif kind == "scaled_fp8" and stored.dtype in FP8 and prod(stored.shape) <= 2:
                 del tensors[name]  # ComfyUI's mark on a file, whose values mean nothing
-            elif stored.dtype in FP8 or stored.dtype == "I8":
+            elif name in tensors and (stored.dtype in FP8 or stored.dtype == "I8"):
                 tensors[name] = widen_one(layer, name, tensors)
     except ValueError as error:
         raise ValueError(f"{weights.source}: {error}") from error
@@ -88,6 +88,8 @@ def widen_one(layer: str, name: str, tensors: dict[str, Stored]) -> Stored:
 def find_block(name: str, stored: Stored, scale: Stored) -> tuple[tuple[int, int], str]:
     """How many rows and columns of a weight share a scale, and that in words; ValueError if the shape fits nothing."""
     shape = scale.shape[:-1] if len(scale.shape) == 3 and scale.shape[-1] == 1 else scale.shape
+    if 0 in stored.shape + shape:
+        raise ValueError(f"{name} {stored.shape} or its scale {scale.shape} has no values: download it again")
     if scale.dtype in FLOATS and prod(shape) == 1:
         return (1, prod(stored.shape[1:])), "per tensor"
     if scale.dtype in FLOATS and len(stored.shape) == 2:

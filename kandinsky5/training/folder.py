@@ -189,7 +189,8 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
         strangers = [name for name in captions if name not in names]
     else:
         beside = {name: str(Path(name).with_suffix(".txt").as_posix()) for name in names}
-        captions = {name: read_utf8(folder / text) for name, text in beside.items() if text in texts}
+        most = 4 * LONGEST_CAPTION  # bytes in UTF-8
+        captions = {name: read_utf8(folder / text, most) for name, text in beside.items() if text in texts}
         strangers = sorted(texts - set(beside.values()))
     if strangers:
         raise ValueError(f"{folder} has captions without clips ({listed(strangers, 3)}): remove them, or add the clips")
@@ -212,10 +213,10 @@ def _read_table(path: Path) -> dict[str, str]:
     """File: caption, of a captions.jsonl or .csv. Raises ValueError for another form."""
     text = read_utf8(path)
     if path.suffix == ".jsonl":
-        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # JSON may hold U+2028
         rows = [(i, parse_json(line.encode(), f"{path}, line {i},")) for i, line in lines]
     else:
-        rows = list(enumerate(csv.DictReader(io.StringIO(text)), 2))
+        rows = _read_csv(path, text)
     captions: dict[str, str] = {}
     for number, row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file", "text")):
@@ -227,10 +228,24 @@ def _read_table(path: Path) -> dict[str, str]:
     return captions
 
 
-def read_utf8(path: Path) -> str:
+def _read_csv(path: Path, text: str) -> list[tuple[int, dict]]:
+    """Number and columns of each entry. Raises ValueError where a caption would be cut, or run into the next one."""
+    try:
+        table = csv.DictReader(io.StringIO(text), strict=True)
+        rows = list(enumerate(table, 2))
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV ({error}): save it again, with long cells in quotes") from error
+    if twice := [name for name in ("file", "text") if list(table.fieldnames or ()).count(name) > 1]:
+        raise ValueError(f"{path} has two columns {listed(twice)}: keep one")
+    if long := [str(number) for number, row in rows if any(row.get(None) or ())]:
+        raise ValueError(f"{path}, entry {listed(long, 3)}: more cells than columns; quote captions that have commas")
+    return rows
+
+
+def read_utf8(path: Path, most: int = LONGEST_TABLE) -> str:
     """The text of a file. Raises ValueError for another encoding."""
     try:
-        return read_bytes(path, LONGEST_TABLE).decode("utf-8-sig")
+        return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8, such as by iconv -t utf-8"
