@@ -163,7 +163,7 @@ def _decode(image: Image.Image) -> torch.Tensor:
 def _choose_factor(image: Image.Image) -> int:
     """By how much an image is made smaller: 1, 2, 4, … Raises ValueError where it is too large to be decoded."""
     width, height = image.size
-    _check_sides(height, width)
+    check_sides(height, width)
     by_rows = image.format is None or isinstance(image, JpegImageFile) and "progressive" not in image.info
     most = LARGEST_IMAGE if by_rows else LARGEST_DECODED
     if width * height > most:
@@ -171,7 +171,8 @@ def _choose_factor(image: Image.Image) -> int:
     return 2 ** max(0, math.ceil(math.log(width * height / LARGEST_EXACT, 4)))
 
 
-def _check_sides(height: int, width: int) -> None:
+def check_sides(height: int, width: int) -> None:
+    """ValueError for an image, or a frame as seen, that is more oblong than MOST_OBLONG."""
     if max(height, width) > MOST_OBLONG * min(height, width):
         raise ValueError(
             f"it has {width}x{height} pixels, and its sides may differ by a factor of {MOST_OBLONG}: crop it"
@@ -210,6 +211,6 @@ def _of_array(pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
     shape = tuple(pixels.shape)
     if pixels.dtype not in (torch.uint8, np.uint8) or len(shape) not in (2, 3) or shape[2:] not in ((), (3,), (4,)):
         raise ValueError(f"image is {pixels.dtype} {shape}: {rule}")
-    _check_sides(*shape[:2])
+    check_sides(*shape[:2])
     rgb = pixels.detach().cpu() if isinstance(pixels, torch.Tensor) else torch.from_numpy(np.array(pixels))
     return rgb if shape[2:] == (3,) else torch.from_numpy(np.array(_to_rgb(Image.fromarray(rgb.numpy()))))

@@ -75,6 +75,12 @@ def test_wide_pixels_become_square(tmp_path):
     assert (footage.height, footage.width) == (32, 64)
 
 
+def test_pixels_that_make_a_frame_too_oblong_are_refused(tmp_path):
+    path = write(tmp_path / "tall.mp4", flat([10, 20], 64, 64), square=Fraction(1, 60))
+    with pytest.raises(Unusable, match="oblong"):
+        probe(path)
+
+
 def test_covering_keeps_the_centre(tmp_path):
     frames = flat([200], 32, 96)
     frames[:, :, :24] = frames[:, :, -24:] = 0

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kandinsky5 import video_io
 from kandinsky5.files import check_regular
+from kandinsky5.image_io import check_sides
 from kandinsky5.screen import printable
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -81,6 +82,10 @@ def probe(path: Path) -> Footage:
         height, width = frame.height, round(frame.width * (stream.sample_aspect_ratio or 1))
         turned = round(frame.rotation / 90) % 2
     height, width = (width, height) if turned else (height, width)
+    try:
+        check_sides(height, width)  # pixels may be 60 times as long as wide
+    except ValueError as error:
+        raise Unusable(f"is too oblong: {error}") from error
     return Footage(path, height, width, tuple(times), times[-1] + last, all(pts is not None for pts, _ in packets))
 
 
