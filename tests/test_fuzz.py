@@ -140,7 +140,7 @@ SETTINGS = {field.name: None for field in dataclasses.fields(replay.Settings)} |
     "guidance_scale": 5.0, "shift": 5.0, "schedule": "official", "step_skipping": False, "rope_scale": [1, 1, 1],
     "seed": 0, "fps": 24.0, "quality": 8.0, "checkpoint": "nano", "fingerprint": "0", "model": "nano",
     "dtype": "float32", "device": "cpu", "attention": "auto", "compile": False, "tile_space": False, "version": "0.1",
-    "enlarge": 1,
+    "enlarge": 1, "loras": [], "trigger": True,
 }  # fmt: skip
 
 
@@ -203,7 +203,8 @@ def our_config() -> bytes:
 
 
 def merges() -> bytes:
-    return b"#version: 0.2\na b\nab c\n"
+    pairs = json.loads(vocabulary())["model"]["merges"][:3]
+    return "\n".join(["#version: 0.2", *(pair if isinstance(pair, str) else " ".join(pair) for pair in pairs)]).encode()
 
 
 # name of the file, its content, how it is mutated, what reads it, and how costly that is
@@ -256,6 +257,10 @@ def fuzz(kind: str, count: int, folder: Path) -> int:
     if name == "merges.txt":
         tokens = json.loads(vocabulary())["model"]["vocab"]
         (folder / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
+    if name == "x.safetensors.index.json":
+        (folder / "x.safetensors").write_bytes(small_tensors())
+    (folder / name).write_bytes(original)
+    read(folder / name)  # what is refused as it stands, mutations would not reach the inside of
     for number in range(max(count // cost, 1)):
         (folder / name).write_bytes(change(original, choose))
         signal.setitimer(signal.ITIMER_PROF, 10)  # of processor time: a hang

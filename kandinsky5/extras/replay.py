@@ -180,7 +180,8 @@ def _find(path: str, name: str, recorded: dict) -> str | None:
         found for found in _places(path, place) if os.path.isfile(found if name == "image" else found / "config.json")
     ]
     if not there:
-        raise ValueError(f"{path} was made with the {name} {place}, which is not there: say where it is, --{name}")
+        lost = printable(place, 300)
+        raise ValueError(f"{path} was made with the {name} {lost}, which is not there: say where it is, --{name}")
     return str(next((found for found in there if _is_recorded(found, name, recorded)), there[0]))
 
 
@@ -193,7 +194,8 @@ def _find_lora(path: str, recorded: dict) -> dict:
             if lora.load(found).fingerprint == recorded["fingerprint"]:
                 return {"file": str(found), "weight": recorded["weight"], "recorded": file}
     what = "has changed since" if there else "is not there"
-    raise ValueError(f"{path} was made with the LoRA {file}, which {what}: say where it is, --lora FILE:WEIGHT")
+    lost = printable(file, 300)
+    raise ValueError(f"{path} was made with the LoRA {lost}, which {what}: say where it is, --lora FILE:WEIGHT")
 
 
 def _places(path: str, recorded: str) -> list[Path]:
