@@ -64,8 +64,8 @@ def check_description(layer: str, description: object) -> None:
 def widen_one(layer: str, name: str, tensors: dict[str, Stored]) -> Stored:
     """The tensor of that name with its scales, which are taken out of `tensors`; ValueError for two, or odd ones."""
     stored = tensors[name]
-    beside = ("scale",) if stored.dtype == "I8" else SCALES
-    found = [kind for kind in beside if name == f"{layer}.weight" and f"{layer}.{kind}" in tensors]
+    companions = ("scale",) if stored.dtype == "I8" else SCALES
+    found = [kind for kind in companions if name == f"{layer}.weight" and f"{layer}.{kind}" in tensors]
     if stored.dtype == "I8" and not found:
         return stored  # of a kind that is not ours
     if not found:

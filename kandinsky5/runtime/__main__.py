@@ -66,7 +66,7 @@ def is_int8(folder: Path, name: str, base: str | None) -> bool:
 
 
 def resize(config: PipelineConfig, height: int | None, width: int | None, num_frames: int | None) -> PipelineConfig:
-    """The config with another size of its videos; ValueError for one that cannot be sampled."""
+    """The config with another size of its videos; ValueError for an invalid one."""
     given = {"height": height, "width": width, "num_frames": num_frames}
     requested: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     without_image = replace(config, tasks=("t2i",) if config.makes_images else ("t2v",))  # of the same sizes

@@ -134,8 +134,8 @@ class Clips:
         held = set(files[:count])
         return self._select(lambda clip: clip.content not in held), self._select(lambda clip: clip.content in held)
 
-    def _select(self, wanted: Callable[[Clip], bool]) -> "Clips":
-        rows = [i for i, clip in enumerate(self.clips) if wanted(clip)]
+    def _select(self, keep: Callable[[Clip], bool]) -> "Clips":
+        rows = [i for i, clip in enumerate(self.clips) if keep(clip)]
         entries, texts = (tuple(x[i] for i in rows if x) for x in (self.entries, self.texts))
         return replace(self, clips=tuple(self.clips[i] for i in rows), entries=entries, texts=texts)
 

@@ -292,7 +292,7 @@ def validate(dit: DiT, job: Job, held: Clips) -> dict[str, float]:
 
 
 def draw_curves(options: argparse.Namespace) -> None:
-    """held_out.png, the loss of held-out clips by flow time, and TensorBoard's events if they are wanted."""
+    """held_out.png, the loss of held-out clips by flow time, and TensorBoard's events if requested."""
     plot_by_flow_time(options.to / "samples.csv", options.to / "held_out.png")
     for name in ("loss", "samples") if options.tensorboard else ():
         write_events(options.to / f"{name}.csv", options.to / "events" / name)

@@ -4,7 +4,7 @@
     river/boat.mov, …     line) or captions.csv (columns file, text); subfolders count, hidden ones do not
 
 A caption that is missing, empty or not UTF-8 stops everything: training on wrong words is not seen for days. Footage
-without a usable clip is left out, and said; damaged files stop everything unless they may be skipped.
+without a usable clip is left out, with a line that names it; damaged files stop everything unless they may be skipped.
 """
 
 import csv
@@ -188,10 +188,10 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
         captions = _read_table(folder / tables[0])
         strangers = [name for name in captions if name not in names]
     else:
-        beside = {name: str(Path(name).with_suffix(".txt").as_posix()) for name in names}
+        caption_files = {name: str(Path(name).with_suffix(".txt").as_posix()) for name in names}
         most = 4 * LONGEST_CAPTION  # bytes in UTF-8
-        captions = {name: read_utf8(folder / text, most) for name, text in beside.items() if text in texts}
-        strangers = sorted(texts - set(beside.values()))
+        captions = {name: read_utf8(folder / text, most) for name, text in caption_files.items() if text in texts}
+        strangers = sorted(texts - set(caption_files.values()))
     if strangers:
         raise ValueError(f"{folder} has captions without clips ({listed(strangers, 3)}): remove them, or add the clips")
     missing = [name for name in names if name not in captions]

@@ -41,17 +41,17 @@ class Previews:
         usual = shapes.most_common(1)[0][0]  # one shape, as videos are shown next to each other
         some = [clip for clip in clips.clips if (clip.num_frames, *clip.size) == usual]
         some = list({clip.caption: clip for clip in some}.values())[:4]
-        wanted: list[tuple[str, Clip]] = [(clip.caption, clip) for clip in some]
+        requested: list[tuple[str, Clip]] = [(clip.caption, clip) for clip in some]
         if options.prompts:
             prompts = read_prompts(options.prompts)
-            wanted = [(f"{options.trigger} {prompt}".strip(), some[0]) for prompt in prompts]
+            requested = [(f"{options.trigger} {prompt}".strip(), some[0]) for prompt in prompts]
         requests = [
             Request.resolve(
                 pipe.config, prompt, clip.read()[0] if "t2v" not in pipe.config.tasks else None,
                 height=clip.size[0], width=clip.size[1], num_frames=clip.num_frames,
                 num_inference_steps=options.sample_steps, seed=i,
             )
-            for i, (prompt, clip) in enumerate(wanted)
+            for i, (prompt, clip) in enumerate(requested)
         ]  # fmt: skip
         with torch.no_grad():
             features = [pipe.encode_text(request) for request in requests]
