@@ -9,9 +9,11 @@ Windows begin at the upper left; those at the right and lower edge are filled up
 import math
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky5.attention import Attend, attend
@@ -139,14 +141,9 @@ def prepare_image(image: Tensor, config: QwenVisionConfig) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (H, W, 3) → uint8 (height, width, 3), bicubic and antialiased, within a level of what Pillow makes.
-
-    Pillow resizes rows and columns one after the other and rounds between: where the filter overshoots 0 or 255, at
-    hard edges of black and white, it is up to some 20 levels off this.
-    """
-    x = rearrange(image, "H W C -> 1 C H W").float()
-    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)  # (1, 3, height, width)
-    return rearrange(x, "1 C H W -> H W C").round().clamp(0, 255).to(torch.uint8)
+    """uint8 (H, W, 3) → uint8 (height, width, 3), bicubic and antialiased, by Pillow as in transformers' processor."""
+    resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized))
 
 
 def choose_size(height: int, width: int, config: QwenVisionConfig) -> tuple[int, int]:

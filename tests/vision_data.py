@@ -36,9 +36,9 @@ def build_models() -> dict[str, nn.Module]:
 
 
 def random_image(height: int, width: int) -> Tensor:
-    """uint8 (H, W, 3), of so little contrast that the resizing filter does not overshoot 0 and 255."""
+    """uint8 (H, W, 3), of full contrast: the resizing filter overshoots 0 and 255."""
     generator = np.random.RandomState(height)
-    return torch.from_numpy(generator.randint(80, 176, (height, width, 3), dtype=np.uint8))
+    return torch.from_numpy(generator.randint(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def prepared_images() -> list[Tensor]:
