@@ -9,7 +9,7 @@ diffusers; the official code picks its tiles from the free GPU memory, so that i
     A window after the first recomputes one frame, only to give its causal convs a past; that frame is dropped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from kandinsky5.config import Tiling
 from kandinsky5.vae import VAE, Posterior
 from kandinsky5.vae2d import VAE2D
+
+Each = Callable[..., Iterable[Tensor]]  # the signature of `map`
 
 
 def encode(vae: VAE | VAE2D, video: Tensor, tiling: Tiling) -> Posterior:
@@ -41,10 +43,11 @@ def decode(vae: VAE | VAE2D, z: Tensor, tiling: Tiling) -> Tensor:
     return torch.cat(list(decode_pieces(vae, z, tiling)), dim=2)
 
 
-def decode_pieces(vae: VAE | VAE2D, z: Tensor, tiling: Tiling) -> Iterator[Tensor]:
+def decode_pieces(vae: VAE | VAE2D, z: Tensor, tiling: Tiling, each: Each = map) -> Iterator[Tensor]:
     """`decode`, a window at a time: yields (B, 3, f, H, W), in order, that make up the video.
 
     Whoever turns each piece into bytes as it comes never holds the whole video in floating point.
+    each: like Python's map, it runs a function on all windows; on several ranks it is `parallel.Ranks.map`.
     """
     time, space = vae.config.time_factor, vae.config.space_factor
 
@@ -58,11 +61,17 @@ def decode_pieces(vae: VAE | VAE2D, z: Tensor, tiling: Tiling) -> Iterator[Tenso
     if not tiling.time or z.shape[2] <= size:
         yield decode_window(z)
     else:
-        yield from _tile_time(decode_window, z, size, stride, tiling.frames, tiling.frame_stride)
+        yield from _tile_time(decode_window, z, size, stride, tiling.frames, tiling.frame_stride, each)
 
 
 def _tile_time(
-    run: Callable[[Tensor], Tensor], x: Tensor, size: int, stride: int, out_size: int, out_stride: int
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    size: int,
+    stride: int,
+    out_size: int,
+    out_stride: int,
+    each: Each = map,
 ) -> Iterator[Tensor]:
     """Run over windows of x (B, C, T, H, W) of size + 1 frames, `stride` apart; yields what each adds.
 
@@ -70,8 +79,9 @@ def _tile_time(
     """
     overlap = out_size - out_stride
     tail = None
-    for start in range(0, x.shape[2] - 1, stride):  # a last window of one frame would add nothing
-        window = run(x[:, :, start : start + size + 1])
+    starts = range(0, x.shape[2] - 1, stride)  # a last window of one frame would add nothing
+    windows = each(run, (x[:, :, start : start + size + 1] for start in starts))
+    for start, window in zip(starts, windows, strict=True):
         if tail is not None:
             window = window[:, :, 1:]
             _fade_in(window, tail, dim=2)

@@ -56,11 +56,13 @@ def test_the_whole_fast_dit_is_the_whole_plain_one(nabla, dtype, tolerance):
     assert [type(m) for m in quick.modules()] == [type(m) for m in plain.modules()]
 
 
-@pytest.mark.parametrize("thresholds", [(2**60, 2**60), (0, 2**60), (0, 0)], ids=["at once", "in pieces", "in pairs"])
+@pytest.mark.parametrize(
+    "thresholds", [(2**60, 2**60, 1), (0, 2**60, 1), (0, 0, 1000)], ids=["at once", "in pieces", "in pairs"]
+)
 def test_the_whole_fast_vae_is_the_whole_plain_one(vae, thresholds, monkeypatch):
     plain = VAE(SMALL_VAE)
     plain.load_state_dict(vae.state_dict())
-    for name, value in zip(("PIECE", "PAIRS_FROM"), thresholds, strict=True):
+    for name, value in zip(("PIECE", "PAIRS_FROM", "BAND"), thresholds, strict=True):
         monkeypatch.setattr(module, name, value)
     video, z = torch.rand(2, 3, 9, 24, 16) * 2 - 1, torch.randn(2, 16, 3, 3, 2)
     with torch.no_grad():
@@ -75,13 +77,15 @@ def test_the_whole_fast_vae_is_the_whole_plain_one(vae, thresholds, monkeypatch)
 
 @native_bf16
 def test_fast_decoding_in_bf16_is_as_exact_as_plain_decoding(monkeypatch):
-    """Merged kernels cost an eighth more error, norm and SiLU rounded once win it back; the mean of several models."""
+    """Merged kernels and pairs of frames round more, norm, SiLU and sums of blocks less; the mean of several models."""
     ratios = []
     for seed in range(6):
         vae, exact = randomise(VAE(SMALL_VAE), seed).bfloat16(), VAE(SMALL_VAE)
         exact.load_state_dict(vae.state_dict())
         z = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(seed)).bfloat16()
         monkeypatch.setattr(module, "PIECE", seed % 2 * 2**23)  # in pieces, and at once
+        monkeypatch.setattr(module, "PAIRS_FROM", 0)
+        monkeypatch.setattr(module, "PAIRED", [16])  # the last stage's channels
         with torch.no_grad():
             expected = exact.decode(z.float())
             plain = relative_error(vae.decode(z), expected)
@@ -187,6 +191,7 @@ def test_half_precision_convolutions_keep_channels_last(pairs_from, vae, monkeyp
     video = (torch.rand(1, 3, 9, 32, 32) * 2 - 1).to(torch.bfloat16)
     monkeypatch.setattr(module, "PIECE", 8 * 32 * 32)  # in pieces too
     monkeypatch.setattr(module, "PAIRS_FROM", pairs_from)
+    monkeypatch.setattr(module, "PAIRED", range(9, 257))
     with torch.no_grad():
         expected = exact.encode(video.float()).mean, exact.decode(z.float())
         laid_out = half.encode(video).mean, half.decode(z)
@@ -226,20 +231,23 @@ def test_conv_of_repeated_is_the_conv_of_the_repeated_video(double_time, T):
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 6])
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1.2), (torch.bfloat16, 3)])
-def test_two_frames_at_a_time_are_as_exact_as_the_plain_conv(T, dtype, most):
-    """0.84 and 2.6 times its error at most, measured over 40 seeds with T 6."""
+@pytest.mark.parametrize("band", [1, 2 * 24 * 6, 2**20])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_two_frames_at_a_time_are_as_exact_as_the_plain_conv(T, band, dtype, most, monkeypatch):
+    """0.87 and 2.6 times its error at most, measured over 40 seeds with T 6; half as much with a sum on top."""
+    monkeypatch.setattr(module, "BAND", band)  # a row at a time, two, all
     conv = randomise(CausalConv3d(24, 7)).to(dtype)
-    x = torch.randn(2, 24, T + 2, 5, 6).to(dtype)
+    x, plus = torch.randn(2, 24, T + 2, 5, 6).to(dtype), torch.randn(2, 7, T, 3, 4).to(dtype)
     exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double())
-    plain, in_pairs = F.conv3d(x, conv.weight, conv.bias), module.conv_in_pairs(x, conv)
-    assert in_pairs.shape == exact.shape
-    assert relative_error(in_pairs, exact) < most * relative_error(plain, exact)
+    plain = F.conv3d(x, conv.weight, conv.bias)
+    assert relative_error(module.conv_in_pairs(x, conv), exact) < most * relative_error(plain, exact)
+    exact, plain = exact + plus, plain + plus
+    assert relative_error(module.conv_in_pairs(x, conv, plus), exact) < 0.6 * most * relative_error(plain, exact)
 
 
 def test_large_frames_go_two_by_two_and_nothing_else_does(vae, monkeypatch):
-    calls = []
-    monkeypatch.setattr(module, "conv_in_pairs", lambda x, conv: calls.append(x) or F.conv3d(x, conv.weight, conv.bias))
+    calls, in_pairs = [], module.conv_in_pairs
+    monkeypatch.setattr(module, "conv_in_pairs", lambda x, *rest: calls.append(x) or in_pairs(x, *rest))
     z = torch.randn(1, 16, 2, 2, 2)
     with torch.no_grad():
         vae.decode(z)

@@ -175,6 +175,7 @@ def test_models_in_two_threads_keep_their_kernels(monkeypatch):
         ("auto", "cuda", torch.bfloat16, 512, False, "sdpa"),
         ("auto", "meta", torch.bfloat16, 512, True, "dense"),
         ("auto", "cpu", torch.bfloat16, 512, True, "gathered"),
+        ("auto", "cpu", torch.float32, 512, True, "gathered sdpa"),
         ("auto", "cuda", torch.bfloat16, 512, True, "flex"),
         ("auto", "mps", torch.bfloat16, 512, True, "gathered"),
         ("auto", "mps", torch.float32, 512, False, "chunked"),
