@@ -1,27 +1,23 @@
 """Make a video from a prompt, or from an image and a prompt.
 
     python sample.py "a red circle moves left" --enlarge 4   # nano, the small bundled model
-    python sample.py "a red fox runs through snow" --checkpoint weights/t2v-lite-sft-5s -o fox.mp4
-    python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg --seed 3
-    python sample.py "make it night" --checkpoint weights/i2i-lite-sft --image fox.jpg -o night.png
-    python sample.py "a red fox in snow" --checkpoint weights/t2v-lite-sft-5s --num-frames 1 -o fox.png
-    python sample.py --replay fox.mp4 --seed 4 -o other.mp4  # the settings in a file, but for the seed
+    python sample.py "the fox looks up" --checkpoint weights/i2v-lite-5s --image fox.jpg -o fox.mp4
 
 This is the whole of it, to be copied and changed. Options that it does not know, such as --replay, --offload or --help,
-are those of `kandinsky5 sample` (kandinsky5/cli.py), which then makes the video.
+are those of `kandinsky5 sample` (kandinsky5/sample_command.py), which then makes the video; --help has more examples.
 """
 
 import argparse
 import os
 
-from kandinsky5 import cli
+from kandinsky5 import cli, sample_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Make one video; returns the exit code. Raises ValueError or OSError for invalid requests."""
     options, rarer = build_parser().parse_known_args(arguments)
     if rarer or options.prompt is None or "WORLD_SIZE" in os.environ:  # which torchrun sets
-        return cli.sample(arguments)
+        return sample_command.main(arguments)
 
     from kandinsky5 import Pipeline  # PyTorch takes seconds to import
     from kandinsky5.checkpoint import find_checkpoint

@@ -56,12 +56,12 @@ def main() -> None:
     rows, exact = {}, None
     for name, call in calls.items():
         latents = torch.cat([
-            pipe([said.text for said in captions[i : i + 8]], seed=i, output_type="latents", progress=False, **call)
+            pipe([c.text for c in captions[i : i + 8]], seed=i, output_type="latents", progress=False, **call)
             for i in range(0, options.clips, 8)
         ])  # fmt: skip
         frames = torch.cat([pipe.decode(z[None]) for z in latents]).numpy()  # (B, F, H, W, 3)
         exact = (latents, frames) if exact is None else exact
-        answers = [judge.score(judge.judge_clip(clip), said) for clip, said in zip(frames, captions, strict=True)]
+        answers = [judge.score(judge.judge_clip(clip), caption) for clip, caption in zip(frames, captions, strict=True)]
         rows[name] = {
             "computed": count_computed(call),
             "error": statistics.median(map(relative_error, latents, exact[0])),

@@ -165,7 +165,7 @@ def velocity_errors(exact: Pipeline, pipe: Pipeline) -> dict:
         times = torch.full((4,), t)
         scale = exact.config.sampling.rope_scale
         a, b = (
-            one.predict(x.to(one.dtype), said, times, scale) for one, said in zip((exact, pipe), features, strict=True)
+            one.predict(x.to(one.dtype), text, times, scale) for one, text in zip((exact, pipe), features, strict=True)
         )
         errors[str(t)] = relative_error(b, a)
     return errors

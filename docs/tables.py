@@ -16,13 +16,21 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scaling import volume as exchanged
+
 from kandinsky5.config import PRESETS, PipelineConfig
-from kandinsky5.extras import magcache
+from kandinsky5.extras import lora, magcache
 from kandinsky5.nano import captions, distill, train_dit, train_text, train_vae, world
 from kandinsky5.nano.presets import PRESETS as NANO_PRESETS
 from kandinsky5.runtime import budget
+from kandinsky5.runtime.memory import dit_memory
+from kandinsky5.runtime.parallel import choose_ranks
+from kandinsky5.runtime.pieces import PIECE
+from kandinsky5.training import report
+from kandinsky5.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE, RESULTS = ROOT / "docs" / "judge", ROOT / "benchmarks" / "results"
@@ -112,21 +120,70 @@ def cards(quantize: str | None = None, columns: dict[str, str] = COLUMNS) -> lis
     return table(*rows)
 
 
-def grid(config: PipelineConfig) -> tuple[int, int, int]:
-    """Latents (T, h, w) of the preset's video."""
-    s, vae = config.sampling, config.vae
-    return (s.num_frames - 1) // vae.time_factor + 1, s.height // vae.space_factor, s.width // vae.space_factor
+TRAINED_ON = ((512, 768, 121), (512, 768, 73), (256, 384, 73), (256, 384, 25))  # height, width, frames; largest first
+WAYS: dict[str, dict] = {  # of fine-tuning, the fastest first
+    "LoRA": {},
+    "int8": {"quantize": "int8"},
+    "blocks streamed": {"offload": "blocks"},
+    "int8, blocks streamed": {"quantize": "int8", "offload": "blocks"},
+    "full": {"full": True},
+}
+
+
+def finetune_bytes(name: str, clip: tuple[int, int, int], way: str) -> float:
+    """What fine-tuning a preset on one clip at a time needs, in bf16, at rank 32, with gradient checkpointing."""
+    usual = {
+        "full": False,
+        "quantize": None,
+        "offload": None,
+        "modules": lora.MODULES,
+        "rank": 32,
+        "checkpointing": True,
+    }
+    config, (height, width, frames) = PRESETS[name], clip
+    recipe = Recipe(1, dtype="bfloat16", ema=0)
+    return report.memory(
+        config.dit, report.tokens_of(config, frames, height, width), recipe, argparse.Namespace(**usual | WAYS[way])
+    )
+
+
+def finetune_memory() -> list[str]:
+    """What fine-tuning needs, in GB, by model, clip and way."""
+    rows: list[tuple] = [("model, clip", *WAYS)]
+    for name, label in (("t2v-lite-sft-5s", "Lite"), ("t2v-pro-sft-5s-sd", "Pro")):
+        for height, width, frames in TRAINED_ON:
+            needed = (finetune_bytes(name, (height, width, frames), way) / 1e9 for way in WAYS)
+            rows.append((f"{label}, {height}×{width}, {frames} frames", *(f"{gigabytes:.0f}" for gigabytes in needed)))
+    return table(*rows)
+
+
+def finetune_cards() -> list[str]:
+    """The largest of those clips that a LoRA trains on with each card, by the first way that fits."""
+    rows: list[tuple] = [("card", "Lite", "Pro")]
+    for card in (12, 16, 24, 48, 80):
+        cells = []
+        for name in ("t2v-lite-sft-5s", "t2v-pro-sft-5s-sd"):
+            needs = ((clip, way, finetune_bytes(name, clip, way)) for clip in TRAINED_ON for way in list(WAYS)[:-1])
+            fits = ((*found[0], found[1]) for found in needs if found[2] + budget.CONTEXT <= card * 10**9)
+            height, width, frames, way = next(fits)
+            cells.append(f"{height}×{width}, {frames} frames: {way}")
+        rows.append((f"{card} GB", *cells))
+    return table(*rows)
 
 
 def tokens(config: PipelineConfig) -> int:
     """Video tokens of the DiT."""
-    return math.prod(grid(config)) // math.prod(config.dit.patch_size)
+    return math.prod(budget.latent_grid(config)) // math.prod(config.dit.patch_size)
 
 
-def computed(config: PipelineConfig, tile_space: bool = False) -> tuple[float, float]:
-    """GB of a DiT forward and of decoding in bf16, weights apart: what `kandinsky5 memory` prints."""
-    _, sampling, decoding = budget.moments(config, budget.Choice(tile_space=tile_space))
-    return sampling.computed / 1e9, decoding.computed / 1e9
+def computed(config: PipelineConfig) -> tuple[float, ...]:
+    """GB in bf16, weights apart, as `kandinsky5 memory` prints them: of a DiT forward, at once and in pieces, and of
+    decoding, whole and in tiles."""
+    plain, tiled = budget.Choice(), budget.Choice(tile_space=True)
+    _, sampling, decoding = budget.moments(config, plain)
+    in_tiles = budget.moments(config, tiled)[2]
+    sizes = (budget.all_at_once(config, plain), sampling.computed, decoding.computed, in_tiles.computed)
+    return tuple(size / 1e9 for size in sizes)
 
 
 def weights() -> list[str]:
@@ -161,10 +218,10 @@ def costs() -> list[str]:
     for name, config in PRESETS.items():
         flop, share = operations(config)
         cells = (f"{tokens(config):,}", f"{flop / 1e15:,.0f}", f"{100 * share:.0f} %", f"{flop / 400e12 / 60:.1f}")
-        memory = (f"{gb:.1f} GB" for gb in (*computed(config), computed(config, True)[1]))
+        memory = (f"{gb:.1f} GB" for gb in computed(config))
         rows.setdefault((*cells, *memory), []).append(f"`{name}`")
     head = ("preset", "tokens", "DiT, PFLOP", "self-attention", "minutes at 400 TFLOP/s")
-    head += ("DiT activations", "decoding", "with `--tile-space`")
+    head += ("DiT activations", "in pieces", "decoding", "with `--tile-space`")
     return table(head, *((", ".join(names), *cells) for cells, names in rows.items()))
 
 
@@ -176,6 +233,40 @@ def operations(config: PipelineConfig) -> tuple[float, float]:
     block = attention + linear + 4 * L * S * dit.dim
     passes = config.sampling.num_inference_steps * (1 if config.sampling.guidance_scale == 1 else 2)
     return passes * dit.num_visual_blocks * block, attention / block
+
+
+SEVERAL = ("t2v-lite-sft-5s", "t2v-pro-sft-5s-sd", "t2v-pro-sft-5s-hd", "t2v-pro-sft-10s-hd")
+RATE, NVLINK, PCIE = 400e12, 300e9, 25e9  # operations and bytes per second and GPU: assumptions
+
+
+def several() -> list[str]:
+    """What more GPUs do for a step, and for the memory of each."""
+    rows: list[tuple] = [("model", "GPUs", "ranks", "step", "by NVLink", "by PCIe", "sent", "memory", "with `--shard`")]
+    for name in SEVERAL:
+        config = PRESETS[name]
+        flop = operations(config)[0] / config.sampling.num_inference_steps
+        for gpus in (1, 2, 4, 8):
+            guidance, sequence = choose_ranks(gpus, config.dit.num_heads, guided=True)
+            sent = 2 // guidance * exchanged(config.dit, tokens(config), sequence)
+            times = [flop / RATE / gpus + sent / bandwidth for bandwidth in (NVLINK, PCIE)]
+            rows.append((
+                COLUMNS[name] if gpus == 1 else "", gpus, f"{guidance}x{sequence}", f"{times[0]:.1f} s",
+                *(f"{flop / RATE / time:.1f}×" for time in times), f"{sent / 1e9:.1f} GB",
+                *(f"{size / 1e9:.0f} GB" for size in memory_of_rank(config, sequence, gpus)),
+            ))  # fmt: skip
+    return table(*rows)
+
+
+def memory_of_rank(config: PipelineConfig, sequence: int, gpus: int) -> tuple[int, int]:
+    """Bytes of a GPU in a step or in decoding, whichever needs more; and with shares of DiT and Qwen."""
+    sizes, grid = budget.weigh(config, None, torch.bfloat16), budget.latent_grid(config)
+    step = dit_memory(config.dit, (1, *grid), torch.bfloat16, PIECE, sequence)
+    decoding = budget.moments(config, budget.Choice(tile_space=True))[2].computed
+    whole = sum(size.whole for size in sizes.values())
+    spread = sum(sizes[name].whole for name in ("dit", "qwen"))
+    rest = whole - spread + spread // gpus
+    gathered = sizes["dit"].streamed if gpus > 1 else 0  # two of its blocks are whole while they run
+    return whole + max(step, decoding), rest + max(step + gathered, decoding)
 
 
 # ---------------------------------------------------------------------------------------------- nano
@@ -227,14 +318,14 @@ def nano() -> list[str]:
     """The judge's verdict on the models of the package."""
     names = ["nano", "nano-float32", *(name for name in NANO_PRESETS if name != "nano")]
     results = [judged(f"judge_{name}") for name in names]
-    asked = {key: result["sets"][key]["clips"] for result in results for key in result["sets"]}
+    counts = {key: result["sets"][key]["clips"] for result in results for key in result["sets"]}
     rows = [("", *(f"`{name}`" for name in names))]
     rows.append(("precision", *(result["settings"]["dtype"] for result in results)))
     passes = ((r["sampling"]["num_inference_steps"], 2 - (r["sampling"]["guidance_scale"] == 1)) for r in results)
     rows.append(("steps × passes", *(f"{steps} × {count}" for steps, count in passes)))
     for key, label in SETS.items():
-        rows.append((f"{label} ({asked[key]} clips)", *(cell(percent(result, key)) for result in results)))
-    label = f"image and prompt: motion and first frame ({asked['image to video']} clips)"
+        rows.append((f"{label} ({counts[key]} clips)", *(cell(percent(result, key)) for result in results)))
+    label = f"image and prompt: motion and first frame ({counts['image to video']} clips)"
     answer = "motion and first frame"
     rows.append((label, *(cell(percent(result, "image to video", answer)) for result in results)))
     return table(*rows)
@@ -478,8 +569,11 @@ TABLES = {
     "cards": cards,
     "cards-images": lambda: cards(columns={"t2i-lite-sft": "text-to-image", "i2i-lite-sft": "editing"}),
     "cards-int8": lambda: cards("int8"),
+    "finetune-memory": finetune_memory,
+    "finetune-cards": finetune_cards,
     "weights": weights,
     "costs": costs,
+    "several": several,
     "vocabulary": vocabulary,
     "nano": nano,
     "nano-frame": nano_frame,

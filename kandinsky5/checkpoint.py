@@ -10,6 +10,7 @@ stay where they are: the files are mapped into memory, not copied through it.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -105,7 +106,7 @@ def load_weights(
     if device.type != "meta":
         shown = {"desc": f"loading {name}", "unit": "tensor", "delay": 1, "leave": False, "total": len(expected)}
         views = tqdm(map_tensors(weights.tensors, writable=device.type == "cpu"), file=Forgiving(sys.stderr), **shown)
-        state = {n: _cast(view, expected[n].dtype, dtype).to(device) for n, view in views}
+        state = {n: cast(view, expected[n].dtype, dtype).to(device) for n, view in views}
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -121,12 +122,12 @@ def map_weights(
     weights = weights or find_weights(folder, name)
     check_fit(weights, model.state_dict())
     views = dict(map_tensors({n: weights.tensors[n] for n in model.state_dict()}, writable=False))
-    state = {n: _cast(views[n].to("meta"), t.dtype, dtype) for n, t in model.state_dict().items()}
+    state = {n: cast(views[n].to("meta"), t.dtype, dtype) for n, t in model.state_dict().items()}
     model.load_state_dict(state, assign=True)  # which says in what precision each will be used
     return views
 
 
-def _cast(stored: Tensor, own: torch.dtype, dtype: torch.dtype) -> Tensor:
+def cast(stored: Tensor, own: torch.dtype, dtype: torch.dtype) -> Tensor:
     """A stored weight in the precision that it has in a model cast to `dtype`, where it is of dtype `own`.
 
     What stays in float32 there is multiplied by a layer that widens its weights itself (`dit.Float32Linear`): if
@@ -169,12 +170,14 @@ def fingerprint(folder: Path, names: Collection[str] | None = None) -> str:
         for part in parts
     ]
     digest = hashlib.sha256(repr((sizes, config.sampling.normalise_first_frames)).encode())
-    for name in names:
-        for tensor_name, stored in sorted(find_weights(find_part(folder, name, config.base), name).tensors.items()):
-            with open(stored.path, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        open_once = functools.cache(lambda path: stack.enter_context(open(path, "rb")))
+        for name in names:
+            for tensor_name, stored in sorted(find_weights(find_part(folder, name, config.base), name).tensors.items()):
+                file = open_once(stored.path)
                 file.seek(stored.start)
                 start = file.read(min(stored.nbytes, 2**14))
-            digest.update(repr((tensor_name, DTYPES[stored.dtype], stored.shape)).encode() + start)
+                digest.update(repr((tensor_name, DTYPES[stored.dtype], stored.shape)).encode() + start)
     for name in ("qwen_tokenizer", "clip_tokenizer"):
         for path in sorted(find_files(find_part(folder, name, config.base) / name)):
             digest.update(path.name.encode() + read_bytes(path, LARGEST_FILE))

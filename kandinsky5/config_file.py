@@ -5,6 +5,7 @@ the field, the value and the rule, before anything of the size that they say is 
 """
 
 import dataclasses
+import functools
 import reprlib
 import sys
 import types
@@ -17,6 +18,7 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.files import read_json, write_json
 from kandinsky5.screen import listed
 
+type_hints = functools.cache(typing.get_type_hints)  # which compiles every annotation
 UNIONS = (types.UnionType, typing.Union)  # `int | None`, and what Python makes of `Literal[1] | None`
 
 
@@ -48,7 +50,7 @@ def from_json(kind, value, key: str = ""):
     for option in typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,):
         origin, inside = typing.get_origin(option), typing.get_args(option)
         if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
-            hints = typing.get_type_hints(option)
+            hints = type_hints(option)
             if unknown := sorted(value.keys() - hints.keys()):
                 raise ValueError(f"{option.__name__} has no field {listed(unknown)}; its fields are {', '.join(hints)}")
             needed = [f.name for f in dataclasses.fields(option) if f.default is f.default_factory]  # both MISSING
@@ -163,22 +165,22 @@ def check_config(config: PipelineConfig) -> None:
 def check_values(values: dict[str, Any], say: Callable[[str], str] = str) -> None:
     """The same ValueError for some fields, {"dit.dim": 1792, …}; `say` gives a field's name in the message."""
 
-    def said(*keys: str) -> str:
+    def named(*keys: str) -> str:
         return ", ".join(f"{say(key)} {reprlib.repr(values[key])}" for key in keys)
 
     for key, value in values.items():
         parts = value if isinstance(value, tuple) else (value,)
         numbers = [n for n in parts if type(n) in (int, float)]
         if any(n < 0 or n == 0 and not key.endswith(MAY_BE_ZERO) for n in numbers):
-            raise ValueError(f"{said(key)} should be {'at least' if key.endswith(MAY_BE_ZERO) else 'above'} 0")
+            raise ValueError(f"{named(key)} should be {'at least' if key.endswith(MAY_BE_ZERO) else 'above'} 0")
         if any(type(n) is int and n > MOST for n in numbers):
-            raise ValueError(f"{said(key)} should be at most {MOST}")
+            raise ValueError(f"{named(key)} should be at most {MOST}")
         if len(parts) > 8 or any(isinstance(text, str) and len(text) > LONGEST for text in parts):
-            raise ValueError(f"{said(key)} should have at most 8 values, texts at most {LONGEST:,} characters")
+            raise ValueError(f"{named(key)} should have at most 8 values, texts at most {LONGEST:,} characters")
     for names, holds, rule in RULES:
         keys = [key for key in names.split() if key in values]
         if len(keys) == len(names.split()) and not holds(*(values[key] for key in keys)):
-            raise ValueError(f"{said(*keys)}: {rule}")
+            raise ValueError(f"{named(*keys)}: {rule}")
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:

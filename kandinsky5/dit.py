@@ -186,6 +186,13 @@ class Attention(nn.Module):
         nabla: NablaConfig | None = None,
         grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
+        q, k, v = self.project(x, context, rotations)  # (B, N, L, D), and (B, N, S, D) twice
+        mask = mask[:, None, None] if mask is not None else None  # (B, 1, 1, S)
+        out = self.attend(q, k, v, mask=mask, nabla=nabla, grid=grid)  # (B, N, L, D)
+        return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
+
+    def project(self, x: Tensor, context: Tensor, rotations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of `context`, head by head: (B, N, L, D), and (B, N, S, D) twice."""
         q, k, v = (
             rearrange(projected, "B L (N D) -> B N L D", D=self.head_dim)
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
@@ -193,9 +200,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotations is not None:
             q, k = self.rotate(q, rotations), self.rotate(k, rotations)
-        mask = mask[:, None, None] if mask is not None else None  # (B, 1, 1, S)
-        out = self.attend(q, k, v, mask=mask, nabla=nabla, grid=grid)  # (B, N, L, D)
-        return self.to_out(rearrange(out, "B N L D -> B L (N D)"))
+        return q, k, v
 
     @staticmethod
     def rotate(x: Tensor, rotations: Tensor) -> Tensor:

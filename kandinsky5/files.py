@@ -121,11 +121,13 @@ def write_json(path: str | Path, values: dict) -> None:
 
 
 def make_folder(path: str | Path) -> None:
-    """`mkdir -p`; OSError if a file is in the way."""
+    """`mkdir -p`; OSError if a file is in the way, or it may not be made."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise OSError(f"{path} is a file, or lies below one: name a folder") from error
+    except OSError as error:
+        raise OSError(f"cannot make the folder {path} ({error.strerror}): choose one that you can write to") from error
 
 
 @contextlib.contextmanager

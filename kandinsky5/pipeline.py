@@ -9,8 +9,9 @@ What a user asks for becomes a `Request` (request.py), where every check is made
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import check_compile, compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
-from kandinsky5.runtime.loading import load_models
+from kandinsky5.runtime.loading import find_ranks, load_models
 from kandinsky5.runtime.offload import awake, check_mode, find_place
 from kandinsky5.sampler import (
     Callback,
@@ -41,14 +42,25 @@ from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE, Posterior
 from kandinsky5.vae2d import VAE2D
 
+if TYPE_CHECKING:
+    from kandinsky5.runtime.parallel import Ranks
+
+MAP: vae_tiling.Each = map  # how passes and windows run in one process: one after the other
 Solver = Callable[..., Tensor]  # as sampler.euler_sample
 
 
 class Pipeline:
     """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
 
-    def __init__(self, config: PipelineConfig, dit: DiT, vae: VAE | VAE2D, text_encoder: TextEncoder):
-        self.config = config
+    def __init__(
+        self,
+        config: PipelineConfig,
+        dit: DiT,
+        vae: VAE | VAE2D,
+        text_encoder: TextEncoder,
+        ranks: "Ranks | None" = None,
+    ):
+        self.config, self.ranks = config, ranks
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.loras: list = []  # of extras.lora.LoRA, by load_lora
         self._turns = [True]  # taken while a call runs; unlike a lock it can be copied and pickled
@@ -58,7 +70,7 @@ class Pipeline:
     def load(
         cls, folder_or_preset: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
         attention: str = "auto", offload: str | None = None, compile: bool | str = False, tile_space: bool = False,
-        quantize: str | None = None,
+        quantize: str | None = None, ranks: "str | Ranks | None" = None,
     ) -> "Pipeline":  # fmt: skip
         """Load a native checkpoint folder (README: how to convert one), or a bundled model: "nano".
 
@@ -70,19 +82,22 @@ class Pipeline:
         compile: use torch.compile, slow at first; "auto", which commands take: on CUDA, if it can (`compile.py`).
         tile_space: let the VAE work in tiles of 256 pixels: less memory, not quite the same pixels (`vae_tiling.py`).
         quantize: "int8" rounds the weights of the DiT's and Qwen's blocks to 8 bits while they load (`quantize.py`).
+        ranks: under torchrun, how processes share a video: "auto", "2x4" (guidance x sequence) or `parallel.Ranks`.
         Raises ValueError for invalid arguments, a folder in another layout, and weights that config.json does not fit.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         kernels.check_kernel(attention, device)
-        compile = check_compile(compile, device)
-        check_mode(offload)
         folder = checkpoint.find_checkpoint(folder_or_preset)
         config = load_config(folder / "config.json")
         check_models_fit(config)
         if tile_space:
             config = replace(config, tiling=replace(config.tiling, space=True))
-        models = load_models(folder, config, device, dtype, offload, quantize)
+        ranks = find_ranks(ranks, config, device)
+        sharded = ranks is not None and ranks.shard
+        compile = check_compile(compile, device, sharded)
+        check_mode(offload, sharded)
+        models = load_models(folder, config, device, dtype, offload, quantize, ranks)
         names = ("qwen_tokenizer", "clip_tokenizer")
         words, clip_words = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         dit, vae, qwen, clip, *vision_and_head = models.values()
@@ -92,7 +107,7 @@ class Pipeline:
         kernels.install(text_encoder, "auto")
         if compile:
             compile_models(dit, vae, attention)
-        return cls(config, dit, vae, text_encoder)
+        return cls(config, dit, vae, text_encoder, ranks and ranks.spread(dit))
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +177,7 @@ class Pipeline:
         check_functions(callback, progress, solver)
         with self._alone():
             shape = (request.batch, *request.latent_shape)
-            memory.plan_steps(self.config.dit, self.dit, shape, request.guided)
+            memory.plan_steps(self.config.dit, self.dit, shape, request.guided, self.ranks)
             if request.output_type != "latents":
                 self._check_decoding(shape, request.output_type)
             features = self.encode_text(request, progress)
@@ -209,6 +224,7 @@ class Pipeline:
         seen *= len(texts) // max(len(seen), 1)  # each with its prompt, and again with its negative one
         encoder = self.text_encoder
         models = (encoder.qwen, encoder.clip, *([encoder.vision] if encoder.vision and seen else []))
+        memory.check_encoding(self.config, models, texts, request.max_sequence_length, seen)
         progressed = bar(len(texts), "encoding", "text", show=progress)
         with progressed, awake(*models), memory.during("encoding text"):
             features = encoder.encode(texts, request.max_sequence_length, request.num_frames == 1, seen or None)
@@ -224,7 +240,7 @@ class Pipeline:
             return None
         device, dtype = find_place(self.vae)
         video = video_io.from_uint8(torch.stack(request.images)[:, None]).to(device, dtype)  # (P or 1, 3, 1, H, W)
-        with awake(self.vae):
+        with awake(self.vae), memory.during("encoding the image"):
             posteriors = [vae_tiling.encode(self.vae, one, self.config.tiling) for one in video.split(1)]
         mean = torch.cat([one.mean.float() for one in posteriors])  # (P or 1, 16, 1, h, w)
         logvar = torch.cat([one.logvar.float() for one in posteriors])
@@ -238,31 +254,33 @@ class Pipeline:
         self, request: Request, features: TextFeatures, noise: Tensor, image: Tensor | None = None,
         callback: Callback | None = None, progress: bool = False, solver: Solver = euler_sample,
     ) -> Tensor:  # fmt: skip
-        """Noise (B, T, h, w, 16) → latents (B, T, h, w, 16), float32 on the device. image: what `encode_image` gives.
-
-        Raises ValueError for NaN, and for what a callback may not return.
-        """
+        """Noise (B, T, h, w, 16) → latents, the same in float32, on the device. image: what `encode_image` gives."""
         device, dtype = find_place(self.dit)
         config, noise = self.config, noise.to(device)
         condition = build_condition(noise, image, config.dit.input_channels - noise.shape[-1], config.edits)
         first_frame = None if config.edits else image
         # With guidance a step asks for 2B velocities, in one pass or in two of B, which masks less padding.
-        plan = memory.plan_steps(self.config.dit, self.dit, tuple(noise.shape), request.guided)
-        passes = [features]
+        plan = memory.plan_steps(self.config.dit, self.dit, tuple(noise.shape), request.guided, self.ranks)
+        passes, skips, each = [features], request.skips, MAP
         if request.guided and not plan.together:
             passes = [features.select(0, request.batch), features.select(request.batch, 2 * request.batch)]
+            each, skips = self.ranks.divide_passes(skips) if self.ranks else (MAP, skips)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:  # (B, T, H, W, 16) → the same, float32
             x = torch.cat([x, condition], dim=-1).to(dtype)  # (B, T, H, W, 33)
             x = torch.cat([x, x]) if plan.together else x
             t = t.to(device).expand(len(x))
-            predicted = torch.cat([self.predict(x, words, t, request.rope_scale, dit) for words in passes])
+            predicted = torch.cat([*each(lambda words: self.predict(x, words, t, request.rope_scale, dit), passes)])
             if not request.guided:
                 return predicted
             conditional, unconditional = predicted.chunk(2)
             return guided_velocity(conditional, unconditional, request.guidance_scale)
 
-        dit = skip_steps(self.dit, request.skips, plan.together)
+        dit = self.dit
+        if skips:
+            from kandinsky5.extras import magcache  # an extra: without it everything else works
+
+            dit = magcache.skip_steps(dit, skips, plan.together)
         note = str(plan) + f", {sum(map(all, request.skips))} skipped" * bool(request.skips)
         progressed = bar(request.steps, "sampling", "step", note, show=progress)
         with progressed, awake(self.dit), keep_freed_memory(device), plan.applied(self.dit):
@@ -299,11 +317,12 @@ class Pipeline:
         z = (latents.to(device) / self.config.vae.scaling_factor).to(dtype)
         z = z.permute(0, 4, 1, 2, 3)  # (B, 16, T, h, w)
         to_output = video_io.to_uint8 if output_type == "uint8" else video_io.to_float
+        each = partial(self.ranks.map, "team") if self.ranks else MAP
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
         progressed = bar(len(z) * num_frames, "decoding", "frame", takes, show=progress)
         with progressed, awake(self.vae), memory.during("decoding"):
             for one in z.split(1):  # all at once would take as many times the memory
-                for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling):  # (1, 3, f, H, W)
+                for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling, each):  # (1, 3, f, H, W)
                     check_finite(piece, "the decoded frames")
                     pieces.append(_to_cpu(to_output(piece)))
                     progressed.update(piece.shape[2])
@@ -325,15 +344,6 @@ class Pipeline:
             yield
         finally:
             self._turns.append(True)
-
-
-def skip_steps(dit: DiT, skips: tuple[tuple[bool, ...], ...], together: bool) -> DiT:
-    """The DiT of one sampling run: as it is, or without its blocks in the steps and passes of `skips`."""
-    if not skips:
-        return dit
-    from kandinsky5.extras import magcache  # an extra: without it everything else works
-
-    return magcache.skip_steps(dit, skips, together)
 
 
 def _to_cpu(x: Tensor) -> Tensor:

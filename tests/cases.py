@@ -137,7 +137,7 @@ def with_tasks(pipe: Pipeline) -> Pipeline:
 # What so small clips would not all do by themselves, where the VAE has its fast forms.
 AT_ONCE = {"PIECE": 2**60, "PAIRS_FROM": 2**60}  # all frames, plain convolutions
 IN_PIECES = {"PIECE": 0, "PAIRS_FROM": 2**60}  # as large clips on CUDA
-IN_PAIRS = {"PIECE": 0, "PAIRS_FROM": 0}  # as large clips on a CPU
+IN_PAIRS = {"PIECE": 0, "PAIRS_FROM": 0, "BAND": 1000}  # as large clips on a CPU, a few rows at a time
 OURS: dict[str, Callable[..., Tensor]] = {
     "dit": _dit(),
     "dit_mask": _dit(),

@@ -81,7 +81,8 @@ def refused(cli):
 
 
 def without_bars(err: str) -> list[str]:
-    return [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith(BARS)]
+    bars = (*BARS, "loading ")  # which only shows where weights take more than a second to load
+    return [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith(bars)]
 
 
 def snapshot() -> dict:

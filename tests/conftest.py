@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -18,18 +19,27 @@ seen: dict[tuple, Tokenizer] = {}
 def pytest_collection_modifyitems(config, items):
     """What takes long runs only where its marker is asked for."""
     for item in items:
-        for name in ("large", "stages", "fuzz", "compiled"):
+        for name in ("large", "stages", "fuzz", "compiled", "torchrun"):
             if item.get_closest_marker(name) and name not in config.getoption("-m"):
                 item.add_marker(pytest.mark.skip(reason=f"takes long: pytest -m {name}"))
 
 
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look at it again and again."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers_in_every_run():
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)  # what that does on a CPU, without a look at every kind of device
 
 
-@pytest.fixture(autouse=True)
-def equal_tokenizers_are_read_once(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def equal_tokenizers_are_read_once():
     """Qwen's vocabulary takes half a second, and hundreds of tests load it from a checkpoint of their own."""
 
     def load(folder):
@@ -39,4 +49,6 @@ def equal_tokenizers_are_read_once(monkeypatch):
             seen[key] = read(folder)
         return seen[key]
 
-    monkeypatch.setattr(Tokenizer, "load", load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "load", load)
+        yield

@@ -64,3 +64,24 @@ def measure_error(name: str, pipe: Pipeline) -> float:
     """How far our result of a case is from the stored one (image_cases.measure_error)."""
     computed = image_cases.compute(name, pipe, image_cases.build_inputs(pipe.config)[name])
     return image_cases.measure_error(name, computed, load_results(pipe.config.tasks[0])[name])
+
+
+def bfl_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE's tensors as FLUX.1's `ae.safetensors` spells them."""
+    last = max(int(name.split(".")[2]) for name in tensors if name.startswith("decoder.up_blocks."))
+    words = {
+        "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "conv_shortcut": "nin_shortcut",
+        "mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_out.0": "proj_out", "to_q": "q", "to_k": "k",
+        "to_v": "v", "conv_norm_out": "norm_out", "down_blocks": "down", "up_blocks": "up", "resnets": "block",
+        "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+    }  # fmt: skip
+    renamed = {}
+    for name, tensor in tensors.items():
+        for theirs, bfl in words.items():
+            name = name.replace(theirs, bfl)
+        parts = name.split(".")
+        if parts[1] == "up":
+            parts[2] = str(last - int(parts[2]))
+        is_conv = parts[2] == "attn_1" and tensor.ndim == 2
+        renamed[".".join(parts)] = tensor[:, :, None, None].clone() if is_conv else tensor
+    return renamed

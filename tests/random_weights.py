@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.checkpoint import save_checkpoint
+from kandinsky5.checkpoint import save_checkpoint, without_weights
 from kandinsky5.config import (
     CLIPConfig,
     DiTConfig,
@@ -66,7 +66,7 @@ def build_small_pipeline(config: PipelineConfig = SMALL, **changes) -> Pipeline:
 
 def build_meta_pipeline(config: PipelineConfig) -> Pipeline:
     """A pipeline of any size without weights: all its tensors are on the meta device, in bf16."""
-    with torch.device("meta"):
+    with without_weights():
         models = build_models(config).values()
     dit, vae, qwen, clip, *vision_and_head = (model.to(torch.bfloat16).eval() for model in models)
     return Pipeline(config, dit, vae, TextEncoder(config.text, qwen, clip, *load_tokenizers(), *vision_and_head))

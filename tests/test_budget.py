@@ -12,7 +12,8 @@ from kandinsky5.config import PRESETS, QwenConfig
 from kandinsky5.runtime import budget
 from kandinsky5.runtime.budget import Choice, moments, peak, weigh
 from kandinsky5.runtime.loading import build_models
-from kandinsky5.runtime.memory import dit_memory, vae_memory
+from kandinsky5.runtime.memory import AROUND, dit_memory, text_memory, vae_memory
+from kandinsky5.runtime.pieces import PIECE
 from kandinsky5.runtime.quantize import to_int8
 from random_weights import SMALL, build_small_models
 from tokenizer_data import tokenizer_folder
@@ -42,7 +43,10 @@ def test_sizes_are_those_of_the_models(quantize):
 def test_moments_are_the_estimates_of_the_first_check():
     config, grid = PRESETS["t2v-lite-sft-5s"], (31, 64, 96)
     encoding, sampling, decoding = moments(config, Choice())
-    assert sampling.computed == dit_memory(config.dit, (1, *grid), torch.bfloat16)
+    latents = 32 * 31 * 64 * 96 * 16
+    assert sampling.computed == dit_memory(config.dit, (1, *grid), torch.bfloat16, PIECE) + latents
+    assert budget.all_at_once(config, Choice()) == dit_memory(config.dit, (1, *grid), torch.bfloat16) + latents
+    assert encoding.computed == text_memory(config, 2, 256 + AROUND, [], torch.bfloat16)
     assert decoding.computed == vae_memory(config.vae, grid, torch.bfloat16, config.tiling)
     assert encoding.weights == sampling.weights == decoding.weights
     resting = moments(config, Choice("model"))
@@ -65,6 +69,13 @@ def test_a_card_gets_the_fastest_choice_that_fits():
         assert found == expected
         if found:
             assert peak(config, found) + budget.CONTEXT <= card * 10**9
+
+
+def test_editing_counts_an_image_that_qwen_sees():
+    config = PRESETS["i2i-lite-sft"]
+    large = replace(config, sampling=replace(config.sampling, height=2048, width=2048))
+    smaller, larger = (moments(one, Choice("model"))[0].computed for one in (config, large))
+    assert larger > 1.5 * smaller
 
 
 def run(capsys, command: str) -> tuple[int, str, str]:

@@ -94,10 +94,10 @@ def test_weights_are_views_of_the_mapped_file(saved):
     with torch.device("meta"):
         model = torch.nn.ModuleDict({"big": torch.nn.Linear(8192, 8192, bias=False)})
     folder = saved.parent
-    save_file({"big.weight": torch.randn(8192, 8192)}, folder / "big.safetensors")  # 256 MB
+    save_file({"big.weight": torch.ones(8192, 8192)}, folder / "big.safetensors")  # 256 MB
     before = anonymous_kb()
     checkpoint.load_weights(model, folder, "big", "cpu", torch.float32)
-    assert model["big"].weight.sum().isfinite()
+    assert model["big"].weight.sum() == 8192**2
     assert anonymous_kb() - before < 30_000
 
 
@@ -132,7 +132,7 @@ def test_missing_and_unknown_tensors_are_named(tmp_path):
     model = {"a": torch.zeros(1), "b": torch.zeros(2)}
     save_file({"b": torch.zeros(2), "c": torch.zeros(3)}, tmp_path / "x.safetensors")
     weights = checkpoint.find_weights(tmp_path, "x")
-    with pytest.raises(ValueError, match=r"a \(1,\) is missing from the file, c \(3,\) is not part of the model"):
+    with pytest.raises(ValueError, match=r"a \(1,\).* missing.*, c \(3,\)"):
         checkpoint.check_fit(weights, model)
 
 
@@ -143,7 +143,7 @@ def test_damaged_weight_files(saved, copy, damage):
     path.unlink()
     if damage != "missing":
         path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"<html>404</html>"}[damage])
-    with pytest.raises(ValueError, match="vae.safetensors is (missing|no complete safetensors file)") as caught:
+    with pytest.raises(ValueError, match="vae.safetensors is (missing|no complete)") as caught:
         Pipeline.load(copy)
     assert "\n" not in str(caught.value)
 
@@ -306,3 +306,19 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
 def test_an_existing_folder_is_left_alone(saved):
     with pytest.raises(FileExistsError, match="small"):
         checkpoint.save_checkpoint(saved, SMALL, build_small_models(), {"qwen": saved, "clip": saved})
+
+
+@pytest.mark.parametrize("inside", [None, "notes.txt", "sub/config.json", "model.bin"])
+def test_a_folder_of_that_name_does_not_hide_nano(tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    Path("nano").mkdir()
+    if inside:
+        Path("nano", inside).parent.mkdir(exist_ok=True)
+        Path("nano", inside).write_text("{}")
+    assert checkpoint.find_checkpoint("nano") == checkpoint.SHIPPED / "nano"
+
+
+def test_a_checkpoint_of_that_name_comes_first(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("nano").symlink_to(saved)
+    assert checkpoint.find_checkpoint("nano") == Path("nano")

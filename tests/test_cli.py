@@ -1,5 +1,6 @@
 """Commands end with the right exit code and one line, whatever happens to them or to the terminal."""
 
+import contextlib
 import os
 import re
 import signal
@@ -93,6 +94,38 @@ def test_handlers_are_restored_after_a_signal(capsys, number):
 
     assert cli.run(main, stopped="run it again") == 130
     assert capsys.readouterr().err == "interrupted: run it again\n" and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("error", [None, ValueError("wrong"), AssertionError("a bug"), SystemExit(3)])
+def test_handlers_are_restored_however_it_ends(error):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def main():
+        assert signal.getsignal(signal.SIGTERM) not in before
+        if error:
+            raise error
+
+    with contextlib.suppress(AssertionError, SystemExit):
+        cli.run(main)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_mistakes_in_a_command_line_are_found_before_pytorch_is_loaded(tmp_path):
+    """One process for all of them: what the first imports, the next would find."""
+    code = """
+import sys
+from kandinsky5 import cli, sample_command
+for line in sys.argv[1:]:
+    assert cli.run(lambda: sample_command.main(line.split())) == 2, line
+    assert "torch" not in sys.modules, line
+"""
+    lines = [
+        "fox --steps many", "fox --fps x", "fox -o fox.txt", "fox -o nowhere/fox.mp4", "fox --quality 11",
+        "fox --sed 3", "fox --num-frames 17 -o fox.png", "fox --image a.png -o a.png", "--prompts a.txt", "--seed 3",
+        "fox --enlarge 0", "fox --lora a.safetensors:x", "fox --step-skipping ratios.txt",
+    ]  # fmt: skip
+    settings = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *lines], cwd=tmp_path, check=True, env=settings)
 
 
 def test_an_interrupt_raised_as_another_error_is_interrupted(capsys):
@@ -197,3 +230,8 @@ def test_a_library_call_without_stderr_works(monkeypatch):
         shown.update()
     say("note")
     assert not Forgiving(None).isatty()
+
+
+def test_one_process_of_torchrun_says_it_was_interrupted(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run(lambda: os.kill(os.getpid(), signal.SIGINT)) == 130 and capsys.readouterr().err == ""

@@ -15,7 +15,15 @@ from kandinsky5 import Pipeline, attention
 from kandinsky5.dit import DiT
 from kandinsky5.rope import apply_rope, build_rotations
 from kandinsky5.runtime import fast, kernels, offload, pieces
-from kandinsky5.runtime.compile import RealAttention, as_real, attend_opaquely, check_compile, compile_models
+from kandinsky5.runtime.compile import (
+    HOW,
+    RealAttention,
+    allow_recompiling,
+    as_real,
+    attend_opaquely,
+    check_compile,
+    compile_models,
+)
 from kandinsky5.runtime.device import compiler_missing
 from kandinsky5.vae import VAE
 from random_weights import SMALL_DIT, SMALL_NABLA, SMALL_VAE, randomise, relative_error, save_small_checkpoint
@@ -167,6 +175,13 @@ def test_pieces_of_compiled_blocks_are_two_graphs_for_all_sizes():
             assert relative_error(run(dit, *size), velocity) < 1e-6
     assert graphs() == before + 2 and not counters["graph_break"]
     assert all(run(dit, *size).equal(v) for size, v in zip(sizes, whole, strict=True)) and graphs() == before + 2
+
+
+def test_options_are_those_of_the_pytorch_at_hand(monkeypatch):
+    torch.compile(run, **HOW, **allow_recompiling())
+    monkeypatch.setattr(torch, "compile", lambda model, *, dynamic, fullgraph: model)  # as 2.11 has it
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert allow_recompiling() == {} and torch._dynamo.config.recompile_limit == 32
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0)])

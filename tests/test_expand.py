@@ -49,8 +49,8 @@ def cli(saved, tmp_path, monkeypatch, capsys):
 
     def command(*arguments):
         code = run(lambda: sample.main([str(argument) for argument in arguments]))
-        said = capsys.readouterr()
-        return code, said.err.splitlines()[-1] if code else said.out
+        shown = capsys.readouterr()
+        return code, shown.err.splitlines()[-1] if code else shown.out
 
     return command
 

@@ -1,15 +1,17 @@
 """The image models: stored results of diffusers, mistakes that these must notice, and what is particular to images."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import image_cases
-from image_golden import convert, load_pipeline, measure_error
+from image_golden import IMAGES, bfl_names, convert, load_pipeline, measure_error
 from kandinsky5 import Pipeline, pipeline, sampler, text_encoder, vae, vae2d, video_io
 from kandinsky5.config import PRESETS
 from kandinsky5.extras import lora, preview
@@ -17,6 +19,7 @@ from kandinsky5.request import Request
 from random_weights import relative_error
 from test_lora import random_lora
 from test_mutations import replace_code
+from weights_convert import from_official
 
 golden = functools.cache(load_pipeline)
 CASES = [("t2i", name) for name in image_cases.OURS if name != "i2i"] + [("i2i", "dit"), ("i2i", "i2i")]
@@ -159,3 +162,18 @@ def test_commands_write_an_image_and_replay_it(task, cli, tmp_path):
     assert code == 0 and video_io.read_image("out.png").shape == (32, 48, 3) and "1024x1024" in notes[0]
     assert cli("--replay", "out.png", "--checkpoint", folder, "--offload", "blocks", "-o", "again.png")[0] == 0
     assert video_io.read_image("again.png").equal(video_io.read_image("out.png"))
+
+
+def test_the_vae_is_read_under_its_makers_names(tmp_path):
+    tensors, base = (
+        load_file(IMAGES / "vae" / "diffusion_pytorch_model.safetensors"),
+        Path(convert("t2i").name, "native"),
+    )
+    shutil.copy(IMAGES / "vae" / "config.json", tmp_path)  # of other sizes than FLUX.1's
+    save_file(bfl_names(tensors), tmp_path / "ae.safetensors")
+    from_official(tmp_path / "new", vae=tmp_path / "ae.safetensors", only="vae", base=base, progress=False)
+    found, expected = (load_file(folder / "vae.safetensors") for folder in (tmp_path / "new", base))
+    assert found.keys() == expected.keys() and all(x.equal(found[name]) for name, x in expected.items())
+    save_file(bfl_names(tensors) | {"quant_conv.weight": torch.ones(1)}, tmp_path / "ae.safetensors")
+    with pytest.raises(ValueError, match="quant_conv.weight is not known"):  # as in the VAEs before FLUX.1
+        from_official(tmp_path / "other", vae=tmp_path / "ae.safetensors", only="vae", base=base, progress=False)

@@ -46,8 +46,8 @@ def test_nanos_preview_has_the_colours_of_its_video():
     """The map is fitted to synthetic discs; it has to hold for what nano draws."""
     pipe = Pipeline.load("nano")
     texts = [evaluate.sample_prompt("seen, English", i)[1].text for i in range(4)]
-    latents = pipe(texts, num_inference_steps=4, output_type="latents", progress=False)
-    frames = torch.cat([pipe.decode(z[None]) for z in latents])[:, 5:9].float().mean(dim=1)  # of latent frame 2
+    latents = pipe(texts, num_inference_steps=4, guidance_scale=1.0, output_type="latents", progress=False)
+    frames = torch.cat([pipe.decode(z[None, :3]) for z in latents])[:, 5:9].float().mean(dim=1)  # of latent frame 2
     expected = F.avg_pool2d(frames.movedim(-1, 1), 8).movedim(1, -1)  # (B, 8, 8, 3)
     error = preview.draw(latents[:, 2], preview.fit_colours(pipe.vae)).float() - expected
     explained = 1 - error.square().sum() / (expected - expected.mean(dim=(0, 1, 2))).square().sum()
@@ -198,10 +198,10 @@ def test_a_frame_fits_the_terminal(monkeypatch, columns, rows, height, width, li
 
 
 def test_no_terminal_is_said(capsys):
-    with pytest.raises(ValueError, match="the output is no terminal: give a file, --preview FILE.png"):
+    with pytest.raises(ValueError, match="terminal.*--preview FILE.png"):
         preview.open_place(True)
 
 
 def test_a_preview_every_0_steps_is_refused():
-    with pytest.raises(ValueError, match="a preview every 0 steps: it must be at least 1"):
+    with pytest.raises(ValueError, match="every 0 steps.*at least 1"):
         preview.build_callback(None, print, every=0)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample
-from command_line import CONFIG, FOX, in_process
-from kandinsky5 import video_io
+from command_line import CONFIG, FOX, ROOT
+from kandinsky5 import Pipeline, video_io
 from kandinsky5.cli import run as run_cli
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.extras.magcache import StepSkipping
@@ -22,14 +25,14 @@ from random_weights import SMALL
 
 
 def test_compile_is_recorded_and_replayed_only_if_requested(cli, monkeypatch):
-    asked = []
+    compiled = []
     monkeypatch.setattr(
-        "kandinsky5.pipeline.compile_models", lambda dit, *_: asked.append(vars(dit).update(compiled_with={}))
+        "kandinsky5.pipeline.compile_models", lambda dit, *_: compiled.append(vars(dit).update(compiled_with={}))
     )
     assert cli(*FOX, "--compile")[0] == 0 and video_io.read_metadata("out.mp4")["compile"] is True
     code, _, lines = cli("--replay", "out.mp4", "-o", "again.mp4")
-    assert code == 0 and len(asked) == 1 and ["--compile" in line for line in lines] == [True]
-    assert cli("--replay", "out.mp4", "--compile", "-o", "again.mp4")[0] == 0 and len(asked) == 2
+    assert code == 0 and len(compiled) == 1 and ["--compile" in line for line in lines] == [True]
+    assert cli("--replay", "out.mp4", "--compile", "-o", "again.mp4")[0] == 0 and len(compiled) == 2
 
 
 def test_int8_is_recorded_and_replayed_to_the_same_bytes(cli):
@@ -62,11 +65,33 @@ def test_replay_writes_the_same_bytes_from_any_folder(cli, here, monkeypatch, ou
     assert Path(f"again{output[1:]}").read_bytes() == (here / output).read_bytes()
 
 
-def test_replay_in_another_process_writes_the_same_bytes(here):
+PROGRAM = """
+import json, socket, sys
+import torch
+before = {name for name in sys.modules if name.startswith(("torch", "sympy"))}
+
+def forbidden(*arguments, **options):
+    raise AssertionError("called")
+
+socket.socket = socket.create_connection = socket.getaddrinfo = forbidden
+import sample
+assert sample.main(["--replay", "a.mp4", "-o", "b.mp4"]) == 0
+assert not torch.cuda.is_initialized()
+compiler = ("torch._dynamo", "torch._inductor", "sympy")
+assert not [name for name in sys.modules if name.startswith(compiler) and name not in before]
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_another_process_writes_the_same_bytes_and_imports_little(here):
+    """On the CPU without a GPU, network, compiler or reference."""
     assert sample.main([*FOX, "--image", "image.png", "-o", "a.mp4"]) == 0
-    done = in_process("--replay", "a.mp4", "-o", "b.mp4")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    modules = json.loads(done.stdout.splitlines()[-1])
+    assert "torch" in modules and not {"diffusers", "transformers", "matplotlib"} & set(modules)
 
 
 def test_replay_does_not_follow_the_checkpoints_new_defaults(cli):
@@ -104,8 +129,13 @@ def test_replay_of_skipped_steps_needs_no_file_of_ratios(cli):
     ],
     ids=lambda options: options[0],
 )
-def test_options_win_over_replayed_settings(cli, options):
-    """480 pixels also change the RoPE scale of a checkpoint that names none."""
+def test_options_win_over_replayed_settings(cli, monkeypatch, options):
+    """480 pixels also change the RoPE scale of a checkpoint that names none; latents are shown, which are small."""
+
+    def show(self, latents, *_):
+        return (latents[..., :3].clamp(-1, 1) * 100 + 128).to(torch.uint8)
+
+    monkeypatch.setattr(Pipeline, "decode", show)
     first = [*FOX, "--num-frames", "1", "--guidance", "1", "--seed", "2"]
     size = ["--height", "32", "--width", "48"]  # an image of its own would choose another
     assert cli(*first, *size, "-o", "a.png")[0] == 0

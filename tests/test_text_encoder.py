@@ -97,7 +97,7 @@ def test_repeat_keeps_text_and_pooled_in_the_same_order(encoder):
 
 def test_a_crop_that_does_not_fit_the_template_is_refused(encoder):
     config = replace(encoder.config, template=TEMPLATE.replace("promt", "prompt"))
-    with pytest.raises(ValueError, match="128 tokens before the prompt, but 129 are dropped"):
+    with pytest.raises(ValueError, match="128 tokens.*129"):
         TextEncoder(config, encoder.qwen, encoder.clip, encoder.qwen_tokenizer, encoder.clip_tokenizer)
 
 

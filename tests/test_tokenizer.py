@@ -53,9 +53,9 @@ def test_tokenizer_json_gives_the_same_ids_without_padding(name, tmp_path):
 
 
 def test_tokenizer_json_comes_first_even_if_broken(tmp_path):
-    folder = shutil.copytree(tokenizer_folder(CLIP), tmp_path / "clip")
-    write_tokenizer_json(folder, QWEN)
-    assert Tokenizer.load(folder).vocab_size == 151665
+    folder = shutil.copytree(tokenizer_folder(QWEN), tmp_path / "qwen")
+    write_tokenizer_json(folder, CLIP)
+    assert Tokenizer.load(folder).vocab_size == 49408
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json"):
         Tokenizer.load(folder)

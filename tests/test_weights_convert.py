@@ -228,10 +228,10 @@ def test_vision_and_head_are_kept_both_ways(whole, tmp_path):
 
 def test_without_the_option_they_are_left_out_and_counted(whole, tmp_path, capsys):
     config = from_diffusers(whole / "diffusers", tmp_path / "again", progress=False)
-    said = capsys.readouterr().err
+    shown = capsys.readouterr().err
     sizes = [sum(x.nbytes for x in tensors(whole / "native", model).values()) / 1e6 for model in OPTIONAL]
     assert config.qwen_vision is None and not list((tmp_path / "again").glob("qwen_*.safetensors"))
-    assert all(f"{size:.1f} MB" in said for size in sizes) and said.count("--with-vision") == 2
+    assert all(f"{size:.1f} MB" in shown for size in sizes) and shown.count("--with-vision") == 2
     assert fingerprint(tmp_path / "again") == fingerprint(native()) != fingerprint(whole / "native")
 
 

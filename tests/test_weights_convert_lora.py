@@ -132,6 +132,17 @@ def test_conversions_that_are_refused(mixed, tmp_path, monkeypatch, capsys, argu
     assert words in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("half", [f"{OURS}.A", f"{OURS}.B"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
+def test_values_that_are_no_numbers_are_refused(tmp_path, half, value, dtype):
+    state = {name: x.clone() for name, x in WRITTEN["native"][0].items()}
+    state[half][1, 1] = value
+    save_file({name: x.to(dtype) for name, x in state.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"no finite numbers, in {OURS}"):
+        lora.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config, words",
     [

@@ -100,7 +100,9 @@ def build_parser() -> cli.Parser:
 
     command = commands.add_parser("from-official", help="official DiT file, VAE, Qwen and CLIP → native folder")
     command.add_argument("--dit", metavar="FILE", help="safetensors file of the official release")
-    command.add_argument("--vae", metavar="PATH", help="Tencent's pytorch_model.pt, or a Diffusers VAE folder")
+    command.add_argument(
+        "--vae", metavar="PATH", help="Tencent's pytorch_model.pt, FLUX.1's ae.safetensors, or a Diffusers VAE folder"
+    )
     command.add_argument("--qwen", metavar="PATH", help="Hugging Face folder of Qwen2.5-VL, or one file")
     command.add_argument("--clip", metavar="PATH", help="Hugging Face folder of CLIP ViT-L/14, or one file")
     command.add_argument("--qwen-tokenizer", metavar="DIR", help="if it is not next to the weights")

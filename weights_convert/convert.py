@@ -128,8 +128,8 @@ def from_official(
 ) -> PipelineConfig:
     """Write the native checkpoint folder `dst` from the files that the authors' code reads.
 
-    dit: one safetensors file; vae: Tencent's pytorch_model.pt or a Diffusers folder; qwen, clip: Hugging Face folders
-    or single files. Tokenizers lie there too, or in `qwen_tokenizer`, `clip_tokenizer`.
+    dit: one safetensors file; vae: Tencent's pytorch_model.pt, FLUX.1's ae.safetensors or a Diffusers folder; qwen,
+    clip: Hugging Face folders or single files. Tokenizers lie there too, or in `qwen_tokenizer`, `clip_tokenizer`.
     A bare DiT file does not record task, shift and NABLA: these come from `preset`. Otherwise as `from_diffusers`,
     ValueErrors included.
     """

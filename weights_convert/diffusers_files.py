@@ -107,8 +107,8 @@ def read_pixel_limits(folder: Path) -> dict:
             tables += [table.get("size") for table in tables[1:2] if isinstance(table, dict)]
             for table in [table for table in tables if isinstance(table, dict)]:
                 edges = {"min_pixels": table.get("shortest_edge"), "max_pixels": table.get("longest_edge")}
-                said = {key: table.get(key, edge) for key, edge in edges.items()}
-                given |= {key: value for key, value in said.items() if value is not None}
+                limits = {key: table.get(key, edge) for key, edge in edges.items()}
+                given |= {key: value for key, value in limits.items() if value is not None}
     return given
 
 

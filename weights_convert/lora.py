@@ -118,6 +118,10 @@ def read(path: Path) -> File:
     if len(weights.metadata.get("trigger", "")) > LONGEST_TRIGGER:
         raise ValueError(f"{weights.source} has a trigger of more than {LONGEST_TRIGGER:,} characters: shorten it")
     pairs = {m: Pair(values(found[m, "A"]), values(found[m, "B"]), alphas[m]) for m in modules}
+    if odd := [m for m, pair in pairs.items() if not all(x.float().isfinite().all() for x in (pair.A, pair.B))]:
+        raise ValueError(
+            f"{weights.source} holds values that are no finite numbers, in {listed(odd, 3)}: train or download it again"
+        )
     metadata = {key: text for key, text in weights.metadata.items() if key not in FORMAT}
     folder_says = weights.source.stem in ("lora", "pytorch_lora_weights", "adapter_model")
     return File(weights.source.parent.name if folder_says else weights.source.stem, layout, pairs, metadata)
@@ -166,10 +170,10 @@ def read_alphas(
 def find_peft_config(weights: Weights) -> dict[str, Any] | None:
     """PEFT's LoraConfig: in the metadata as diffusers writes it, or in a file next to the weights."""
     if THEIR_METADATA in weights.metadata:
-        said = parse_json(weights.metadata[THEIR_METADATA].encode(), f"{weights.source}: {THEIR_METADATA}")
-        if not isinstance(said, dict):
+        config = parse_json(weights.metadata[THEIR_METADATA].encode(), f"{weights.source}: {THEIR_METADATA}")
+        if not isinstance(config, dict):
             raise ValueError(f"{weights.source}: its {THEIR_METADATA} is no table")
-        return {key.removeprefix("transformer."): value for key, value in said.items()}
+        return {key.removeprefix("transformer."): value for key, value in config.items()}
     files = [weights.source.with_name(name) for name in CONFIGS if weights.source.with_name(name).is_file()]
     return read_json(files[0]) if files else None
 
@@ -182,12 +186,12 @@ def alphas_by_config(config: dict[str, Any], ranks: Mapping[str, int], source: P
     alphas, wrong = {}, []
     for ours, rank in ranks.items():
         theirs = tables.theirs("dit", f"{ours}.weight").removesuffix(".weight")
-        said = by_pattern(config.get("rank_pattern"), theirs, config.get("r", rank))
+        stated = by_pattern(config.get("rank_pattern"), theirs, config.get("r", rank))
         alpha = by_pattern(config.get("alpha_pattern"), theirs, config.get("lora_alpha", rank))
-        if type(alpha) not in (int, float) or type(said) is not int:
-            raise ValueError(f"{source}: its config says rank {said!r:.50} and alpha {alpha!r:.50}, not two numbers")
-        if said != rank:
-            wrong.append(f"{theirs} has rank {rank}, its config says {said}")
+        if type(alpha) not in (int, float) or type(stated) is not int:
+            raise ValueError(f"{source}: its config says rank {stated!r:.50} and alpha {alpha!r:.50}, not two numbers")
+        if stated != rank:
+            wrong.append(f"{theirs} has rank {rank}, its config says {stated}")
         alphas[ours] = as_float(alpha) * (rank**0.5 if config.get("use_rslora") else 1)  # there: alpha / √rank
     if wrong:
         raise ValueError(f"{source} and its config contradict each other: {listed(wrong, 3)}")

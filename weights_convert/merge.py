@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kandinsky5.checkpoint import find_checkpoint, find_part, find_weights, models_of, without_weights
@@ -32,8 +31,7 @@ class Merged(Stored):
         for first in range(0, self.shape[0], count):
             last = min(first + count, self.shape[0])
             begin, end = self.start + first * row, self.start + last * row
-            some = Stored(self.path, begin, end, (last - first, self.shape[1]), self.dtype)
-            values = torch.cat(list(some.chunks())).view(some.shape)
+            values = Stored(self.path, begin, end, (last - first, self.shape[1]), self.dtype).read()
             for update in self.updates:
                 values = lora.merged(values, update.A, update.B[first:last], update.scale)
             yield values.flatten()

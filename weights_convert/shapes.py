@@ -58,31 +58,23 @@ def see_dit(shapes: Shapes) -> tuple[dict, dict]:
     return certain, family
 
 
-def see_vae(shapes: Shapes) -> tuple[dict, dict]:
-    """The fields of `VAEConfig`, as far as tensors show them."""
-    first = "encoder.down_blocks.{}.resnets.0.conv1.conv.weight"
-    stages = shapes.number(first)
+def see_vae(shapes: Shapes, conv: str = ".conv", axes: int = 5) -> tuple[dict, dict]:
+    """The fields of `VAEConfig`, as far as tensors show them. conv: what a convolution's name has before ".weight"."""
+    block = f"encoder.down_blocks.{{}}.resnets.{{}}.conv1{conv}.weight"
+    stages = shapes.number(block.format("{}", 0))
     certain = {
-        "channels": tuple(shapes.of(first.format(stage), axes=5)[0] for stage in range(stages)),
-        "blocks_per_stage": shapes.number("encoder.down_blocks.0.resnets.{}.conv1.conv.weight"),
-        "image_channels": shapes.of("encoder.conv_in.conv.weight", axes=5)[1],
-        "latent_channels": shapes.of("post_quant_conv.weight", axes=5)[0],
+        "channels": tuple(shapes.of(block.format(stage, 0), axes)[0] for stage in range(stages)),
+        "blocks_per_stage": shapes.number(block.format(0, "{}")),
+        "image_channels": shapes.of(f"encoder.conv_in{conv}.weight", axes)[1],
+        "latent_channels": shapes.of(f"decoder.conv_in{conv}.weight", axes)[1],
     }
     return certain, {}
 
 
 def see_vae2d(shapes: Shapes) -> tuple[dict, dict]:
-    """The fields of `VAEConfig` for a 2-D VAE; FLUX.1's scaling where no config says one."""
-    first = "encoder.down_blocks.{}.resnets.0.conv1.weight"
-    stages = shapes.number(first)
-    certain = {
-        "channels": tuple(shapes.of(first.format(stage), axes=4)[0] for stage in range(stages)),
-        "blocks_per_stage": shapes.number("encoder.down_blocks.0.resnets.{}.conv1.weight"),
-        "image_channels": shapes.of("encoder.conv_in.weight", axes=4)[1],
-        "latent_channels": shapes.of("decoder.conv_in.weight", axes=4)[1],
-        "halves_time": (False,) * (stages - 1),
-        "dimensions": 2,
-    }
+    """The same of a 2-D VAE; FLUX.1's scaling where no config says one."""
+    certain, _ = see_vae(shapes, conv="", axes=4)
+    certain |= {"halves_time": (False,) * (len(certain["channels"]) - 1), "dimensions": 2}
     return certain, {"scaling_factor": FLUX.scaling_factor}
 
 

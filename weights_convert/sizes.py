@@ -4,12 +4,11 @@ Both must agree; what config.json leaves out comes from the tensors, and what ne
 `kandinsky5.config`, which are those of the released models.
 """
 
-import typing
 from dataclasses import asdict
 from typing import Any
 
 from kandinsky5.config import CLIPConfig, DiTConfig, NablaConfig, QwenConfig, QwenVisionConfig, VAEConfig
-from kandinsky5.config_file import check_values, flatten, from_json
+from kandinsky5.config_file import check_values, flatten, from_json, type_hints
 from weights_convert.shapes import SEE, Shapes
 
 # Our field: their key. Each row is read in both directions.
@@ -233,7 +232,7 @@ def read_values(model: str, config: dict, where: str) -> dict[str, Any]:
     tables = [config]
     for table in tables:  # which grows meanwhile
         tables += [read_value(dict, table[name], name, where) for name in TABLES if table.get(name) is not None]
-    types = typing.get_type_hints(CONFIGS[model])
+    types = type_hints(CONFIGS[model])
     kinds = {key: types[field] for field, key in KEYS[model].items()} | OTHER_KEYS[model]
     given: dict[str, Any] = {}
     for table in tables:

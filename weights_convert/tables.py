@@ -6,6 +6,7 @@ what each is called over there. A row missing here, or one too many there, ends 
 """
 
 import re
+from dataclasses import replace
 
 
 def theirs(model: str, name: str) -> str:
@@ -226,6 +227,37 @@ OPENAI_CLIP = {
 }
 
 
+# Black Forest Labs' own spelling of FLUX.1's VAE, module by module (`ae.safetensors`). Its decoder counts stages from
+# the image back to the latents, and its attention has 1×1 convs where ours has Linears.
+BFL_RESIDUAL_BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
+BFL_ENDS = {
+    "conv_in": "conv_in",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+    **under("mid.block_1", "mid_block.resnets.0", BFL_RESIDUAL_BLOCK),
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    "mid.attn_1.q": "mid_block.attentions.0.to_q",
+    "mid.attn_1.k": "mid_block.attentions.0.to_k",
+    "mid.attn_1.v": "mid_block.attentions.0.to_v",
+    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+    **under("mid.block_2", "mid_block.resnets.1", BFL_RESIDUAL_BLOCK),
+}
+BFL_VAE = {
+    **under("encoder", "encoder", BFL_ENDS),
+    **under("encoder.down.{}.block.{}", "encoder.down_blocks.{}.resnets.{}", BFL_RESIDUAL_BLOCK),
+    "encoder.down.{}.downsample.conv": "encoder.down_blocks.{}.downsamplers.0.conv",
+    **under("decoder", "decoder", BFL_ENDS),
+    **under("decoder.up.{}.block.{}", "decoder.up_blocks.{}.resnets.{}", BFL_RESIDUAL_BLOCK),
+    "decoder.up.{}.upsample.conv": "decoder.up_blocks.{}.upsamplers.0.conv",
+}
+
+
 # How the name of one tensor ends that every model of its kind has, and what may stand before that.
 MARKS = {
     "dit": ("visual_embeddings.in_layer.weight", ("",)),
@@ -264,6 +296,8 @@ def respell(model: str, tensors: dict) -> dict:
     tensors = unwrap(model, tensors)
     if model == "clip" and "positional_embedding" in tensors:
         tensors = respell_openai_clip(tensors)
+    if model == "vae2d" and "encoder.down.0.block.0.norm1.weight" in tensors:
+        tensors = respell_bfl_vae(tensors)
     respelled = {}
     for name, tensor in tensors.items():
         start = next((start for start in RESPELLED[model] if name.startswith(start)), "")
@@ -292,4 +326,19 @@ def respell_openai_clip(tensors: dict) -> dict:
             respelled[f"{OPENAI_CLIP[template].format(*indices)}.{kind}"] = tensor
         else:
             respelled[name] = tensor
+    return respelled
+
+
+def respell_bfl_vae(tensors: dict) -> dict:
+    """Black Forest Labs' names → diffusers'; a 1×1 conv (C, C, 1, 1) is a matrix (C, C)."""
+    stages = {int(name.split(".")[2]) for name in tensors if re.match(r"decoder\.up\.\d+\.", name)}
+    respelled = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        template, indices = as_template(module)
+        if template.startswith("decoder.up.{}"):
+            indices[0] = str(max(stages) - int(indices[0]))
+        if ".attn_1." in name and tensor.shape[2:] == (1, 1):
+            tensor = replace(tensor, shape=tensor.shape[:2])
+        respelled[f"{BFL_VAE[template].format(*indices)}.{kind}" if template in BFL_VAE else name] = tensor
     return respelled

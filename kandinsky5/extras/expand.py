@@ -26,6 +26,7 @@ from kandinsky5.files import read_text
 from kandinsky5.qwen import generate
 from kandinsky5.qwen_vision import build_positions, resize
 from kandinsky5.request import Image, Request, check_texts, read_images
+from kandinsky5.runtime.memory import during
 from kandinsky5.runtime.offload import awake
 from kandinsky5.screen import bar, printable
 from kandinsky5.text_encoder import TextEncoder
@@ -103,6 +104,7 @@ def expand_all(
     return expanded[0] if isinstance(prompt, str) else expanded
 
 
+@during("expanding the prompt")
 @torch.no_grad()
 def expand(
     text_encoder: TextEncoder,

@@ -235,11 +235,11 @@ def _note_other_weights(path: str, made_by: tuple[str, str], this: tuple[str, st
 
 def _show(path: str, recorded: dict, given: dict) -> None:
     """Lines on stderr: what is going to be made, and what of the file a replay leaves out or is slow at."""
-    asked = recorded | given
+    now = recorded | given
     size = "{height}x{width}, frames: {num_frames}, steps: {num_inference_steps}, "
-    size = size.format(**asked) if asked.keys() >= set(FROM_CHECKPOINT[1:5]) else ""
-    files = [asked["checkpoint"], asked["image"], *(one["file"] for one in recorded["loras"] if "loras" not in given)]
-    shown = f'"{printable(asked["prompt"], 100)}", {size}seed {asked["seed"]}, with {listed(list(filter(None, files)))}'
+    size = size.format(**now) if now.keys() >= set(FROM_CHECKPOINT[1:5]) else ""
+    files = [now["checkpoint"], now["image"], *(one["file"] for one in recorded["loras"] if "loras" not in given)]
+    shown = f'"{printable(now["prompt"], 100)}", {size}seed {now["seed"]}, with {listed(list(filter(None, files)))}'
     say(printable(f"replaying {path}: {shown}"))
     if recorded["version"] != __version__:
         versions = f"version {recorded['version']}, this is {__version__}: they may draw it differently"

@@ -18,7 +18,7 @@ from kandinsky5.checkpoint import find_checkpoint, find_part, find_weights
 from kandinsky5.config import NANO_NAMES, PRESETS, PipelineConfig
 from kandinsky5.config_file import load_config
 from kandinsky5.request import Request
-from kandinsky5.runtime.budget import CONTEXT, Choice, choices, first_that_fits, moments, peak
+from kandinsky5.runtime.budget import CONTEXT, Choice, all_at_once, choices, first_that_fits, moments, peak
 from kandinsky5.runtime.device import DTYPES
 from kandinsky5.runtime.offload import MODES
 from kandinsky5.screen import printable
@@ -86,7 +86,12 @@ def describe(name: str, config: PipelineConfig, choice: Choice) -> str:
         cells = (moment.weights, moment.computed, moment.total)
         lines.append(f"{moment.name:10}" + "".join(f"{cell / 1e9:10.1f}" for cell in cells))
     most = max(moment.total for moment in found)
-    return "\n".join([*lines, f"peak {most / 1e9:.1f} GB; with CUDA's own, a card of {(most + CONTEXT) / 1e9:.1f} GB"])
+    lines.append(f"peak {most / 1e9:.1f} GB; with CUDA's own, a card of {(most + CONTEXT) / 1e9:.1f} GB")
+    if (whole := all_at_once(config, choice)) > found[1].computed:
+        lines.append(
+            f"where memory is plenty, sampling computes all tokens at once: {whole / 1e9:.1f} GB, in less time"
+        )
+    return "\n".join(lines)
 
 
 def advise(config: PipelineConfig, choice: Choice) -> str:

@@ -6,20 +6,21 @@ measured on a GPU.
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from kandinsky5.checkpoint import without_weights
+from kandinsky5.checkpoint import models_of, without_weights
 from kandinsky5.config import PipelineConfig
-from kandinsky5.runtime.loading import build_models
-from kandinsky5.runtime.memory import dit_memory, vae_memory
+from kandinsky5.runtime.loading import CLASSES
+from kandinsky5.runtime.memory import AROUND, LATENTS, dit_memory, text_memory, vae_memory
+from kandinsky5.runtime.pieces import PIECE
 from kandinsky5.runtime.quantize import Int8Linear, to_int8
 
 CONTEXT = 1_000_000_000  # bytes of a card that CUDA and the allocator's gaps need: an assumption
-PROMPT = 400  # tokens that Qwen reads of a template and a long prompt
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,40 @@ class Moment(NamedTuple):
 
 
 def moments(config: PipelineConfig, choice: Choice) -> list[Moment]:
-    """Encoding, a DiT forward and decoding of one video of the config's own size."""
+    """Encoding, a step and decoding of one video of the config's own size.
+
+    The step is in pieces, as it is where memory is short (`all_at_once`). With editing Qwen sees an image of the
+    result's size.
+    """
     sizes = weigh(config, choice.quantize, choice.dtype)
     here = {name: size.streamed if choice.offload == "blocks" else size.whole for name, size in sizes.items()}
-    sampling, vae, qwen = config.sampling, config.vae, config.qwen
-    frames = (sampling.num_frames - 1) // vae.time_factor + 1
-    grid = (frames, sampling.height // vae.space_factor, sampling.width // vae.space_factor)
+    seen = [(config.sampling.height // 2, config.sampling.width // 2)] if config.edits else []
+    texts = 1 if config.sampling.guidance_scale == 1 else 2
+    words = text_memory(config, texts, config.text.max_tokens + AROUND, seen, choice.dtype)
     tiling = replace(config.tiling, space=choice.tile_space)
-    words = choice.dtype.itemsize * PROMPT * (3 * qwen.ff_dim + 6 * qwen.dim)  # of both passes of guidance, in turn
     found = [
         Moment("encoding", sum(here.values()) - here["dit"] - here["vae"], words + sizes["qwen"].widened),
-        Moment("sampling", here["dit"], dit_memory(config.dit, (1, *grid), choice.dtype) + sizes["dit"].widened),
-        Moment("decoding", here["vae"], vae_memory(vae, grid, choice.dtype, tiling)),
+        Moment("sampling", here["dit"], all_at_once(config, choice, PIECE)),
+        Moment("decoding", here["vae"], vae_memory(config.vae, latent_grid(config), choice.dtype, tiling)),
     ]
     if choice.offload:
         return found
     return [moment._replace(weights=sum(here.values())) for moment in found]
+
+
+def all_at_once(config: PipelineConfig, choice: Choice, piece: int | None = None) -> int:
+    """Bytes that a step computes with all tokens at once, as where memory is plenty, or in pieces."""
+    widened = weigh(config, choice.quantize, choice.dtype)["dit"].widened
+    size, channels = (1, *latent_grid(config)), config.vae.latent_channels
+    latents = 4 * LATENTS * math.prod(size) * channels
+    return dit_memory(config.dit, size, choice.dtype, piece) + latents + widened
+
+
+def latent_grid(config: PipelineConfig) -> tuple[int, int, int]:
+    """Latents (T, h, w) of a video of the config's own size."""
+    video, vae = config.sampling, config.vae
+    frames = (video.num_frames - 1) // vae.time_factor + 1
+    return frames, video.height // vae.space_factor, video.width // vae.space_factor
 
 
 def peak(config: PipelineConfig, choice: Choice) -> int:
@@ -83,25 +102,26 @@ class Size(NamedTuple):
     widened: int  # the largest weight in int8, as it is while its layer runs
 
 
-@functools.cache
 def weigh(config: PipelineConfig, quantize: str | None, dtype: torch.dtype) -> dict[str, Size]:
     """The size of each model. Float32 layers count in half precision where files have them so."""
+    return {name: weigh_model(name, getattr(config, name), quantize, dtype) for name in models_of(config)}
+
+
+@functools.cache
+def weigh_model(name: str, sizes: Any, quantize: str | None, dtype: torch.dtype) -> Size:
+    """The size of one model; sizes: its config."""
     with without_weights():
-        models = build_models(config)
-    sizes = {}
-    for name, model in models.items():
-        if quantize:
-            to_int8(model)
-        whole = _bytes(model, dtype)
-        resting = [
-            _bytes(blocks, dtype) - 2 * max(_bytes(block, dtype) for block in blocks)
-            for blocks in model.children()
-            if isinstance(blocks, nn.ModuleList) and hasattr(model, "run_blocks")
-        ]
-        streamed = whole - sum(max(rest, 0) for rest in resting)
-        widest = max((m.weight.numel() for m in model.modules() if isinstance(m, Int8Linear)), default=0)
-        sizes[name] = Size(whole, streamed, dtype.itemsize * widest)
-    return sizes
+        model = CLASSES[name](sizes)
+    if quantize:
+        to_int8(model)
+    whole = _bytes(model, dtype)
+    resting = [
+        _bytes(blocks, dtype) - 2 * max(_bytes(block, dtype) for block in blocks)
+        for blocks in model.children()
+        if isinstance(blocks, nn.ModuleList) and hasattr(model, "run_blocks")
+    ]
+    widest = max((m.weight.numel() for m in model.modules() if isinstance(m, Int8Linear)), default=0)
+    return Size(whole, whole - sum(max(rest, 0) for rest in resting), dtype.itemsize * widest)
 
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:

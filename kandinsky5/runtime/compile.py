@@ -10,6 +10,8 @@ depend on size and threads. What is compiled is `FastGroupNorm.activate`, which 
 """
 
 import functools
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,20 +27,24 @@ from kandinsky5.runtime.kernels import attend_through
 from kandinsky5.vae import VAE
 from kandinsky5.vae2d import VAE2D
 
-HOW: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 32}
+HOW: dict[str, Any] = {"dynamic": True, "fullgraph": True}
+GRAPHS = 32  # most of one function: for one sample or several, masks, pieces, single frames
 
 
-def check_compile(compile: bool | str, device: torch.device) -> bool:
+def check_compile(compile: bool | str, device: torch.device, sharded: bool = False) -> bool:
     """Whether to compile: "auto" is yes on CUDA if Triton and a C compiler are there (a fifth of a step, computed).
 
+    sharded: whether weights are spread over ranks: they come and go inside of blocks, which then cannot be one graph.
     Raises ValueError for another text, and for True where a compiler is missing, in a line that says which.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile {compile!r}: choose True, False or 'auto'")
+    if sharded and compile is True:
+        raise ValueError("compile: sharded weights come and go inside of a block: leave one of the two out")
     missing = compiler_missing(device.type)
     if compile is True and missing:
         raise ValueError(f"compile: there is no {missing}; or do without (--no-compile)")
-    return device.type == "cuda" and not missing if compile == "auto" else bool(compile)
+    return device.type == "cuda" and not missing and not sharded if compile == "auto" else bool(compile)
 
 
 def compile_models(dit: DiT, vae: VAE | VAE2D, attention: str = "auto", backend: str = "inductor") -> None:
@@ -46,7 +52,7 @@ def compile_models(dit: DiT, vae: VAE | VAE2D, attention: str = "auto", backend:
 
     attention: one of `kernels.KERNELS`. The DiT's blocks lose their fast forms, which the compiler does better.
     """
-    how = HOW | {"backend": backend}
+    how = HOW | allow_recompiling() | {"backend": backend}
     for block in [*dit.text_blocks, *dit.visual_blocks]:
         fast.remove(block)
         fast.swap(block, {Attention: RealAttention})
@@ -59,6 +65,15 @@ def compile_models(dit: DiT, vae: VAE | VAE2D, attention: str = "auto", backend:
     for module in vae.decoder.modules():
         if isinstance(module, FastGroupNorm):  # a graph for each width, and for single frames
             module.activate = torch.compile(module.activate, **how)  # type: ignore[method-assign]
+
+
+def allow_recompiling() -> dict[str, int]:
+    """The argument of torch.compile that allows so many GRAPHS; in PyTorch 2.11 a setting of the whole process."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": GRAPHS}
+    settings: Any = importlib.import_module("torch._dynamo.config")
+    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
+    return {}
 
 
 def is_compiled(dit: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +13,13 @@ from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.qwen import Qwen, QwenHead
 from kandinsky5.qwen_vision import QwenVision
+from kandinsky5.runtime.memory import during
 from kandinsky5.runtime.offload import rest
 from kandinsky5.runtime.quantize import prepare
 from kandinsky5.vae2d import build_vae
+
+if TYPE_CHECKING:
+    from kandinsky5.runtime.parallel import Ranks
 
 CLASSES: dict[str, Callable[..., nn.Module]] = {
     "dit": DiT,
@@ -26,12 +30,27 @@ CLASSES: dict[str, Callable[..., nn.Module]] = {
     "qwen_head": QwenHead,
 }
 
+SHARED = ("dit", "qwen")  # the large ones
+
+
+def find_ranks(ranks: "str | Ranks | None", config: PipelineConfig, device: torch.device) -> "Ranks | None":
+    """The processes that share a video, as `parallel.find_ranks` says; None stays None. They must use that device."""
+    if ranks is None:
+        return None
+    from kandinsky5.runtime import parallel  # importing it takes half a second
+
+    found = parallel.find_ranks(ranks, config, device)
+    if found and found.device.type != device.type:
+        raise ValueError(f"ranks on {found.device}, models on {device}: give Ranks device={device.type!r} too")
+    return found
+
 
 def build_models(config: PipelineConfig) -> dict[str, Any]:
     """A checkpoint's models by name, in the order of `checkpoint.models_of`."""
     return {name: CLASSES[name](getattr(config, name)) for name in checkpoint.models_of(config)}
 
 
+@during("loading the weights")
 def load_models(
     folder: Path,
     config: PipelineConfig,
@@ -39,14 +58,22 @@ def load_models(
     dtype: torch.dtype,
     offload: str | None = None,
     quantize: str | None = None,
+    ranks: "Ranks | None" = None,
 ) -> dict[str, Any]:
-    """The same with the weights in `folder` or its base. Raises ValueError if config.json does not fit them."""
+    """The same with the weights in `folder` or its base, those of DiT and Qwen spread if `ranks` are to share them.
+
+    Raises ValueError if config.json does not fit them.
+    """
     with checkpoint.without_weights():
         models = build_models(config)
     for name, model in models.items():
         place = checkpoint.find_part(folder, name, config.base)
         weights = prepare(model, checkpoint.find_weights(place, name), quantize)
-        if offload:
+        if ranks and ranks.shard and name in SHARED:
+            from kandinsky5.runtime.shard import load_shards
+
+            load_shards(model, place, name, device, dtype, ranks.team, weights)
+        elif offload:
             rest(model, checkpoint.map_weights(model, place, name, dtype, weights), device, offload)
         else:
             checkpoint.load_weights(model, place, name, device, dtype, weights)

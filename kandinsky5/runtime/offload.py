@@ -24,14 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky5.dit import DiT
+from kandinsky5.runtime.free import free_memory
 
 MODES = ("model", "blocks")
 
 
-def check_mode(mode: str | None) -> None:
-    """Raise ValueError unless it is None or one of MODES."""
+def check_mode(mode: str | None, sharded: bool = False) -> None:
+    """Raise ValueError unless it is None or, where no weights are spread over ranks, one of MODES."""
     if mode is not None and mode not in MODES:
         raise ValueError(f"offload {mode!r}: choose {' or '.join(MODES)}, or leave it out to keep all on the device")
+    if mode and sharded:
+        raise ValueError(f"offload {mode!r}: sharded weights are on their devices in shares: leave one of the two out")
 
 
 def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, mode: str) -> nn.Module:
@@ -40,8 +43,6 @@ def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, 
     weights: read-only views (`checkpoint.map_weights`) by parameter name, in any precision; computation is in the
     model's. With mode "blocks" the model's `run_blocks` brings each block's weights when the block's turn comes.
     """
-    from kandinsky5.runtime.memory import free_memory  # which knows resting models
-
     own, streamed = dict(weights), []
     for name, blocks in model.named_children():
         if mode == "blocks" and isinstance(blocks, nn.ModuleList) and hasattr(model, "run_blocks"):

@@ -40,28 +40,22 @@ class PiecewiseVisualBlock(VisualBlock):
         grid: tuple[int, int, int],  # (T, H, W) of tokens
     ) -> Tensor:
         modulation = self.modulation(vec)  # nine (B, 1, dim)
-        q, k, v = (torch.empty_like(x) for _ in range(3))  # (B, L, dim)
+        head_dim = self.self_attention.head_dim
+        q, k, v = (rearrange(torch.empty_like(x), "B L (N D) -> B N L D", D=head_dim) for _ in range(3))
         places = [slice(start, start + self.piece) for start in range(0, x.shape[1], self.piece)]
         for here in places:
-            q[:, here], k[:, here], v[:, here] = self.project(x[:, here], rotations[here], *modulation[:2])
-        heads = (rearrange(y, "B L (N D) -> B N L D", D=self.self_attention.head_dim) for y in (q, k, v))
+            q[:, :, here], k[:, :, here], v[:, :, here] = self.project(x[:, here], rotations[here], *modulation[:2])
+        out = self.self_attention.attend(q, k, v, mask=None, nabla=nabla, grid=grid)  # (B, N, L, D)
         del q, k, v
-        out = self.self_attention.attend(*heads, mask=None, nabla=nabla, grid=grid)  # (B, N, L, D)
         result = torch.empty_like(x)
         for here in places:
             result[:, here] = self.finish(x[:, here], out[:, :, here], text, text_mask, *modulation[2:])
         return result
 
     def project(self, x: Tensor, rotations: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some tokens x (B, L, dim), normalised and rotated: (B, L, dim) each."""
-        attention = self.self_attention
+        """Queries, keys and values (B, N, L, D) of some tokens x (B, L, dim)."""
         y = modulate(self.norm(x), shift, scale).type_as(x)
-        q, k = (
-            rearrange(to(y), "B L (N D) -> B N L D", D=attention.head_dim) for to in (attention.to_q, attention.to_k)
-        )
-        q, k = attention.rotate(attention.q_norm(q), rotations), attention.rotate(attention.k_norm(k), rotations)
-        q, k = (rearrange(y, "B N L D -> B L (N D)") for y in (q, k))
-        return q, k, attention.to_v(y)
+        return self.self_attention.project(y, y, rotations)
 
     def finish(
         self, x: Tensor, out: Tensor, text: Tensor, text_mask: Tensor | None,

@@ -222,11 +222,11 @@ def test_config_and_tensors_that_contradict_are_both_shown(small, tmp_path):
             from_diffusers(copy, tmp_path / "native", only=model, progress=False)
     copy = Path(shutil.copytree(small / "transformer", tmp_path / "axes"))
     edit_json(copy / "config.json", lambda values: values.update(axes_dims=[16, 24, 24]))
-    with pytest.raises(ValueError, match=r"key_norm.weight is \(32,\) in the file, \(64,\) by the config.json"):
+    with pytest.raises(ValueError, match=r"key_norm.weight is \(32,\).*\(64,\).*config.json"):
         from_diffusers(copy, tmp_path / "native", only="dit", progress=False)
     copy = Path(shutil.copytree(small / "text_encoder_2", tmp_path / "gelu"))
     edit_json(copy / "config.json", lambda values: values.update(hidden_act="gelu"))
-    with pytest.raises(ValueError, match="hidden_act = 'gelu'; this code computes only 'quick_gelu'"):
+    with pytest.raises(ValueError, match="hidden_act = 'gelu'.*'quick_gelu'"):
         from_diffusers(copy, tmp_path / "native", only="clip", progress=False)
 
 

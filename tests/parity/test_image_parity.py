@@ -1,14 +1,16 @@
 """The image models against diffusers: components and whole pipelines, and their folders through the converter."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import image_cases
 import image_theirs
+from image_golden import bfl_names
 from kandinsky5 import Pipeline
 from kandinsky5.config_file import load_config
 from small_diffusers import PIPELINES, save_small_checkpoint
@@ -98,3 +100,17 @@ def test_inspect_names_the_image_vae(source, native):
     for folder in (source, native):
         (vae,) = (row for row in inspect(folder)["models"] if row["model"] == "vae")
         assert vae["sizes"]["dimensions"] == 2 and vae["missing tensors"] == vae["other tensors"] == 0
+
+
+def test_the_vae_under_its_makers_names(kind, source, native, tmp_path):
+    """Diffusers reads the file that is written here as the same model, and so do we."""
+    stem = "diffusion_pytorch_model.safetensors"
+    file = tmp_path / "ae.safetensors"
+    save_file(bfl_names(load_file(source / "vae" / stem)), file)
+    shutil.copy(source / "vae" / "config.json", tmp_path)  # of other sizes than FLUX.1's
+    theirs = AutoencoderKL.from_single_file(str(file), config=str(source / "vae"))
+    from_official(tmp_path / "new", vae=file, only="vae", base=native, progress=False)
+    assert same(native, tmp_path / "new")
+    assert load_config(native / "config.json").vae == load_config(tmp_path / "new" / "config.json").vae
+    expected = load_file(source / "vae" / stem)
+    assert all(tensor.equal(expected[name]) for name, tensor in theirs.state_dict().items())

@@ -9,7 +9,6 @@ files of this folder hold the ratios that the authors publish with their configu
 `python -m kandinsky5.extras.magcache`, which works for any checkpoint.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +127,8 @@ def skip_steps(dit: DiT, skips: Sequence[tuple[bool, ...]], together: bool) -> D
         residuals[number] = residual
         return out
 
-    skipping_dit = copy.copy(dit)
+    skipping_dit = object.__new__(type(dit))  # as copy.copy, which a class of FSDP2 does not allow
+    vars(skipping_dit).update(vars(dit))
     skipping_dit.run_blocks = run_blocks  # type: ignore[method-assign]
     return skipping_dit
 

@@ -1,0 +1,227 @@
+"""The processes that torchrun starts: they join, agree on what they do, and end together.
+
+    torchrun --nproc-per-node 4 sample.py "a red fox runs through snow" --checkpoint weights/lite
+
+torchrun gives each process its RANK, the WORLD_SIZE and the address of a store, a small dictionary that outlives any of
+them. What ends one rank ends all: whoever fails says so in the store and in one line, and the others, whose collectives
+fail or whom torchrun stops, find it there and stay silent.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kandinsky5.screen import Forgiving, printable, say
+
+GRACE = 3.0  # seconds in which a rank that fails tells the others why
+SECONDS = 600.0  # that a rank waits for the others by default, in a collective
+joined: dict[str, dist.Store] = {}  # "store": torchrun's, once this process has become one of the ranks
+meetings = itertools.count()
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that all ranks have agreed to end after, with what they saved."""
+
+
+def is_one_of_many() -> bool:
+    """Whether torchrun started this process, and others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def rank() -> int:
+    """This process's number; 0 for one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def time_limit() -> float:
+    """Seconds that a collective may take: KANDINSKY5_TIME_LIMIT, or ten minutes. Raises ValueError for no number."""
+    text = os.environ.get("KANDINSKY5_TIME_LIMIT", str(SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:
+        raise ValueError(
+            f"KANDINSKY5_TIME_LIMIT {text!r}: give the seconds that ranks wait for each other, such as 600"
+        )
+    return seconds
+
+
+def together(
+    main: Callable[[], int | None], explain: Callable[[BaseException], str | None],
+    stopped: str = "nothing was written",
+) -> int:  # fmt: skip
+    """Run `main` on all ranks and return its exit code; where one of them fails, end all with one line.
+
+    Only rank 0 is heard: what the others print goes nowhere, but for the line of an error.
+    explain: an error in one line, or None for a bug, which keeps its traceback; stopped: what an interruption leaves.
+    """
+    store = join(time_limit())
+    assert store is not None, "for one process alone, call main"
+    streams = sys.stdout, sys.stderr
+    if dist.get_rank():
+        sys.stdout = sys.stderr = Forgiving(None)
+    try:
+        try:
+            code = main() or 0
+        except Stopped:
+            say(f"interrupted: {stopped}")
+            code = 130
+        meet(seconds=time_limit())  # one that fails now ends the others too
+        dist.destroy_process_group()
+        return code
+    except BaseException as error:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        sys.stdout, sys.stderr = streams
+        code = report(error, store, explain, stopped)
+        for stream in streams:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)  # a thread that waits in a collective would keep the process
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def join(seconds: float = SECONDS) -> dist.Store | None:
+    """Become one of the ranks, by torchrun's variables, each on the GPU of its number if there are GPUs.
+
+    Returns the store, or None where this process is alone. seconds: that ranks wait for each other. Raises ValueError
+    where there are fewer GPUs than processes.
+    """
+    if not is_one_of_many():
+        return None
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if gpus:
+        if local >= gpus:
+            raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
+        torch.cuda.set_device(local)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    store.set(f"process {rank}", f"{socket.gethostname()} {os.getpid()}")
+    dist.init_process_group(  # gloo also has GPU machines' tensors on CPUs, such as what is agreed on
+        "cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("collectives", store), rank=rank,
+        world_size=world, timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
+    joined["store"] = store
+    return store
+
+
+def meet(value: Any = None, seconds: float = float("inf")) -> list[Any]:
+    """Wait until all ranks are here; returns the value of each, of JSON's types, by rank. One alone gets its own.
+
+    However long that takes, unless there is a limit: collectives have one, which an hour of other work would pass.
+    """
+    if not joined:
+        return [value]
+    store, world, number = joined["store"], dist.get_world_size(), next(meetings)
+    names = [f"meeting {number} {rank}" for rank in range(world)]
+    store.set(names[dist.get_rank()], json.dumps(value))
+    end = time.monotonic() + seconds
+    while not store.check(names):
+        if store.check(["failed"]):
+            raise SystemExit(2)  # which has been said there
+        if time.monotonic() > end:
+            raise RuntimeError(f"Timed out waiting {seconds:g} s for the others")
+        time.sleep(0.05)
+    return [json.loads(store.get(name)) for name in names]
+
+
+def agree(**values: object) -> None:
+    """Raise ValueError, which names the ranks, where a value is not the same on all of them."""
+    found: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    for name in values:
+        if others := [rank for rank, one in enumerate(found) if one[name] != found[0][name]]:
+            first, other = (printable(one[name], 80) for one in (found[0], found[others[0]]))
+            raise ValueError(
+                f"the {name} of rank {others[0]} is {other}, of rank 0 {first}: give all the same files and options"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- how they end
+
+
+def report(
+    error: BaseException, store: dist.Store, explain: Callable[[BaseException], str | None], stopped: str
+) -> int:
+    """Say why this rank ends, unless another one has; returns its exit code, 130 for an interruption."""
+    rank, code, line = dist.get_rank(), 2, None
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 2
+    elif isinstance(error, KeyboardInterrupt) or of_others(error):
+        line = find_culprit(error, store)
+        if line is None and isinstance(error, KeyboardInterrupt):
+            code, line = 130, f"interrupted: {str(error) or stopped}"
+    else:
+        reason = explain(error)
+        code = 1 if reason is None else 2
+        line = f"error: rank {rank}: {printable(reason)}" if reason else "".join(traceback.format_exception(error))
+        with contextlib.suppress(RuntimeError):
+            store.set("failed", f"{rank}")
+    if line and is_first(store, rank):
+        say(f"\n{line}")  # rank 0 may have left the cursor behind a bar
+    return code
+
+
+def of_others(error: BaseException) -> bool:
+    """Whether it comes from a collective, where another rank is missing."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+
+
+def find_culprit(error: BaseException, store: dist.Store) -> str | None:
+    """Why a collective failed, in a line; None where a rank has failed and says so itself, or nobody is missing."""
+    rank, world, phase = dist.get_rank(), dist.get_world_size(), "".join(getattr(error, "__notes__", ())[:1])
+    doing = f" while {phase}" if phase else ""
+    try:
+        store.set(f"waiting {rank}", "")
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end:
+            if store.check(["failed"]):
+                return None
+            if ended := [r for r in range(world) if r != rank and has_ended(store, r)]:
+                return f"error: rank {ended[0]} has ended{doing}, killed or out of memory: start all again"
+            time.sleep(0.1)
+        missing = [r for r in range(world) if not store.check([f"waiting {r}"])]
+    except RuntimeError:  # the store is gone, and with it the machine that started first
+        return f"error: rank {rank} lost its connection to the others{doing}: start all again"
+    if isinstance(error, KeyboardInterrupt):
+        return None
+    named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "the others"
+    return f"error: rank {rank} waited in vain for {named}{doing} ({printable(error, 100)}): start all again"
+
+
+def has_ended(store: dist.Store, rank: int) -> bool:
+    """Whether the process of that rank is gone, as far as this machine knows."""
+    host, _, number = store.get(f"process {rank}").decode().rpartition(" ")
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def is_first(store: dist.Store, rank: int) -> bool:
+    """Whether no other rank has spoken; without the store rank 0 speaks."""
+    try:
+        return store.add("spoken", 1) == 1
+    except RuntimeError:
+        return rank == 0
