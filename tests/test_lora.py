@@ -279,8 +279,11 @@ def test_a_video_carries_its_loras_and_replays_with_them(cli, here):
         lora.save(made, here / f"{name}.safetensors", {})
     code, _, lines = cli(*FOX, "--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--steps", "1", "-o", "x.mp4")
     assert code == 0 and [line for line in lines if "Foxy" in line and "--no-trigger" in line]
-    said = video_io.read_metadata("x.mp4")
-    assert [(one["file"], one["weight"]) for one in said["loras"]] == [("a.safetensors", 0.5), ("b.safetensors", 1.0)]
+    recorded = video_io.read_metadata("x.mp4")
+    assert [(one["file"], one["weight"]) for one in recorded["loras"]] == [
+        ("a.safetensors", 0.5),
+        ("b.safetensors", 1.0),
+    ]
     assert cli("--replay", "x.mp4", "-o", "y.mp4")[0] == 0
     assert Path("x.mp4").read_bytes() == Path("y.mp4").read_bytes()
     written = set()

@@ -64,11 +64,12 @@ MUTATIONS = {  # name: test, function, right, wrong
     "the authors' config forgotten": (read("official"), files.read_alphas, "if config is None", "if True"),
     "alpha pattern forgotten": (read("peft"), files.alphas_by_config, 'config.get("alpha_pattern")', "None"),
     "shift missing": (loss, flow.FlowTimes.sample, "self.shift * t / (1 + (self.shift - 1) * t)", "t"),
-    "clean latents for noisy ones": (loss, clip_loss.clip_loss, "noise.to(device), *told",
+    "clean latents for noisy ones": (loss, clip_loss.clip_loss, "noise[own].to(device), *told",
                                      "drawn.latents.to(device), *told"),
-    "captions never dropped": (told, clip_loss.clip_loss, "drop_condition(drawn.features, dropped, empty)",
+    "captions never dropped": (told, clip_loss.clip_loss, "drop_condition(drawn.features, dropped[own], empty)",
                                "drawn.features"),
-    "first frames never given": (told, clip_loss.clip_loss, "if shape[1] > 1 and given.any()", "if False"),
+    "first frames never given": (told, clip_loss.clip_loss, "some = shape[1] > 1 and bool(given.any())",
+                                "some = False"),
 }
 # fmt: on
 

@@ -100,7 +100,7 @@ def test_training_and_export_start_from_a_checkpoint(monkeypatch, tmp_path):
 def test_a_model_without_its_base_is_not_exported(monkeypatch, tmp_path):
     (tmp_path / "sparse").mkdir()
     (tmp_path / "sparse" / "state.pt").touch()
-    with pytest.raises(ValueError, match="has nano, which the others build on"):
+    with pytest.raises(ValueError, match="has nano,"):
         run(monkeypatch, export, "--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano")
     assert not (tmp_path / "to").exists()
 
@@ -108,7 +108,7 @@ def test_a_model_without_its_base_is_not_exported(monkeypatch, tmp_path):
 def test_missing_results_are_not_left_out_silently(monkeypatch, tmp_path):
     exporting = ["--runs", tmp_path, "--to", tmp_path / "to", "--vae", "nano", "--text", "nano"]
     for judged in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"--judged {judged} holds no results: judge first"):
+        with pytest.raises(ValueError, match=f"--judged {judged} .*no results"):
             run(monkeypatch, export, *exporting, "--judged", judged)
 
 
@@ -118,7 +118,7 @@ def test_a_card_carries_no_results_about_other_weights(monkeypatch, tmp_path, ra
     run(monkeypatch, export, *exporting)
     before = fingerprint(tmp_path / "to" / "nano")
     assert before != fingerprint(SHIPPED / "nano")
-    with pytest.raises(ValueError, match="judge_nano.json is about another nano: judge these weights"):
+    with pytest.raises(ValueError, match="judge_nano.json.*another nano"):
         run(monkeypatch, export, *exporting, "--judged", ROOT / "docs" / "judge")
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["nano"]
     assert fingerprint(tmp_path / "to" / "nano") == before

@@ -49,6 +49,7 @@ def test_a_given_image_moves_as_the_prompt_says(name):
     assert all(result["answers"]["motion and first frame"] for result in results), results
 
 
+@pytest.mark.stages
 def test_the_vae_reconstructs_clips_at_30_db():
     results = list(evaluate.evaluate(load("nano"), "VAE", 3))
     assert np.mean([result["psnr"] for result in results]) >= 30, results
@@ -60,12 +61,13 @@ def test_the_command_makes_a_video(tmp_path):
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("task", ["image to video", pytest.param("seen, English", marks=pytest.mark.stages)])
+@pytest.mark.stages
+@pytest.mark.parametrize("task", ["image to video", "seen, English"])
 def test_nano_10s_generates_long_clips_with_dropped_tiles(task):
     """Colour and motion, which need few steps."""
     pipe = load("nano-10s")
     with record_attention(pipe.dit, "visual_blocks.*.self_attention", keep=block_map) as seen:
-        results = list(evaluate.evaluate(pipe, task, 1, num_inference_steps=4))
+        results = list(evaluate.evaluate(pipe, task, 1, num_inference_steps=3))
     claims = ("background", "colour", "motion")  # not every caption states the background
     right = [result["answers"][name] for result in results for name in claims if name in result["answers"]]
     assert all(right), results

@@ -20,7 +20,7 @@ def scenes(count: int) -> list[Scene]:
 def texts(scene: Scene, language: str) -> set[str]:
     """Many captions without the variations in how people type."""
     rng = np.random.default_rng(0)
-    return {plain(write_caption(scene, language, rng).text) for _ in range(12000)}
+    return {plain(write_caption(scene, language, rng).text) for _ in range(3000 if len(scene.objects) == 1 else 12000)}
 
 
 def plain(text: str) -> str:

@@ -13,9 +13,8 @@ import torch
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import VAEConfig
 from kandinsky5.nano.clips import ClipStore, draw_batch, draw_videos
-from kandinsky5.nano.stages import load_dit, load_vae
+from kandinsky5.nano.stages import load_dit, load_text_encoder, load_vae
 from kandinsky5.nano.train_dit import TIMES
-from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.vae import VAE
 
 
@@ -94,7 +93,7 @@ def test_clips_that_were_removed_are_drawn_again(vae, tmp_path):
 
 def test_clips_are_not_drawn_into_a_folder_of_something_else(vae, tmp_path):
     (tmp_path / "count.json").write_text("foreign")
-    with pytest.raises(ValueError, match="holds something else than clips"):
+    with pytest.raises(ValueError, match="something else than clips"):
         ClipStore(tmp_path, vae, num_frames=5)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["foreign"]
 
@@ -125,7 +124,7 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
     with torch.no_grad():
         other.quant_conv.bias += 1
     for options in ({"seed": 5}, {"num_frames": 9}, {"vae": other}):
-        with pytest.raises(ValueError, match="another world, VAE, number of frames or precision"):
+        with pytest.raises(ValueError, match="another world, VAE"):
             ClipStore(tmp_path, **{"vae": vae, "num_frames": 5} | options)
     for dtype in (torch.float32, torch.bfloat16):  # one of them is not this machine's
         with mock.patch("kandinsky5.nano.clips.choose_dtype", return_value=dtype), contextlib.suppress(ValueError):
@@ -133,7 +132,7 @@ def test_clips_on_disk_of_another_world_are_refused(vae, tmp_path):
             fits.append(dtype)
     assert len(fits) == 1
     (tmp_path / "origin.txt").unlink()  # as folders were that only knew their world
-    with pytest.raises(ValueError, match="another world, VAE, number of frames or precision"):
+    with pytest.raises(ValueError, match="another world, VAE"):
         ClipStore(tmp_path, vae, num_frames=5)
 
 

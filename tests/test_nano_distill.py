@@ -11,9 +11,8 @@ from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import NablaConfig
 from kandinsky5.nano import distill, presets
 from kandinsky5.nano.clips import ClipStore, draw_batch
-from kandinsky5.nano.stages import load_dit, load_vae
+from kandinsky5.nano.stages import load_dit, load_text_encoder, load_vae
 from kandinsky5.nano.train_dit import TIMES
-from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.training.flow import FlowBatch, flow_loss, predict
 from kandinsky5.training.modes import training_precision

@@ -1,5 +1,6 @@
 """The judge of nano clips is right about what is drawn, also when blurred, and is not taken in by what is not."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -35,8 +36,8 @@ def test_a_new_shape_is_known_from_its_drawing():
         caption, drawn = write_caption(scene, "english", rng), world.draw_scene(scene)
         assert all_right(drawn, caption)
         right.append(all_right(degrade(drawn, rng), caption))
-        for shape in SHAPES:  # what nano draws instead of it
-            assert not all_right(world.draw_scene(change_first(scene, shape=shape)), caption)
+        shape = [*SHAPES][i % len(SHAPES)]  # what nano draws instead of it
+        assert not all_right(world.draw_scene(change_first(scene, shape=shape)), caption)
     assert np.mean(right) >= 0.9
 
 
@@ -201,9 +202,11 @@ def test_impostors_are_not_right(name):
     for rng, scene, caption in prompts(
         60, seed=8, num_objects=1 if name.startswith(("a second", "another one")) else None
     ):
-        if concerns(scene.objects[0]) and judged < 6:
+        if concerns(scene.objects[0]):
             judged += 1
             assert not all_right(impostor(scene, rng), caption), caption
+        if judged == 6:
+            break
     assert judged == 6
 
 
@@ -225,10 +228,12 @@ def test_a_motion_may_be_20_degrees_off_its_direction(degrees, right):
 
 
 def test_each_wrong_word_is_found_and_no_other():
+    @functools.cache
+    def report(scene: Scene) -> judge.ClipReport:
+        return judge.judge_clip(world.draw_scene(scene))
+
     def wrong(scene: Scene, caption: Caption) -> set[str]:
-        return {
-            key for key, right in judge.score(judge.judge_clip(world.draw_scene(scene)), caption).items() if not right
-        }
+        return {key for key, right in judge.score(report(scene), caption).items() if not right}
 
     for rng, scene, caption in prompts(16, seed=9, num_objects=1):
         obj = scene.objects[0]

@@ -1,6 +1,8 @@
 """What nano's stages refuse to start in or from."""
 
+import os
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,11 @@ from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.nano import distill, presets, train_dit, train_text, train_vae
 from kandinsky5.nano.stages import load_dit
 from kandinsky5.pipeline import Pipeline
-from tiny_training import tiny_run
+from kandinsky5.training.state import load_average
+from kandinsky5.vae import VAE
+from random_weights import relative_error
+from ranks import on_ranks
+from tiny_training import losses, tiny_run
 
 CHECKPOINT = ("--vae", "nano", "--text", "nano")
 
@@ -53,3 +59,27 @@ def test_a_teacher_with_nabla_is_loaded_without():
     assert teacher.config == presets.DIT
     weights = Pipeline.load("nano-10s", dtype=torch.float32).dit.state_dict()
     assert all(weight.equal(weights[name]) for name, weight in teacher.state_dict().items())
+
+
+def train_a_little(folder, world, accumulate=2):
+    """The first stage for three steps as one of `world` ranks: weights of its average, or the refusal."""
+    recipe = replace(train_vae.FRAMES_RECIPE, steps=3, accumulate=accumulate, dtype="float32")
+    with mock.patch.object(train_vae, "FRAMES", 4), mock.patch.dict(os.environ, {"WORLD_SIZE": str(world)}):
+        try:
+            return train_vae.train_frames(folder, recipe).state_dict()
+        except ValueError as error:
+            return str(error)
+
+
+@pytest.mark.stages
+def test_ranks_share_the_batches_of_a_stage(tmp_path):
+    alone = train_a_little(tmp_path / "alone", 1)
+    for weights in on_ranks(2, train_a_little, tmp_path / "together", 2):
+        assert all(relative_error(weights[name], alone[name]) < 1e-5 for name in alone)
+    assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert load_average(VAE(presets.VAE), tmp_path / "together").state_dict().keys() == alone.keys()
+
+
+def test_ranks_that_have_no_batch_each_are_refused(tmp_path):
+    for refusal in on_ranks(2, train_a_little, tmp_path, 2, 1):
+        assert "--accumulate 2" in refusal and "\n" not in refusal

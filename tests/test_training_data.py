@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from footage_files import flat, write
 from kandinsky5 import Pipeline, video_io
@@ -137,6 +138,15 @@ def test_latents_are_drawn_anew_in_every_step(clips):
     assert torch.equal(a, c) and not torch.equal(a, b)
 
 
+def test_means_are_the_same_in_every_step(pipe, clips):
+    one = replace(clips, clips=clips.clips[:1], entries=clips.entries[:1], texts=clips.texts[:1], means=True)
+    a, b = (one.batch([0, step, 0], 1) for step in (0, 1))
+    entry, scale = load_file(one.entries[0]), pipe.config.vae.scaling_factor
+    for mean, batches in (("mean", (a.latents, b.latents)), ("first_mean", (a.first_frame, b.first_frame))):
+        for latents in batches:
+            torch.testing.assert_close(latents[0].permute(3, 0, 1, 2), entry[mean] * scale)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_number_of_processes_shares_one_batch(clips, ranks):
     whole = clips.batch([5, 2, 0], 6)
@@ -190,6 +200,19 @@ def test_entries_are_keyed_by_content_and_settings(pipe, clips, tmp_path):
     assert found.encode(pipe.vae, pipe.text_encoder, tmp_path / "a", "others").entries != moved.entries
 
 
+@pytest.mark.parametrize(
+    ("function", "bar"), [("encode_clip", "encoding clips"), ("encode_caption", "encoding captions")]
+)
+def test_encoding_shows_its_progress_at_once(pipe, tmp_path, monkeypatch, capsys, function, bar):
+    def stop(*_):
+        assert f"{bar}:   0%" in capsys.readouterr().err
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, function, stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode(make_folder(tmp_path / "clips", 2), pipe, tmp_path / "cache")
+
+
 def test_damaged_and_half_written_entries_are_encoded_again(pipe, clips, tmp_path):
     folder = make_folder(tmp_path / "clips", 2)
     whole = encode(folder, pipe, tmp_path / "a")
@@ -218,14 +241,14 @@ def test_released_models_have_sizes_of_their_own():
 
 @pytest.mark.fuzz
 def test_killed_runs_end_with_the_same_bytes(tmp_path):
-    """SIGKILL at ten random moments of encoding 30 clips; then the same command to its end."""
+    """SIGKILL at 20 random moments of encoding 30 clips; then the same command to its end."""
     folder = make_folder(tmp_path / "clips", 30)
     encode(folder, small_pipe(), tmp_path / "unbroken")
     line = "import test_training_data as t, pathlib, sys; p = t.small_pipe(); print('begin', flush=True); "
     line += f"t.encode(pathlib.Path({str(folder)!r}), p, pathlib.Path({str(tmp_path / 'killed')!r}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     moments = random.Random(1)
-    for _ in range(10):
+    for _ in range(20):
         process = subprocess.Popen(
             [sys.executable, "-c", line], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )

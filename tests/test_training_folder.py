@@ -9,6 +9,7 @@ import pytest
 from footage_files import flat, write, write_sound
 from kandinsky5.config import PipelineConfig, SamplingConfig
 from kandinsky5.nano import presets
+from kandinsky5.nano.judge import judge_clip
 from kandinsky5.training.folder import ClipSettings, describe_files, find_clips
 
 CONFIG = PipelineConfig(sampling=SamplingConfig(height=32, width=48, num_frames=5, fps=10))
@@ -144,6 +145,10 @@ def test_the_lessons_folder_is_one_of_clips(tmp_path):
     spec = importlib.util.spec_from_file_location("draw_stars", path)
     draw_stars = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw_stars)
-    draw_stars.draw(tmp_path / "stars", 3)
-    found = find_clips(tmp_path / "stars", ClipSettings.of(presets.NANO), decode=True)
-    assert ["star" in clip.caption for clip in found.clips] == [True, True, False] and not found.left_out
+    draw_stars.draw(tmp_path / "stars", 3, takes=2)
+    found = find_clips(tmp_path / "stars", ClipSettings.of(presets.NANO, per_file=9), decode=True)
+    assert ["star" in clip.caption for clip in found.clips] == [True] * 4 + [False] * 2 and not found.left_out
+    for first, second in zip(found.clips[::2], found.clips[1::2], strict=True):
+        shown = [judge_clip(clip.read().numpy()).objects[0] for clip in (first, second)]
+        assert len({(one.colour, one.shape, one.motion, one.size) for one in shown}) == 1
+        assert len({one.position for one in shown}) == 2

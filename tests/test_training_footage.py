@@ -6,9 +6,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from av.video.reformatter import ColorTrc
+from PIL import Image
 
 from footage_files import flat, write, write_sound
-from kandinsky5 import video_io
 from kandinsky5.training.footage import Unusable, nearest_size, probe, read_frames
 
 LEVELS = [20, 60, 100, 140, 180, 220]
@@ -30,9 +30,9 @@ def test_frame_on_screen_follows_time_stamps(tmp_path):
     path = write(tmp_path / "a.mp4", flat(LEVELS), times)
     footage = probe(path)
     assert np.allclose(footage.times, times)
-    asked = sorted(random.Random(3).uniform(0, 1.59) for _ in range(30))
-    expected = [LEVELS[max(i for i, time in enumerate(times) if time <= t)] for t in asked]
-    assert near(shown(path, asked), expected)
+    moments = sorted(random.Random(3).uniform(0, 1.59) for _ in range(30))
+    expected = [LEVELS[max(i for i, time in enumerate(times) if time <= t)] for t in moments]
+    assert near(shown(path, moments), expected)
 
 
 def test_seeking_gives_the_same_frames(tmp_path):
@@ -95,9 +95,17 @@ def test_size_of_the_nearest_shape():
         assert nearest_size(type("", (), {"height": shape[0], "width": shape[1]}), sizes) == size
 
 
-def test_images_stand_still(tmp_path):
-    video_io.write_video(tmp_path / "a.png", flat([77]))
-    assert shown(tmp_path / "a.png", [0.0]) == [77]
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "avif", "bmp", "tif", "tiff", "gif"])
+def test_images_stand_still(tmp_path, ending):
+    path = tmp_path / f"a.{ending.upper() if ending == 'bmp' else ending}"
+    Image.fromarray(flat([77])[0]).save(path)
+    assert probe(path).times == () and near(shown(path, [0.0]), [77], 1)
+
+
+def test_a_gif_of_several_frames_moves(tmp_path):
+    first, *others = (Image.fromarray(frame) for frame in flat(LEVELS))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=100)
+    assert near(shown(tmp_path / "a.gif", [0.0, 0.3, 0.5]), [LEVELS[0], LEVELS[3], LEVELS[5]])
 
 
 def test_files_without_usable_video(tmp_path):

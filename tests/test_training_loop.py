@@ -9,7 +9,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.files import locked
 from kandinsky5.nano import presets
 from kandinsky5.training import loop, state
-from kandinsky5.training.loop import generator
+from kandinsky5.training.loop import MOST_SKIPPED, generator
 from kandinsky5.training.recipe import Recipe
 from tiny_training import TINY, losses, same_weights, tiny_run, train
 
@@ -31,11 +31,20 @@ def test_an_interrupted_run_ends_exactly_like_an_unbroken_one(tmp_path, dtype, m
 
 def test_a_second_cycle_ends_exactly_like_a_run_of_two(tmp_path, capsys):
     whole = tiny_run(tmp_path / "whole", steps=6, cycles=2, progress=False)
-    for cycles, said in ((1, []), (1, ["parts is finished at step 6"]), (2, ["parts resumes from step 6"])):
+    for cycles, notes in ((1, []), (1, ["parts is finished at step 6"]), (2, ["parts resumes from step 6"])):
         parts = tiny_run(tmp_path / "parts", steps=6, cycles=cycles, progress=False)
-        assert [line.split("/")[-1] for line in capsys.readouterr().err.splitlines()] == said
+        assert [line.split("/")[-1] for line in capsys.readouterr().err.splitlines()] == notes
     assert all(same_weights(a, b) for a, b in zip(whole, parts, strict=True))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "parts")) == 6
+
+
+def test_training_shows_its_progress_at_once(tmp_path, capsys):
+    def loss(seed):
+        assert "0/5" in capsys.readouterr().err
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(nn.Linear(1, 1), loss, Recipe(steps=5, dtype="float32"), tmp_path)
 
 
 def test_rows_logged_after_the_last_save_are_dropped(tmp_path):
@@ -88,6 +97,22 @@ def test_a_batch_that_is_not_a_number_leaves_the_weights_alone(tmp_path):
     model = nn.Linear(2, 2)
     train(model, loss, Recipe(4, warmup=0), tmp_path, progress=False)
     assert not weights[0].equal(weights[1]) and weights[1].equal(weights[2]) and not weights[2].equal(weights[3])
+
+
+def test_a_run_without_finite_gradients_ends(tmp_path, capsys):
+    """Single bad steps are named and passed over, a run of nothing else stops; the weights stay what they were."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+
+    def loss(seed):
+        bad = seed[1] in (1, 4, 5) or seed[1] >= 7
+        return model(torch.ones(1, 2)).sum() * (torch.inf if bad else 1), {}
+
+    with pytest.raises(ValueError, match=f"of {MOST_SKIPPED} steps in a row, up to step {7 + MOST_SKIPPED}"):
+        train(model, loss, Recipe(100), tmp_path, progress=False)
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert [line.split()[1] for line in said] == ["2", "5", "8"]
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_step_takes_the_mean_gradient_of_its_batches_clipped(monkeypatch, tmp_path):

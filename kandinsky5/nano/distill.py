@@ -29,15 +29,17 @@ from kandinsky5.nano.stages import (
     check_folder,
     choose_recipe,
     load_dit,
+    load_text_encoder,
     load_vae,
+    open_clips,
+    run,
+    train,
 )
 from kandinsky5.nano.train_dit import TIMES, clip_loss
-from kandinsky5.nano.train_text import load_text_encoder
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.distill import guided_target, step_target
 from kandinsky5.training.flow import FlowBatch, drop_condition, flow_loss, predict
-from kandinsky5.training.loop import train
 from kandinsky5.training.modes import replaced, training_precision
 from kandinsky5.training.recipe import Recipe
 
@@ -73,7 +75,8 @@ def main() -> None:
     if arguments.stage == "distilled" and checkpoint and checkpoint.config.sampling.guidance_scale != 1:
         raise ValueError(f"--teacher {arguments.teacher} needs guidance: distil steps from one like nano-nocfg")
     folder, config = arguments.folder, CONFIGS[arguments.stage]
-    clips = ClipStore(arguments.clips, vae, config.sampling.num_frames, config.sampling.height)
+    count = {"long": LONG_CLIPS_AT_FIRST, "sparse": SPARSE_CLIPS}.get(arguments.stage, DISTILLATION_CLIPS)
+    clips = open_clips(arguments.clips, vae, count, config.sampling.num_frames, config.sampling.height)
     stages = {"nocfg": distill, "distilled": distill, "long": train_long, "sparse": train_sparse}
     stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe)
 
@@ -195,4 +198,4 @@ def several_steps_target(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, STOPPED))
+    sys.exit(run(main, STOPPED))

@@ -24,8 +24,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.files import new_folder, write_text
 from kandinsky5.nano import presets, world
 from kandinsky5.nano.evaluate import DEFAULT_SETS, JUDGE_SEED, format_table
-from kandinsky5.nano.stages import is_checkpoint, load_vae
-from kandinsky5.nano.train_text import load_text_encoder
+from kandinsky5.nano.stages import is_checkpoint, load_text_encoder, load_vae
 from kandinsky5.nano.world import CANVAS
 from kandinsky5.training.state import load_average, load_progress, load_recipe
 

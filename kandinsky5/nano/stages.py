@@ -1,16 +1,28 @@
 """What nano's training stages share: their options, where they may live, and what they start from."""
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from kandinsky5 import cli
 from kandinsky5.checkpoint import find_shipped
+from kandinsky5.clip import CLIPText
 from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
+from kandinsky5.nano.clips import ClipStore
 from kandinsky5.pipeline import Pipeline
+from kandinsky5.qwen import Qwen
+from kandinsky5.runtime import launch
+from kandinsky5.text_encoder import TextEncoder
+from kandinsky5.tokenizer import Tokenizer
+from kandinsky5.training import loop, state_folder
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import load_average
 from kandinsky5.vae import VAE
@@ -19,8 +31,65 @@ RESUMES = "run the same command to resume (saved every minute; nothing is saved 
 STOPPED = f"{RESUMES}; clips already drawn are kept"
 
 
+def run(main: Callable[[], None], stopped: str) -> int:
+    """The exit code of a stage's command, on one process or on several under torchrun."""
+    if launch.is_one_of_many():
+        return cli.run(lambda: launch.together(main, cli.explain, stopped), stopped)
+    return cli.run(main, stopped)
+
+
+def train(model: nn.Module, loss: loop.Loss, recipe: Recipe, folder: Path, sample: Any = None, **options: Any) -> Any:
+    """`loop.train`; under torchrun each rank computes its share of a step's batches, and the first one samples.
+
+    Raises ValueError where the ranks cannot share them evenly.
+    """
+    if not launch.is_one_of_many():
+        return loop.train(model, loss, recipe, folder, sample, **options)
+    from kandinsky5.runtime.parallel import Ranks
+
+    ranks = Ranks(data=dist.get_world_size())
+    if recipe.accumulate % ranks.data:
+        raise ValueError(
+            f"{ranks.data} processes cannot share the {recipe.accumulate} batches of a step: give --accumulate "
+            f"{ranks.data}, or another multiple"
+        )
+    return loop.train(model, loss, recipe, folder, None if launch.rank() else sample, ranks=ranks, **options)
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Inside, the first rank is alone, and then come the others, who find what it has written."""
+    if launch.rank():
+        launch.meet()
+    yield
+    if not launch.rank():
+        launch.meet()
+
+
+def open_clips(folder: Path, vae: VAE, count: int, *sizes: int) -> ClipStore:
+    """The clips in a folder; on several ranks the first one draws `count` of them while the others wait."""
+    with first_rank_first():
+        clips = ClipStore(folder, vae, *sizes)
+        if launch.is_one_of_many():
+            clips.fill(count)
+    return clips
+
+
+def add_accumulate(parser: argparse.ArgumentParser) -> None:
+    """How many batches a step has, which processes share under torchrun."""
+    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="batches per step (default: 1)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1. Raises ArgumentTypeError for anything else."""
+    if not (text.isascii() and text.isdigit()) or int(text[:9]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return int(text[:9])
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of every run of a DiT."""
+    add_accumulate(parser)
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="of the run; an unfinished one resumes")
     add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")
@@ -37,6 +106,7 @@ def choose_recipe(parser: cli.Parser, arguments: argparse.Namespace, recipe: Rec
         given = f"--steps {steps}, --cycles {recipe.cycles}, --seed {arguments.seed}"
         parser.error(f"{given}: steps and cycles must be at least 1, the seed at least 0")
     options = {"steps": steps, "seed": arguments.seed, "checkpointing": arguments.checkpointing}
+    options["accumulate"] = arguments.accumulate
     return replace(recipe, **options, origin=str(origin or ""))
 
 
@@ -71,8 +141,21 @@ def load_vae(source: Path) -> VAE:
         vae = VAE(checkpoint.vae.config)
         vae.load_state_dict(checkpoint.vae.state_dict())
         return vae.eval().requires_grad_(False)
-    finished = "decoder" if (source / "decoder" / "state.pt").is_file() else "standardised"
+    finished = "decoder" if state_folder.find(source / "decoder") else "standardised"
     return load_average(VAE(presets.VAE), source / finished)
+
+
+def load_text_encoder(source: Path) -> TextEncoder:
+    """Both language models with their tokenizers, of a run's folder or of a checkpoint; frozen, in float32."""
+    if checkpoint := as_checkpoint(source):
+        return checkpoint.text_encoder
+    return TextEncoder(
+        presets.TEXT,
+        load_average(Qwen(presets.QWEN), source / "qwen", "qwen."),
+        load_average(CLIPText(presets.CLIP), source / "clip", "clip."),
+        Tokenizer.load(source / "qwen_tokenizer"),
+        Tokenizer.load(source / "clip_tokenizer"),
+    )
 
 
 def load_dit(source: Path) -> DiT:

@@ -19,11 +19,21 @@ from kandinsky5.dit import DiT
 from kandinsky5.nano import presets
 from kandinsky5.nano.clips import BATCH, CLIPS_AT_MOST, ClipStore, draw_batch
 from kandinsky5.nano.samples import sampler
-from kandinsky5.nano.stages import STOPPED, add_run_options, check_folder, choose_recipe, load_dit, load_vae
-from kandinsky5.nano.train_text import load_text_encoder
+from kandinsky5.nano.stages import (
+    STOPPED,
+    add_run_options,
+    check_folder,
+    choose_recipe,
+    load_dit,
+    load_text_encoder,
+    load_vae,
+    open_clips,
+    run,
+    train,
+)
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.training.flow import FlowBatch, FlowTimes, flow_loss, predict
-from kandinsky5.training.loop import Loss, train
+from kandinsky5.training.loop import Loss
 from kandinsky5.training.recipe import Recipe
 
 RECIPE = Recipe(
@@ -46,7 +56,7 @@ def main() -> None:
     dit = DiT(presets.DIT)
     if arguments.start_from:
         dit.load_state_dict(load_dit(arguments.start_from).state_dict())
-    clips = ClipStore(arguments.clips or arguments.folder / "clips", vae)
+    clips = open_clips(arguments.clips or arguments.folder / "clips", vae, CLIPS_AT_FIRST)
     sample = sampler(presets.NANO, vae, text_encoder, arguments.folder, 32)
     loss = clip_loss(dit, clips, text_encoder, times, presets.SAMPLING.rope_scale, CLIPS_AT_FIRST, BATCH)
     train(dit, loss, recipe, arguments.folder, sample, sample_every=2000)
@@ -104,4 +114,4 @@ def loss_by_time(predicted: Tensor, batch: FlowBatch) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, STOPPED))
+    sys.exit(run(main, STOPPED))

@@ -14,6 +14,7 @@ import json
 import string
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,14 +32,11 @@ from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano import presets
 from kandinsky5.nano.captions import LANGUAGES, Caption, write_caption
 from kandinsky5.nano.clips import draw_videos
-from kandinsky5.nano.stages import RESUMES, as_checkpoint, check_folder
+from kandinsky5.nano.stages import RESUMES, add_accumulate, check_folder, first_rank_first, run, train
 from kandinsky5.nano.world import COLOURS, MOTIONS, OPPOSITE, RADII, SHAPES, Scene, sample_scene
 from kandinsky5.qwen import Qwen
-from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import CLIP_SPLIT, QWEN_SPLIT, Tokenizer
-from kandinsky5.training.loop import train
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import load_average
 
 QWEN_RECIPE = Recipe(steps=1000, learning_rate=2e-3, ema=0.998)
 CLIP_RECIPE = Recipe(steps=3000, learning_rate=1e-3, ema=0.998)
@@ -54,25 +52,15 @@ def main() -> None:
     """Train tokenizers, Qwen and CLIP, each unless it is finished."""
     parser = cli.Parser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
-    folder = parser.parse_args().folder
+    add_accumulate(parser)
+    options = parser.parse_args()
+    folder, accumulate = options.folder, options.accumulate
     check_folder(folder, holds_runs=True)
-    if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
-        train_tokenizers(folder)
-    train_qwen(folder)
-    train_clip(folder)
-
-
-def load_text_encoder(folder: Path) -> TextEncoder:
-    """Both models with their tokenizers, of this stage's folder or of a checkpoint; frozen, in float32."""
-    if checkpoint := as_checkpoint(folder):
-        return checkpoint.text_encoder
-    return TextEncoder(
-        presets.TEXT,
-        load_average(LanguageModel(), folder / "qwen").qwen,
-        load_average(CaptionContrast(), folder / "clip").clip,
-        Tokenizer.load(folder / "qwen_tokenizer"),
-        Tokenizer.load(folder / "clip_tokenizer"),
-    )
+    with first_rank_first():
+        if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
+            train_tokenizers(folder)
+    train_qwen(folder, replace(QWEN_RECIPE, accumulate=accumulate))
+    train_clip(folder, replace(CLIP_RECIPE, accumulate=accumulate))
 
 
 def draw_pair(seed: list[int]) -> tuple[Scene, Caption]:
@@ -297,4 +285,4 @@ def as_set(caption: Caption) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, RESUMES))
+    sys.exit(run(main, RESUMES))

@@ -10,6 +10,7 @@ from one that averages three frames.
 import contextlib
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ from kandinsky5.nano.clips import draw_videos
 from kandinsky5.nano.evaluate import reconstruct
 from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.single_frame import forget_the_past, single_frame
-from kandinsky5.nano.stages import RESUMES, check_folder
+from kandinsky5.nano.stages import RESUMES, add_accumulate, check_folder, first_rank_first, run, train
 from kandinsky5.nano.world import SHAPES, coverage, draw_scene, sample_scene
 from kandinsky5.runtime import fast
 from kandinsky5.runtime.device import choose_dtype
-from kandinsky5.training.loop import generator, train
+from kandinsky5.training.loop import generator
 from kandinsky5.training.modes import autocast
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import load_average, save_average
@@ -53,12 +54,19 @@ def main() -> None:
     """Train on frames, on clips, standardise the latents, train the decoder; each unless it is finished."""
     parser = cli.Parser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
-    folder = parser.parse_args().folder
+    add_accumulate(parser)
+    options = parser.parse_args()
+    folder, accumulate = options.folder, options.accumulate
     check_folder(folder, holds_runs=True)
-    if not (folder / "standardised" / "state.pt").is_file():
-        vae = train_clips(folder / "clips", train_frames(folder / "frames"))
-        save_average(standardise(vae), folder / "standardised")
-    vae = train_decoder(folder / "decoder", load_average(VAE(presets.VAE), folder / "standardised"))
+    standardised = folder / "standardised"
+    if not (standardised / "state.pt").is_file():
+        vae = train_frames(folder / "frames", replace(FRAMES_RECIPE, accumulate=accumulate))
+        vae = train_clips(folder / "clips", vae, replace(CLIPS_RECIPE, accumulate=accumulate))
+        with first_rank_first():
+            if not (standardised / "state.pt").is_file():
+                save_average(standardise(vae), standardised)
+    start = load_average(VAE(presets.VAE), standardised)
+    vae = train_decoder(folder / "decoder", start, replace(DECODER_RECIPE, accumulate=accumulate))
     print(test(vae, folder / "decoder", DECODER_RECIPE.steps, count=300))
 
 
@@ -229,4 +237,4 @@ def test(vae: VAE, folder: Path, step: int, count: int = 24) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, RESUMES))
+    sys.exit(run(main, RESUMES))

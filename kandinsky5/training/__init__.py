@@ -15,4 +15,6 @@ report     what it says before and after
 modes      precision, attention and memory of a model in training
 validation the loss by flow time, of held-out samples
 state      a run on disk
+state_folder  likewise, of several processes
+spread     what each of several processes computes of a step, and what they tell each other
 """

@@ -4,6 +4,7 @@ clip_loss       of a batch drawn from a seed, as `loop.train` wants it
 held_out_loss   of clips that are not trained on, at fixed times and with fixed noise, so that steps compare
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.rope import scale_for_size
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training.data import Clips, read_features, read_latents
-from kandinsky5.training.flow import FlowBatch, FlowTimes, drop_condition, flow_batch, flow_loss, predict
+from kandinsky5.training.flow import FlowBatch, FlowTimes, drop_condition, flow_batch, flow_loss, mask_given, predict
 from kandinsky5.training.loop import Loss, generator
 from kandinsky5.training.validation import loss_by_flow_time
 
@@ -31,28 +32,32 @@ class Conditioning:
 
 
 def clip_loss(
-    dit: DiT, clips: Clips, batch_size: int, times: FlowTimes, conditioning: Conditioning, accumulate: int = 1
-) -> Loss:
+    dit: DiT, clips: Clips, batch_size: int, times: FlowTimes, conditioning: Conditioning, accumulate: int = 1,
+    rows: tuple[int, int] = (0, 1),
+) -> Loss:  # fmt: skip
     """The loss of `batch_size` clips, for `loop.train` with a recipe that accumulates as many batches.
 
     The seed decides clips, samples of their latents, times, noise, and who is told what.
+    rows (i, n): compute those of clips i, i + n, … alone, so scaled that the mean over the n parts is the loss of all.
     """
-    empty, device = clips.empty(), next(dit.parameters()).device
+    empty, device, own = clips.empty(), next(dit.parameters()).device, slice(rows[0], None, rows[1])
 
     def loss(seed: list[int]) -> tuple[Tensor, dict[str, float]]:
-        drawn = clips.batch(seed, batch_size, accumulate)
-        random, shape = generator([*seed, 2]), drawn.latents.shape
-        t, noise = times.sample(len(drawn.latents), random), torch.randn(shape, generator=random)
+        drawn = clips.batch(seed, batch_size, accumulate, *rows)
+        random, shape = generator([*seed, 2]), (batch_size, *drawn.latents.shape[1:])
+        t, noise = times.sample(batch_size, random), torch.randn(shape, generator=random)
         dropped, given = (
             torch.rand(len(t), generator=random) < share
             for share in (conditioning.caption_dropout, conditioning.first_frames)
         )
-        features = drop_condition(drawn.features, dropped, empty)
-        first = drawn.first_frame.to(device) if shape[1] > 1 and given.any() else None  # an image has no other frame
-        told = () if first is None else (first, given.to(device))
-        batch = flow_batch(dit, drawn.latents.to(device), t.to(device), noise.to(device), *told)
+        features = drop_condition(drawn.features, dropped[own], empty)
+        some = shape[1] > 1 and bool(given.any())  # an image has no other frame
+        told = (drawn.first_frame.to(device), given[own].to(device)) if some else ()
+        batch = flow_batch(dit, drawn.latents.to(device), t[own].to(device), noise[own].to(device), *told)
         predicted = _predict(dit, clips.config, features, batch)
-        return flow_loss(predicted, batch.velocity, batch.loss_mask), {}
+        mask = mask_given(batch_size, shape[1], given if some else None)
+        elements = mask.sum() * math.prod(shape[2:]) / rows[1] if rows[1] > 1 else None
+        return flow_loss(predicted, batch.velocity, batch.loss_mask, elements), {}
 
     return loss
 
@@ -65,7 +70,8 @@ def held_out_loss(dit: DiT, held: Clips, conditioning: Conditioning, seed: int =
     """
     device, found = next(dit.parameters()).device, []
     for i, (entry, text) in enumerate(zip(held.entries[:MOST_HELD_OUT], held.texts, strict=False)):
-        latents, first = (x.to(device) for x in read_latents([entry], held.config, generator([seed, i, 3])))
+        random = None if held.means else generator([seed, i, 3])
+        latents, first = (x.to(device) for x in read_latents([entry], held.config, random))
         predicts = partial(_predict, dit, held.config, read_features([text]))
         given = conditioning.first_frames == 1 and latents.shape[1] > 1
         told = (first, torch.ones(1, dtype=torch.bool, device=device)) if given else ()

@@ -7,6 +7,7 @@ features of each caption. An entry is named by a hash of all that it depends on,
 the same command resumes after a kill, and what is there already is verified. After `encode` the models are not needed.
 """
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch import Tensor
 from kandinsky5 import screen, vae_tiling, video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.files import locked, make_folder, replacing
+from kandinsky5.runtime import launch
 from kandinsky5.runtime.offload import awake, find_place
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.folder import Clip, ClipSettings, find_clips
@@ -52,6 +54,7 @@ class Clips:
     entries: tuple[Path, ...] = ()  # in the cache, of each clip
     texts: tuple[Path, ...] = ()  # likewise
     empty_text: Path | None = None
+    means: bool = False  # whether batches take the mean of each clip's latents instead of a sample
 
     @classmethod
     def open(
@@ -78,11 +81,13 @@ class Clips:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def encode(
-        self, vae: VAE, text_encoder: TextEncoder, cache: str | Path, origin: str, progress: bool = True
-    ) -> "Clips":
+        self, vae: VAE, text_encoder: TextEncoder, cache: str | Path, origin: str, progress: bool = True,
+        rank: int = 0, ranks: int = 1,
+    ) -> "Clips":  # fmt: skip
         """The same clips with everything encoded in `cache`, a folder; what is there already is verified, not redone.
 
         origin: of the weights, such as `checkpoint.fingerprint(folder, ("vae", "qwen", "clip"))`.
+        rank, ranks: one of that many processes, which encode their shares at the same time and wait for each other.
         Raises ValueError for a damaged clip and while another process encodes there, OSError for a full disk.
         """
         cache = Path(cache)
@@ -90,26 +95,32 @@ class Clips:
         texts = [*dict.fromkeys(clip.caption for clip in self.clips), ""]
         clip_names = [cache / f"{_key(origin, vae, repr(_identity(c)), self.config)}.safetensors" for c in self.clips]
         text_names = {t: cache / f"{_key(origin, text_encoder, t, self.config)}.safetensors" for t in texts}
-        with locked(cache, f"another process is encoding in {cache}: wait for it, or choose another folder"):
-            for left in cache.glob(".*.safetensors"):  # half written by a run that was killed
+        refusal = f"another process is encoding in {cache}: wait for it, or choose another folder"
+        meet = launch.meet if ranks > 1 else lambda: None
+        own = slice(rank, None, ranks)
+        with locked(cache, refusal) if rank == 0 else contextlib.nullcontext():
+            for left in cache.glob(".*.safetensors") if rank == 0 else ():  # half written by a run that was killed
                 left.unlink()
+            meet()
+            clips = list(zip(self.clips, clip_names, strict=True))[own]
             with (
-                screen.bar(len(self.clips), "encoding clips", "clip", show=progress) as bar,
+                screen.bar(len(clips), "encoding clips", "clip", show=progress) as bar,
                 awake(vae),
                 torch.no_grad(),
             ):
-                for clip, path in zip(self.clips, clip_names, strict=True):
+                for clip, path in clips:
                     _keep(path, partial(encode_clip, vae, clip, self.config))
                     bar.update()
             models = text_encoder.qwen, text_encoder.clip
             with (
-                screen.bar(len(texts), "encoding captions", "text", show=progress) as bar,
+                screen.bar(len(texts[own]), "encoding captions", "text", show=progress) as bar,
                 awake(*models),
                 torch.no_grad(),
             ):
-                for text, path in text_names.items():
-                    _keep(path, partial(encode_caption, text_encoder, text))
+                for text in texts[own]:
+                    _keep(text_names[text], partial(encode_caption, text_encoder, text))
                     bar.update()
+            meet()
         written = sum(path.stat().st_size for path in {*clip_names, *text_names.values()})
         if progress:
             screen.say(f"{cache}: {len(self.clips):,} clips and {len(texts) - 1:,} captions, {written:,} bytes")
@@ -151,7 +162,7 @@ class Clips:
         run, step, part = seed
         chosen = self.order(run, size, step * accumulate + part)
         random, mine = generator([*seed, 1]), slice(rank, None, ranks)
-        latents, first = read_latents([self.entries[i] for i in chosen], self.config, random)
+        latents, first = read_latents([self.entries[i] for i in chosen], self.config, None if self.means else random)
         features = read_features([self.texts[i] for i in chosen[mine]])
         return ClipBatch(latents[mine], first[mine], features, tuple(self.clips[i] for i in chosen[mine]))
 
@@ -240,13 +251,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise OSError(f"{path} cannot be read ({error}): run the same command again, which encodes it anew") from error
 
 
-def read_latents(paths: list[Path], config: PipelineConfig, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Samples of the posteriors: clips (B, T, h, w, 16) and their first frames (B, 1, h, w, 16), scaled, float32."""
+def read_latents(paths: list[Path], config: PipelineConfig, random: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Clips (B, T, h, w, 16) and their first frames (B, 1, h, w, 16), scaled, float32.
+
+    random: samples the posteriors; without it they are their means.
+    """
     entries = [_read(path) for path in paths]
     drawn = []
     for prefix in ("", "first_"):
         mean, logvar = (torch.stack([entry[prefix + name] for entry in entries]) for name in ("mean", "logvar"))
-        z = Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=random))  # (B, 16, T, h, w)
+        noise = torch.randn(mean.shape, generator=random) if random else torch.zeros_like(mean)
+        z = Posterior(mean, logvar).sample(noise)  # (B, 16, T, h, w)
         drawn.append((z * config.vae.scaling_factor).permute(0, 2, 3, 4, 1))
     return drawn[0], drawn[1]
 

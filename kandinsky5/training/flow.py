@@ -59,15 +59,22 @@ def flow_batch(
     channels are zeros, as in diffusers' pipeline_kandinsky_i2v.py. That frame has no loss.
     """
     B, T = latents.shape[:2]
-    loss_mask = latents.new_ones(B, T, 1, 1, 1)
     x = torch.lerp(latents, noise, t.view(B, 1, 1, 1, 1))
     condition = latents.new_zeros(*latents.shape[:-1], model.config.input_channels - model.config.in_channels)
     if given is not None:
         assert first_frame is not None and condition.shape[-1], (given.shape, condition.shape)
         x = torch.cat([torch.where(given.view(B, 1, 1, 1, 1), first_frame, x[:, :1]), x[:, 1:]], dim=1)
         condition[given, :1, ..., -1] = 1
-        loss_mask[given, 0] = 0
+    loss_mask = mask_given(B, T, given).to(latents)
     return FlowBatch(torch.cat([x, condition], dim=-1), t, noise - latents, loss_mask)
+
+
+def mask_given(B: int, T: int, given: Tensor | None = None) -> Tensor:
+    """(B, T, 1, 1, 1): 1, but 0 in frame 0 of the samples that are `given` (B,) it."""
+    loss_mask = torch.ones(B, T, 1, 1, 1, device=None if given is None else given.device)
+    if given is not None:
+        loss_mask[given, 0] = 0
+    return loss_mask
 
 
 def predict(model: DiT, x: Tensor, t: Tensor, features: TextFeatures, rope_scale: tuple[float, float, float]) -> Tensor:
@@ -78,10 +85,14 @@ def predict(model: DiT, x: Tensor, t: Tensor, features: TextFeatures, rope_scale
     return model(x, features.text, features.pooled, t, features.mask, rope_scale=rope_scale).float()
 
 
-def flow_loss(predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Tensor:
-    """Mean squared error of the velocity where loss_mask is 1; any shapes that broadcast."""
+def flow_loss(predicted: Tensor, target: Tensor, loss_mask: Tensor, elements: Tensor | None = None) -> Tensor:
+    """Mean squared error of the velocity where loss_mask is 1; any shapes that broadcast.
+
+    elements: what the sum is divided by, if these are not all samples of a batch.
+    """
     loss_mask = loss_mask.expand_as(target)
-    return ((predicted.float() - target).square() * loss_mask).sum() / loss_mask.sum()
+    elements = loss_mask.sum() if elements is None else elements
+    return ((predicted.float() - target).square() * loss_mask).sum() / elements
 
 
 def drop_condition(features: TextFeatures, dropped: Tensor, empty: TextFeatures) -> TextFeatures:

@@ -25,7 +25,7 @@ from kandinsky5.files import check_regular
 from kandinsky5.image_io import check_sides
 from kandinsky5.screen import printable
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")  # and GIFs of one frame
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 TICK = 5e-4  # seconds by which a time stamp may be late: containers round to milliseconds
 HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
@@ -60,8 +60,7 @@ class Footage:
 def probe(path: Path) -> Footage:
     """What `path` holds. Raises Unusable for a file without usable video, ValueError for a damaged one."""
     if path.suffix.lower() in IMAGES:
-        height, width, _ = video_io.read_image(path).shape
-        return Footage(path, height, width, ())
+        return _still(path)
     packets = []
     with _opened(path) as (container, stream):
         for packet in container.demux(stream):
@@ -69,6 +68,8 @@ def probe(path: Path) -> Footage:
                 raise ValueError(f"{path} is damaged: a part of it cannot be read")
             if packet.size and not packet.is_discard:
                 packets.append((packet.pts, packet.duration or 0))
+    if path.suffix.lower() == ".gif" and len(packets) == 1:
+        return _still(path)
     with _opened(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
@@ -120,6 +121,11 @@ def nearest_size(footage: Footage, sizes: Sequence[tuple[int, int]]) -> tuple[in
     """Of these (height, width) the one whose shape is nearest to the footage's, so that least is cropped."""
     shape = np.log(footage.height / footage.width)
     return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - shape))
+
+
+def _still(path: Path) -> Footage:
+    height, width, _ = video_io.read_image(path).shape
+    return Footage(path, height, width, ())
 
 
 def _decode(footage: Footage, times: Sequence[float], height: int, width: int, seek: float | None) -> list[Tensor]:

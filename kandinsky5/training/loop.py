@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,12 +24,17 @@ from torch import Tensor, nn
 from kandinsky5 import screen
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
-from kandinsky5.training import state
+from kandinsky5.runtime import launch
+from kandinsky5.training import spread, state
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.recipe import Recipe, build_optimizers, freeze, learning_rate, prepare_step
 from kandinsky5.training.state import Model, Run
 
+if TYPE_CHECKING:
+    from kandinsky5.runtime.parallel import Ranks
+
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
+MOST_SKIPPED = 20  # steps in a row without a finite gradient, after which a run ends
 
 
 def train(
@@ -42,56 +48,68 @@ def train(
     save_seconds: float = 60,
     stop_after: int | None = None,
     progress: bool = True,
+    ranks: "Ranks | None" = None,
+    average: Model | None = None,
 ) -> Model:
     """Train `model` in place; return a copy of it with the averaged weights, or itself if there is no average.
 
     loss: seed → a scalar, and values for the log; its only randomness is derived from the seed.
     folder: of the run. An unfinished run in it resumes, with exactly the result of one that was never interrupted.
-        Raises ValueError if `state.resume` refuses, or if another process is training there.
+        Raises ValueError if `state.resume` refuses, if another process is training there, and after `MOST_SKIPPED`
+        steps in a row whose gradient was not finite.
     sample: called with the averaged model every `sample_every` steps; what it returns goes to `samples.csv`.
     log_every: steps averaged in one row of the log. The state is saved along with a row, every `save_seconds`.
     stop_after: return after this step as if interrupted (the schedule is still the recipe's).
+    ranks: the processes that train it together (`spread.py`); all call this alike, and the first one writes.
+    average: what takes the averaged weights instead of a copy, which a sharded model does not allow.
     Ctrl-C and SIGTERM end the run after the step that is being taken, and save it; a second one ends it at once.
     """
-    folder = Path(folder)
+    folder, first = Path(folder), spread.is_first(ranks)
     make_folder(folder)
+    refusal = f"another process is training in {folder}: wait for it, stop it, or choose another folder"
     with (
-        locked(folder, f"another process is training in {folder}: wait for it, stop it, or choose another folder"),
-        _begin(model, recipe, folder) as run,
-        _interrupts() as interrupts,
+        locked(folder, refusal) if first else contextlib.nullcontext(),
+        _begin(model, recipe, folder, ranks, average) as run,
+        _interrupts(alone=ranks is None) as interrupts,
     ):
         total = recipe.cycles * recipe.steps
         last = min(total, total if stop_after is None else stop_after)
         start, saved, seconds_before = time.monotonic(), time.monotonic(), run.seconds
         if run.step:
             screen.say(f"{folder} {'resumes from' if run.step < last else 'is finished at'} step {run.step:,}")
-        with screen.bar(total, folder.name, "step", show=progress) as bar:
+        with screen.bar(total, folder.name, "step", show=progress and first) as bar:
             bar.n = bar.initial = run.step
             while run.step < last:
-                run.rows += _take_step(run, loss)
+                own = _take_step(run, loss)
+                wishes = (bool(interrupts), time.monotonic() - saved > save_seconds)
+                rows, (stop, due) = spread.tell_all(own, wishes) if ranks else (list(own.values()), wishes)
+                run.rows += rows
                 bar.update()
                 if sample is not None and run.step % sample_every == 0:
                     values = sample(run.average, run.step) or {}
-                    state.append_row(folder / "samples.csv", {"step": run.step, **values})
+                    if first:
+                        state.append_row(folder / "samples.csv", {"step": run.step, **values})
                 if run.step % log_every == 0 or run.step == last:
                     run.seconds = seconds_before + time.monotonic() - start
                     bar.set_postfix(loss=f"{_log(run):.4f}", refresh=False)
-                    if time.monotonic() - saved > save_seconds or run.step == last:
+                    if due or run.step == last:
                         state.save(run)
-                        state.plot_losses(folder / "loss.csv", folder / "loss.png")
+                        if first:
+                            state.plot_losses(folder / "loss.csv", folder / "loss.png")
                         saved = time.monotonic()
-                if interrupts:
+                if stop:
                     run.seconds = seconds_before + time.monotonic() - start
                     state.save(run)
-                    raise KeyboardInterrupt
+                    raise launch.Stopped
     return run.average
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def _interrupts(alone: bool = True) -> Iterator[list[int]]:
     """Inside, the first Ctrl-C or SIGTERM is only noted, as no step may be cut in two; from then on they act as before.
 
-    Only in the main thread, which alone receives them.
+    Only in the main thread, which alone receives them. One of many processes (not alone) notes all of them: torchrun
+    passes on what its processes have received already, and kills those that do not end.
     """
     noted: list[int] = []
     main = threading.current_thread() is threading.main_thread()
@@ -99,8 +117,9 @@ def _interrupts() -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         noted.append(number)
-        restore()
-        screen.say("interrupted: saving after this step (once more: stop at once)")
+        if alone:
+            restore()
+            screen.say("interrupted: saving after this step (once more: stop at once)")
 
     def restore() -> None:
         for number, handler in before.items():
@@ -115,15 +134,20 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
+def _begin(
+    model: Model, recipe: Recipe, folder: Path, ranks: "Ranks | None", average: Model | None
+) -> Iterator[Run[Model]]:
     """The run in `folder`, new or resumed; inside, its model trains as `modes.py` says."""
     if recipe.freeze:
         freeze(model, recipe.freeze)
-    average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else model
+    if average is None or not recipe.ema:
+        average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else model
     began_with = state.digest(model) if recipe.origin else ""
-    run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with)
+    run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with, ranks)
     state.resume(run)
-    for name in ("loss.csv", "samples.csv"):
+    if ranks:
+        launch.agree(step=run.step)
+    for name in ("loss.csv", "samples.csv") if spread.is_first(ranks) else ():
         state.drop_rows_after(folder / name, run.step)
     model.train()
     with contextlib.ExitStack() as changes:
@@ -132,29 +156,48 @@ def _begin(model: Model, recipe: Recipe, folder: Path) -> Iterator[Run[Model]]:
             if not isinstance(model, DiT):
                 raise ValueError(f"checkpointing is for a DiT, not for a {type(model).__name__}: leave it out")
             changes.enter_context(gradient_checkpointing(model))
+        changes.enter_context(spread.spread(model, ranks))
         yield run
 
 
-def _take_step(run: Run, loss: Loss) -> list[dict[str, float]]:
-    """One step of the optimizers and of the average; returns each batch's values for the log."""
-    recipe, rows = run.recipe, []
+def _take_step(run: Run, loss: Loss) -> dict[int, dict[str, float]]:
+    """One step of the optimizers and of the average; returns the values for the log of this process's batches."""
+    recipe, rows, batches = run.recipe, {}, spread.own_batches(run.recipe.accumulate, run.ranks)
     prepare_step(run.optimizers, run.step, recipe)
-    for batch in range(recipe.accumulate):
+    for batch in batches:
         with autocast(run.device, recipe.dtype):
             value, values = loss([recipe.seed, run.step, batch])
-        (value.float() / recipe.accumulate).backward()
-        rows.append({"loss": float(value.detach()), **values})
+        (value.float() / len(batches)).backward()
+        rows[batch] = {"loss": float(value.detach()), **values}
+    if run.ranks:
+        spread.average_gradients(run.model)
     blocks = gradient_norms(run.model)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
-    rows[-1] |= {"gradient": float(norm), **blocks}
+    norm = spread.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm))
+    rows[batches[-1]] |= {"gradient": float(norm), **blocks}
     if torch.isfinite(norm):  # one bad batch must not spoil the run
         for optimizer in run.optimizers:
             optimizer.step()
+        run.skipped = 0
+    else:
+        _skip(run, list(rows.values()))
     run.model.zero_grad(set_to_none=True)
     run.step += 1
     if recipe.ema:
         update_average(run.average, run.model, min(recipe.ema, (1 + run.step) / (10 + run.step)))
     return rows
+
+
+def _skip(run: Run, rows: list[dict[str, float]]) -> None:
+    """Say that this step changes no weights. Raises ValueError where the last ones did not either."""
+    run.skipped += 1
+    losses = ", ".join(f"{row['loss']:.4g}" for row in rows)
+    if run.skipped >= MOST_SKIPPED:
+        raise ValueError(
+            f"the gradients of {run.skipped} steps in a row, up to step {run.step + 1:,}, are not finite (loss "
+            f"{losses}): start another run with a lower learning rate, or in float32"
+        )
+    if run.skipped == 1:
+        screen.say(f"step {run.step + 1:,} is skipped: its gradient is not finite (loss {losses})")
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
@@ -164,19 +207,18 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     for name, block in ((f"{name}.{i}", block) for name, blocks in lists for i, block in blocks.named_children()):
         gradients = [p.grad for p in block.parameters() if p.grad is not None]
         if gradients:
-            norms[f"gradient {name}"] = float(torch.nn.utils.get_total_norm(gradients))
+            norms[f"gradient {name}"] = float(spread.whole(torch.nn.utils.get_total_norm(gradients)))
     return norms
 
 
 def _log(run: Run) -> float:
     """Append the mean of each value, over the rows that have it, to loss.csv; returns that of the loss."""
     rows, run.rows = run.rows, []
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
-    means = {name: float(f"{sum(v) / len(v):.6g}") for name, v in values.items()}
+    means = {name: float(f"{value:.6g}") for name, value in spread.mean(rows).items()}
     rate = learning_rate(run.step - 1, run.recipe)
     head = {"step": run.step, "seconds": round(run.seconds, 1), "rate": rate}
-    state.append_row(run.folder / "loss.csv", head | means)
+    if spread.is_first(run.ranks):
+        state.append_row(run.folder / "loss.csv", head | means)
     return means["loss"]
 
 

@@ -7,6 +7,7 @@ gradient_checkpointing  activations of the blocks are computed twice instead of 
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention, DiT, Float32Linear
 from kandinsky5.nabla import block_map
 from kandinsky5.runtime.device import choose_dtype
-from kandinsky5.runtime.fast import FastFloat32Linear, swapped
 from kandinsky5.runtime.kernels import block_sparse_attention
 from kandinsky5.runtime.offload import find_place
 
@@ -41,14 +41,6 @@ def replaced(module: nn.Module, **attributes: object) -> Iterator[None]:
         vars(module).update(before)
 
 
-class Island(Float32Linear):
-    """A `Float32Linear` that autocast leaves alone: (…, in) → (…, out) float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
-
-
 @contextlib.contextmanager
 def training_precision(model: nn.Module) -> Iterator[None]:
     """Inside, a DiT trains under autocast in the precision that it has in half precision, and fast on a CPU.
@@ -60,7 +52,11 @@ def training_precision(model: nn.Module) -> Iterator[None]:
     """
     with contextlib.ExitStack() as changes:
         changes.enter_context(without_cudnn_attention())
-        changes.enter_context(swapped(model, {Float32Linear: Island, FastFloat32Linear: Island}))
+        for module in model.modules():
+            if isinstance(module, Float32Linear):
+                plain = partial(Float32Linear.forward, module)
+                forward = torch.autocast(find_place(model)[0].type, enabled=False)(plain)
+                changes.enter_context(replaced(module, forward=forward))
         attentions = [module for module in model.modules() if isinstance(module, Attention)]
         if attentions:
             device = find_place(model)[0].type

@@ -33,6 +33,7 @@ class Previews:
     requests: list[Request]
     features: list[TextFeatures]
     base: list[Tensor]  # (F, H, W, 3) of each, by the base model
+    writes: bool = True  # of several ranks, which all sample, one does
 
     @classmethod
     def prepare(cls, pipe: "Pipeline", options: Namespace, clips: Clips) -> "Previews":
@@ -62,7 +63,7 @@ class Previews:
         self.base = self.base or self._sample()
 
     def show(self, step: int, dit: DiT | None = None) -> None:
-        """Write step_N.mp4, base above and this model below, and step_N.png, frames of both.
+        """Sample, and write step_N.mp4, base above and this model below, and step_N.png, frames of both.
 
         dit: the model, if it is not the pipeline's own.
         """
@@ -71,6 +72,8 @@ class Previews:
             videos = self._sample()
         finally:
             self.pipe.dit = own
+        if not self.writes:
+            return
         make_folder(self.folder)
         name = self.folder / f"step_{step:06d}"
         rows = [torch.cat(row, dim=2) for row in (self.base, videos)]

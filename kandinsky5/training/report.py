@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from argparse import Namespace
 from collections import Counter
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kandinsky5 import checkpoint
 from kandinsky5.config import DiTConfig, PipelineConfig
 from kandinsky5.dit import DiT
 from kandinsky5.files import write_text
 from kandinsky5.runtime.device import choose_device, choose_dtype
+from kandinsky5.runtime.memory import free_memory, vae_memory
 from kandinsky5.screen import printable
 from kandinsky5.tensor_files import DTYPES
 from kandinsky5.training.data import Clips
@@ -35,15 +38,16 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
         f"{len(clips.clips):,} clips of {files:,} files, {len(clips.left_out):,} files left out; "
         f"{len(held.clips):,} clips held out",
         "",
-        f"{'frames':>6} {'height':>6} {'width':>6} {'clips':>7} {'tokens per step':>15} {'memory, GB':>10}",
+        f"{'frames':>6} {'height':>6} {'width':>6} {'clips':>7} {'tokens per step':>15}   GB to encode    to train",
     ]
-    for (frames, height, width), count in sorted(buckets.items()):
-        tokens = tokens_of(clips.config, frames, height, width)
-        each_step = tokens * options.batch_size * recipe.accumulate
-        needed = memory(clips.config.dit, tokens * options.batch_size, recipe, options)
-        lines.append(f"{frames:6} {height:6} {width:6} {count:7,} {each_step:15,} {needed / 1e9:10.1f}")
+    for bucket, count in sorted(buckets.items()):
+        frames, height, width = bucket
+        each_step = tokens_of(clips.config, *bucket) * options.batch_size * recipe.accumulate
+        gigabytes = " ".join(f"{needed / 1e9:11.1f}" for needed in memory_of(bucket, clips.config, recipe, options))
+        lines.append(f"{frames:6} {height:6} {width:6} {count:7,} {each_step:15,}    {gigabytes}")
     epochs = recipe.steps * recipe.accumulate * options.batch_size / max(len(training.clips), 1)
     lines += ["", f"{recipe.steps:,} steps see each clip about {epochs:,.1f} times. Memory is computed, not measured."]
+    lines.append(find_misfit(clips, recipe, options) or "It fits into the memory that is free here.")
     most = max(buckets, key=lambda bucket: tokens_of(clips.config, *bucket))
     tokens, batch = tokens_of(clips.config, *most), options.batch_size * recipe.accumulate
     passes = 2 + bool(options.full) + bool(options.checkpointing)  # the gradient of activations takes another forward
@@ -54,6 +58,33 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
         f"large matrix product here, {recipe.steps * seconds / 3600:.2g} hours in all (computed from that rate)."
     )
     return "\n".join(lines)
+
+
+def memory_of(
+    bucket: tuple[int, int, int], config: PipelineConfig, recipe: Recipe, options: Namespace
+) -> tuple[float, float]:
+    """Bytes on the device to encode a clip of (frames, height, width) and to train on a batch of them."""
+    frames, height, width = bucket
+    vae, dtype = config.vae, getattr(torch, recipe.dtype)
+    latents = (frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor
+    encoding = vae_memory(vae, latents, dtype, config.tiling)  # of decoding, which has the same grids
+    return encoding, memory(config.dit, tokens_of(config, *bucket) * options.batch_size, recipe, options)
+
+
+def find_misfit(clips: Clips, recipe: Recipe, options: Namespace) -> str:
+    """One line if the largest clips need more memory than is free on the device, else empty."""
+    device = choose_device(options.device)
+    buckets = {(clip.num_frames, *clip.size) for clip in clips.clips}
+    needs = [memory_of(bucket, clips.config, recipe, options) for bucket in buckets]
+    encoding, training = max(need[0] for need in needs), max(need[1] for need in needs)
+    free = free_memory(device)
+    if free is None or max(encoding, training) <= free:
+        return ""
+    doing, needed = ("encoding a clip", encoding) if encoding > free else ("training", training)
+    return (
+        f"It does not fit: {doing} takes about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free on {device}: "
+        "choose smaller --sizes, fewer --num-frames or a smaller --batch-size"
+    )
 
 
 def forward_work(config: DiTConfig, tokens: int) -> float:
@@ -99,25 +130,26 @@ def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -
     activations = between + inside if options.checkpointing else inside * config.num_visual_blocks
     copies = 4 * (4 if not recipe.ema else 5)  # weight, gradient, AdamW's two averages, and EMA's; float32
     if options.full:
-        return count * copies + activations
+        trained = sum(p.numel() for name, p in dit.named_parameters() if re.search(options.modules or "", name))
+        return 4 * (count - trained) + trained * copies + activations
     frozen = float(each * count)
     if options.offload == "blocks":
         frozen = each * (count - (config.num_visual_blocks - 2) * block)
     if options.quantize:
         frozen *= 0.55
-    rank, dim, ff = options.rank, config.dim, config.ff_dim
-    trained = rank * (
-        config.num_visual_blocks * (16 * dim + 2 * (dim + ff)) + config.num_text_blocks * (10 * dim + 2 * ff)
-    )
+    linears = [m for name, m in dit.named_modules() if isinstance(m, nn.Linear) and re.search(options.modules, name)]
+    trained = options.rank * sum(linear.in_features + linear.out_features for linear in linears)
     return frozen + trained * copies + activations
 
 
 def recipe_in_words(recipe: Recipe, options: Namespace) -> str:
     """One line: what a reader needs to repeat it."""
     what = "all weights" if options.full else f"LoRA of rank {options.rank}, alpha {options.alpha:g}"
+    times = f"logit(t) of mean {options.logit_mean:g} and deviation {options.logit_std:g}, shift {options.shift:g}"
     return (
         f"{what}; AdamW, learning rate {recipe.learning_rate:g}, {recipe.steps} steps of "
-        f"{options.batch_size * recipe.accumulate} clips, {recipe.dtype}, seed {recipe.seed}"
+        f"{options.batch_size * recipe.accumulate} clips, {recipe.dtype}, seed {recipe.seed}; {times}; latents: "
+        f"{options.latents}"
     )
 
 
@@ -170,7 +202,7 @@ def write_card(path: Path, clips: Clips, said: dict[str, str], command: str, opt
         held=len(clips.hold_out(options.hold_out)[1].clips),
         hours=load_progress(options.to)[1] / 3600,
         loss=f"from {rows[0]['loss']} to {rows[-1]['loss']}",
-        held_out=f", held out {held_out[-1]}" if held_out else "",
+        held_out=f", held-out {held_out[-1]}" if held_out else "",
         trigger=printable(options.trigger, 200) or "none",
         command=command,
         **{**said, "steps": f"{int(said['steps']):,}"},

@@ -1,6 +1,7 @@
 """A training run on disk: its state, from which it resumes exactly, and its curves.
 
 state.pt               everything in `Run`, in one file that is never half written
+state-000120/          likewise, of several ranks (`state_folder.py`)
 loss.csv, samples.csv  one row per logged step, per sample
 loss.png               loss.csv as curves
 """
@@ -11,16 +12,21 @@ import hashlib
 import pickle
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kandinsky5.files import make_folder, replacing
 from kandinsky5.runtime.device import choose_dtype
+from kandinsky5.training import state_folder
 from kandinsky5.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from kandinsky5.runtime.parallel import Ranks
 
 Model = TypeVar("Model", bound=nn.Module)  # the same type in and out
 
@@ -35,9 +41,11 @@ class Run(Generic[Model]):
     optimizers: list[torch.optim.Optimizer]
     recipe: Recipe
     began_with: str  # digest of the initial weights where the recipe names their origin, else empty
+    ranks: "Ranks | None" = None  # that train it together
     step: int = 0
     seconds: float = 0.0
     rows: list[dict[str, float]] = field(default_factory=list)  # of each batch since the last row of the log
+    skipped: int = 0  # steps, the last ones in a row, whose gradient was not finite
 
     @property
     def device(self) -> torch.device:
@@ -46,18 +54,43 @@ class Run(Generic[Model]):
 
 
 def save(run: Run) -> None:
-    """Write state.pt, completely or not at all."""
-    state = {
+    """Write the state, completely or not at all; several ranks write it together (`state_folder.py`)."""
+    values = {
         "step": run.step,
         "seconds": run.seconds,
         "rows": run.rows,
         "recipe": asdict(run.recipe),
         "began_with": run.began_with,
-        "model": run.model.state_dict(),
-        "average": run.average.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
     }
-    _write(state, run.folder / "state.pt")
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    if run.ranks:
+        values["groups"] = [optimizer["param_groups"] for optimizer in optimizers]
+        state_folder.write(run.folder, run.step, values, _tensors(run))
+        return
+    weights = {"model": run.model.state_dict(), "average": run.average.state_dict()}
+    _write(values | weights | {"optimizers": optimizers}, run.folder / "state.pt")
+    state_folder.remove_others(run.folder, run.folder / "state.pt")
+
+
+def _tensors(run: Run) -> dict[str, Tensor]:
+    """All tensors of a run: "model/NAME", "average/NAME", "optimizers/I/J/NAME" of the I-th one's J-th parameter."""
+    found = {f"model/{name}": x for name, x in run.model.state_dict().items()}
+    if run.average is not run.model:
+        found |= {f"average/{name}": x for name, x in run.average.state_dict().items()}
+    for i, optimizer in enumerate(run.optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            found |= {f"optimizers/{i}/{j}/{name}": x for name, x in values.items()}
+    return found
+
+
+def _sharded(run: Run) -> dict[str, Tensor]:
+    """Like `_tensors`, those that are sharded; an optimizer has none yet, but they will be as its parameters are."""
+    found = _tensors(run)
+    for i, optimizer in enumerate(run.optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for j, parameter in enumerate(parameters):
+            found |= {f"optimizers/{i}/{j}/{name}": parameter for name in ("exp_avg", "exp_avg_sq")}
+    return {name: x for name, x in found.items() if hasattr(x, "full_tensor")}
 
 
 def resume(run: Run) -> None:
@@ -66,8 +99,8 @@ def resume(run: Run) -> None:
     Raises ValueError if the state has another recipe or initial weights with another `digest`: it could not resume
     exactly. Checkpointing changes no result, and additional cycles begin where the last one ended.
     """
-    path = run.folder / "state.pt"
-    state = _read(run.folder, run.device) if path.is_file() else {}
+    path = state_folder.find(run.folder)
+    state = _read(run.folder, run.device, _sharded(run)) if path else {}
     stored = _stored_recipe(state)
     if run.recipe.dtype == "auto":
         native = str(choose_dtype("auto", run.device)).removeprefix("torch.")
@@ -89,6 +122,7 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"the run in {run.folder} began {start}, not with these weights: take those, or choose another folder"
         )
+    assert path
     load_weights(run.model, state["model"], path)
     load_weights(run.average, state["average"], path)
     for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
@@ -106,7 +140,7 @@ def digest(model: nn.Module) -> str:
 
 def load_recipe(folder: str | Path) -> Recipe:
     """The recipe of the run in `folder`. Raises FileNotFoundError without a run, ValueError if it records none."""
-    recipe = _stored_recipe(_read(folder))
+    recipe = _stored_recipe(_read(folder, parts=()))
     if not recipe:
         raise ValueError(f"the run in {folder} records no recipe: run its stage once more, which writes it down")
     return Recipe(**recipe)
@@ -114,16 +148,19 @@ def load_recipe(folder: str | Path) -> Recipe:
 
 def load_progress(folder: str | Path) -> tuple[int, float]:
     """Steps of the run in `folder` so far, and their seconds. Raises FileNotFoundError without a run."""
-    state = _read(folder)
+    state = _read(folder, parts=())
     return state["step"], state["seconds"]
 
 
-def load_average(model: Model, folder: str | Path) -> Model:
+def load_average(model: Model, folder: str | Path, part: str = "") -> Model:
     """Fill `model` with the averaged weights of the run in `folder`; return it frozen, in eval mode.
 
-    Raises FileNotFoundError without a run, ValueError if it trained another model.
+    part: where `model` stands in what was trained, such as "qwen."; the rest is left. Raises FileNotFoundError without
+    a run, ValueError if it trained another model.
     """
-    return load_weights(model, _read(folder)["average"], Path(folder)).eval().requires_grad_(False)
+    average = _read(folder, parts=("model/", "average/"))["average"]
+    weights = {name.removeprefix(part): x for name, x in average.items() if name.startswith(part)}
+    return load_weights(model, weights, Path(folder)).eval().requires_grad_(False)
 
 
 def load_weights(model: Model, weights: dict[str, Tensor], source: Path) -> Model:
@@ -150,19 +187,59 @@ def _stored_recipe(state: dict) -> dict:
     return fields
 
 
-def _read(folder: str | Path, device: torch.device | str = "cpu") -> dict:
-    path = Path(folder) / "state.pt"
-    if not path.is_file():
+def _read(
+    folder: str | Path, device: torch.device | str = "cpu", sharded: Mapping[str, Tensor] | None = None,
+    parts: tuple[str, ...] = ("model/", "average/", "optimizers/"),
+) -> dict:  # fmt: skip
+    """The newest state in a folder; of tensors that are `sharded` here (`_sharded`) only the share of this rank."""
+    path, sharded = state_folder.find(Path(folder)), sharded or {}
+    if path is None:
         raise FileNotFoundError(
-            f"there is no {path}: run the stage that trains it first (see the Makefile), or name "
+            f"there is no {Path(folder) / 'state.pt'}: run the stage that trains it first (see the Makefile), or name "
             "a checkpoint such as nano"
         )
+    if path.is_dir():
+        return _arrange(state_folder.read(path, sharded, parts, device))
     state = None
     with contextlib.suppress(zipfile.BadZipFile, pickle.UnpicklingError), zipfile.ZipFile(path) as archive:
         if archive.testzip() is None:  # every part has its full length and the right checksum
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu" if sharded else device, weights_only=True, mmap=bool(sharded))
     if not isinstance(state, dict) or "average" not in state:
         raise ValueError(f"{path} is damaged or not a run's state: remove it to start again, or choose another folder")
+    return _cut(state, sharded) if sharded else state
+
+
+def _arrange(state: dict) -> dict:
+    """What a folder of ranks holds, as state.pt has it."""
+    tensors: dict[str, Tensor] = state.pop("tensors")
+    found: dict = {"model": {}, "average": {}}
+    optimizers: list[dict] = [{"state": {}, "param_groups": groups} for groups in state.pop("groups")]
+    for name, x in tensors.items():
+        part, _, rest = name.partition("/")
+        if part == "optimizers":
+            i, j, which = rest.split("/")
+            optimizers[int(i)]["state"].setdefault(int(j), {})[which] = x
+        else:
+            found[part][rest] = x
+    found["average"] = found["average"] or found["model"]  # one process writes it twice where there is no average
+    return state | found | {"optimizers": optimizers}
+
+
+def _cut(state: dict, sharded: Mapping[str, Tensor]) -> dict:
+    """A state of one process with this rank's share of what is sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def cut(name: str, x: Tensor) -> Tensor:
+        like = sharded.get(name, sharded.get(name.replace("average/", "model/", 1)))
+        if not isinstance(like, DTensor):
+            return x
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    for part in ("model", "average"):
+        state[part] = {name: cut(f"{part}/{name}", x) for name, x in state[part].items()}
+    for i, optimizer in enumerate(state["optimizers"]):
+        for j, values in optimizer["state"].items():
+            optimizer["state"][j] = {name: cut(f"optimizers/{i}/{j}/{name}", x) for name, x in values.items()}
     return state
 
 
@@ -227,7 +304,7 @@ def plot_losses(path: Path, image: Path) -> None:
             axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name.removeprefix("gradient "))
             positive = positive and all(value > 0 for _, value in points)
         if others := [(int(row["step"]), float(row[title])) for row in held_out if row.get(title)]:
-            axes.plot(*zip(*others, strict=True), linewidth=0.8, marker=".", label="held out")
+            axes.plot(*zip(*others, strict=True), linewidth=0.8, marker=".", label="held-out")
             axes.legend(fontsize=7)
         axes.set_title(title, fontsize=9)
         if len(names) > 1:

@@ -1,0 +1,101 @@
+"""The state of a run of several ranks: a folder that all of them write and that any number of them reads, also one.
+
+    state-000120/          named by its step; next to a state.pt, the later step counts
+        values.pt          all that is no tensor, and the sizes of the other files
+        __0_0.distcp, …    tensors in parts, of `torch.distributed.checkpoint`; .metadata says which is where
+
+It is written under another name and renamed when it is whole; then what came before is removed.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NAME = "state-{:06d}"
+
+
+def find(folder: Path) -> Path | None:
+    """The newest state in the folder of a run: state.pt, or a folder of ranks."""
+    steps = {int(path.name[6:]): path for path in folder.glob("state-*") if re.fullmatch(r"state-\d{6,}", path.name)}
+    newest = steps[max(steps)] if steps else None
+    alone = folder / "state.pt"
+    if not alone.is_file() or newest is None:
+        return alone if alone.is_file() else newest
+    try:  # both are there only if a run was killed between writing one and removing the other
+        step = torch.load(alone, map_location="meta", weights_only=True, mmap=True)["step"]
+    except Exception:
+        step = -1
+    return alone if step > max(steps) else newest
+
+
+def remove_others(folder: Path, newest: Path) -> None:
+    """Remove states that came before."""
+    for path in (*folder.glob("state-*"), *folder.glob(".state-*"), folder / "state.pt"):
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a state, completely or not at all; called alike by all ranks. Raises OSError where the disk is full."""
+    import torch.distributed.checkpoint as dcp
+
+    place = folder / NAME.format(step)
+    partial, first = place.with_name(f".{place.name}"), dist.get_rank() == 0
+    if first:
+        for path in (partial, place):
+            shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
+        if first:
+            sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+            torch.save(values | {"sizes": sizes}, partial / "values.pt")
+            for path in (partial / "values.pt", partial):
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            partial.rename(place)
+            remove_others(folder, place)
+    except (dcp.api.CheckpointException, RuntimeError) as error:
+        reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+        raise OSError(f"cannot write {place} ({reason}): free some disk space") from error
+
+
+def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device: torch.device | str) -> dict[str, Any]:
+    """The values of a state, and the tensors whose names begin with one of `parts`, by name.
+
+    like: tensors that are sharded here: of those of the same name only this rank's share is read. The rest comes whole.
+    Raises ValueError for a folder that is damaged.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    damaged = f"{place} is damaged: remove it to start again, or choose another folder"
+    try:
+        values = torch.load(place / "values.pt", weights_only=True)
+        if any((place / name).stat().st_size != size for name, size in values.pop("sizes").items()):
+            raise ValueError(damaged)
+        tensors: dict[str, Any] = {}
+        for name, stored in dcp.FileSystemReader(place).read_metadata().state_dict_metadata.items():
+            assert isinstance(stored, dcp.TensorStorageMetadata)
+            if name.startswith(parts) and name in like:
+                tensors[name] = torch.empty_like(like[name])
+            elif name.startswith(parts):
+                tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
+        if tensors:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, storage_reader=dcp.FileSystemReader(place), no_dist=True)
+    except (dcp.api.CheckpointException, OSError, RuntimeError, LookupError, EOFError, pickle.PickleError) as error:
+        raise ValueError(damaged) from error
+    return values | {"tensors": tensors}
