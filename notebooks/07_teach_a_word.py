@@ -11,6 +11,7 @@
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +31,26 @@ grid({text: pipe(text, progress=False)[0] for text in ("a big red star moves lef
 # %% [markdown]
 # ## What goes in
 #
-# Real files: mp4 clips, each with its caption in a text file of the same name. Two of three show stars, the others what `nano`
-# knows, so that it does not forget it.
+# Real files: mp4 films, each with its caption in a text file of the same name. Two of three show stars, the others what `nano`
+# knows, so that it does not forget it. Each film has six takes of its caption, which become six clips (`per_file`): the model
+# is to learn the star, not where it was.
 
 # %%
 folder = Path(tempfile.mkdtemp())
 draw = [sys.executable, "../docs/draw_stars.py", str(folder / "stars"), "--count", "6"]
 print(subprocess.run(draw, check=True, capture_output=True, text=True).stdout)
-clips = Clips.open(folder / "stars", pipe.config, ClipSettings.of(pipe.config), progress=False)
+clips = Clips.open(folder / "stars", pipe.config, ClipSettings.of(pipe.config, per_file=6), progress=False)
 print(describe_files(clips.clips, clips.left_out))
-grid({clip.caption: clip.read() for clip in clips.clips[:3]})
+grid({f"take {i + 1}: {clip.caption}": clip.read() for i, clip in enumerate(clips.clips[:3])})
 
 # %% [markdown]
 # The VAE and the text encoders see each clip and each caption once. Their outputs go into a cache: of a clip the mean
-# and the log-variance of its latents, so that every step can draw its own sample. From then on the DiT trains without them.
-# A batch depends on nothing but its seed: run, step, part of the step.
+# and the log-variance of its latents, so that every step can draw its own sample. `nano` was trained on the means, so its LoRA
+# is too. From then on the DiT trains without VAE and text encoders. A batch depends on nothing but its seed: run, step, part of
+# the step.
 
 # %%
-clips = clips.encode(pipe.vae, pipe.text_encoder, folder / "cache", "nano", progress=False)
+clips = replace(clips.encode(pipe.vae, pipe.text_encoder, folder / "cache", "nano", progress=False), means=True)
 batch = clips.batch([0, 0, 0], size=4)
 print("latents", tuple(batch.latents.shape), "text", tuple(batch.features.text.shape))
 assert torch.equal(batch.latents, clips.batch([0, 0, 0], size=4).latents)
@@ -66,7 +69,7 @@ print(f"{sum(1 for _ in updates.updates())} Linears, {trained:,} parameters are 
 # %% [markdown]
 # ## What comes out
 #
-# The LoRA of [the lesson](../docs/teach-a-word.md), trained on 200 such clips. Its weight is a number that one chooses when sampling: 0 is
+# The LoRA of [the lesson](../docs/teach-a-word.md), trained on 200 such films. Its weight is a number that one chooses when sampling: 0 is
 # the base model, 1 is what was trained, between them lies a mixture and beyond them too much of a good thing.
 
 # %%

@@ -75,11 +75,7 @@ def convert(source: Path) -> nbformat.NotebookNode:
 def execute(source: Path) -> nbformat.NotebookNode:
     """Run a notebook in a new kernel. Raises nbclient's CellExecutionError, which shows cell and traceback."""
     notebook = convert(source)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     place = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(
         notebook,

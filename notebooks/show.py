@@ -1,7 +1,11 @@
-"""What the notebooks share: how a video and a figure are shown. Nothing here is part of a model."""
+"""What the notebooks share: how a video and a figure are shown. Nothing here is part of a model.
+
+They import it first, and with it the checkout that they lie in, whatever is installed.
+"""
 
 import base64
 import html
+import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -10,6 +14,8 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kandinsky5.video_io import write_video
 

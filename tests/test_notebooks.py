@@ -7,7 +7,10 @@ import ast
 import base64
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -99,3 +102,18 @@ def test_no_class_of_the_package_is_redefined(source):
     defined = {node.name for node in ast.walk(ast.parse(code_of(source))) if isinstance(node, ast.ClassDef)}
     package = "".join(path.read_text() for path in FOLDER.parent.glob("kandinsky5/*.py"))
     assert not defined & set(re.findall(r"^class (\w+)", package, flags=re.MULTILINE))
+
+
+def test_notebooks_import_the_checkout_that_they_lie_in(tmp_path):
+    """In plain Jupyter, whose kernel starts next to the notebook; also where another copy is installed."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("IPython")
+    (tmp_path / "kandinsky5").mkdir()
+    (tmp_path / "kandinsky5" / "__init__.py").write_text("raise ImportError('a copy')")
+    program = [sys.executable, "-c", "import show, kandinsky5; print(kandinsky5.__file__)"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(program, cwd=FOLDER, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(FOLDER.parent.resolve() / "kandinsky5" / "__init__.py"), done.stderr
+    for source in SOURCES:
+        names = [line.split()[1] for line in code_of(source).splitlines() if line.startswith(("from ", "import "))]
+        assert next(name for name in names if name.startswith(("show", "kandinsky5"))) == "show"
