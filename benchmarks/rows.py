@@ -552,6 +552,12 @@ def pipeline(side: str, tiny: bool, dtype: torch.dtype) -> Work:
     return lambda: torch.as_tensor(theirs(PROMPTS[0], latents=latents.clone(), output_type="np", **options).frames)
 
 
+# Largest error of rows in float32 that hold a DiT: diffusers rounds rotated queries and keys to bf16 there too, which
+# is 1e-4 of the result. Without that rounding both sides agree to 3e-6 (one block at Lite's width). A pipeline's
+# guidance, of 5, multiplies it.
+ROTATED = 2e-4
+
+
 class Row(NamedTuple):
     """A line of the table."""
 
@@ -659,13 +665,13 @@ ROWS = [
     ),
     Row("load-memory", "load a 4.02 GB DiT, peak memory", load_dit, 1, 2e-2, "memory", prepare=write_dit),
     Row("pipeline", "pipeline, small model, 8 steps, guidance 5", pipeline_bfloat16, 1.5, 1e-1),
-    Row("pipeline32", "pipeline, the same in float32", pipeline_float32, 1.4, 1e-3, dtype="float32", avx2=True),
+    Row("pipeline32", "pipeline, the same in float32", pipeline_float32, 1.4, 5 * ROTATED, dtype="float32", avx2=True),
     Row(
         "dit32",
         "DiT forward, dense, Lite width, 1 block, 7×32×48, float32",
         dit_dense_float32,
         1.15,
-        1e-3,
+        ROTATED,
         dtype="float32",
         avx2=True,
         flop=lambda: dit_flop(DiTConfig(num_text_blocks=1, num_visual_blocks=1), (7, 32, 48)),

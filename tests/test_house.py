@@ -22,7 +22,8 @@ DEFINITIONS = (
     "sampler",
     "text_encoder",
 )
-STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
+COMMANDS = ("__init__", "__main__", "cli", "sample_command")
+STORY = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in COMMANDS)
 # What depends on where and how the model runs, and not on what it computes.
 RUNTIME_WORDS = (
     r"device\.type|\.device [=!]=|is_cuda|is_cpu|is_meta|dtype [=!]=|dtype (?:not )?in\b|is_grad_enabled|no_grad|"
@@ -63,7 +64,22 @@ MAY_IMPORT = {
         "extras.magcache",
     },
     "pipeline": {*MODELS, "request", "runtime", "extras.expand", "extras.magcache", "extras.lora"},
-    "cli": {"checkpoint", "config", "config_file", "files", "screen", "request", "pipeline", "video_io", "extras"},
+    "cli": {"screen"},
+    "sample_command": {
+        "cli",
+        "checkpoint",
+        "config",
+        "config_file",
+        "files",
+        "screen",
+        "request",
+        "pipeline",
+        "video_io",
+        "runtime.device",
+        "runtime.launch",
+        "runtime.parallel",
+        "extras",
+    },
     "runtime": {*MODELS, "runtime"},
     # LoRAs under other people's names; the words that nano knows
     "extras": {*MODELS, "runtime", "extras", "request", "weights_convert", "nano.captions"},
@@ -117,7 +133,7 @@ def test_imports_run_one_way(place):
 
 
 def test_only_the_parity_suite_imports_the_references():
-    """What runs at import is checked in a process of its own, in test_sample.py."""
+    """What runs at import is checked in a process of its own, in test_replay.py."""
     places = [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "weights_convert").glob("*.py")]
     for path in [*places, *(ROOT / "tests").glob("*.py")]:
         assert not re.search(r"^\s*(?:import|from) (?:diffusers|transformers|peft)\b", code(path), re.MULTILINE), path
