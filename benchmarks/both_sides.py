@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky5.runtime import fast, kernels
+from kandinsky5.runtime.loading import CLASSES
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
 from random_weights import randomise
 from tokenizer_data import tokenizer_folder
 from weights_convert import tables
-from weights_convert.convert import CLASSES
 from weights_convert.sizes import to_their_config
 
 

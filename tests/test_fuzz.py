@@ -28,7 +28,7 @@ from kandinsky5.extras import magcache, replay
 from kandinsky5.tensor_files import read_index, read_safetensors
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.training.folder import read_captions
-from weights_convert import convert, lora
+from weights_convert import lora, match, write_native
 from weights_convert.read import read_weights
 
 WORDS = [
@@ -94,8 +94,8 @@ def numbers(data: bytes, choose: random.Random) -> bytes:
 
 def describe(path: Path) -> None:
     """What the converter does with a DiT's weights and config before it writes."""
-    source = convert.read_source("dit", path.parent)
-    convert.describe_model("dit", source.sizes, "x")
+    source = write_native.read_source("dit", path.parent)
+    match.describe_model("dit", source.sizes, "x")
 
 
 def encode(path: Path) -> None:

@@ -19,7 +19,7 @@ from kandinsky5.config_file import load_config, save_config
 from kandinsky5.dit import DiT
 from kandinsky5.tensor_files import read_safetensors
 from random_weights import SMALL_VISION, build_small_models, randomise
-from weights_convert import convert, from_diffusers, from_official, inspect, to_diffusers, write
+from weights_convert import from_diffusers, from_official, inspect, presets, tables, to_diffusers, write
 from weights_convert.__main__ import main
 from weights_convert.read import read_weights
 
@@ -118,24 +118,24 @@ def test_to_diffusers_swaps_one_model_of_another_folder(tmp_path):
 
 def test_a_preset_gives_the_sampling_defaults_and_must_fit():
     lite = replace(PRESETS["i2v-lite-5s"], name="x", sampling=SamplingConfig(rope_scale=None))
-    found = convert.use_preset(lite, "i2v-lite-5s")
+    found = presets.use_preset(lite, "i2v-lite-5s")
     assert found.name == "i2v-lite-5s" and found.sampling == PRESETS["i2v-lite-5s"].sampling
-    assert convert.presets_like(lite) == ["i2v-lite-5s"]
+    assert presets.presets_like(lite) == ["i2v-lite-5s"]
     pro = replace(PRESETS["t2v-pro-distilled-5s-sd"], name="Kandinsky-5.0-T2V-Pro-distilled-5s-Diffusers")
-    like = convert.presets_like(pro)
+    like = presets.presets_like(pro)
     assert like[:2] == ["t2v-pro-distilled-5s-sd", "t2v-pro-distilled-5s-hd"]
     assert {*like} == {name for name in PRESETS if name.startswith("t2v-pro") and "10s" not in name}
-    assert {*convert.presets_like(pro, task_known=False)} == {name for name in PRESETS if "pro" in name}
+    assert {*presets.presets_like(pro, task_known=False)} == {name for name in PRESETS if "pro" in name}
     with pytest.raises(ValueError, match="dim 4096, not 1792"):
-        convert.use_preset(lite, "i2v-pro-sft-5s-sd")
+        presets.use_preset(lite, "i2v-pro-sft-5s-sd")
     with pytest.raises(ValueError, match="t2v, .* i2v"):
-        convert.use_preset(lite, "t2v-lite-sft-5s")
+        presets.use_preset(lite, "t2v-lite-sft-5s")
 
 
 @pytest.mark.parametrize("name", ["i2v-pro-sft-5s-sd", "i2v-pro-sft-5s-hd"])
 def test_one_download_serves_two_presets(name):
     released = replace(PRESETS["i2v-pro-sft-5s-hd"], name="x", sampling=SamplingConfig(shift=10.0))
-    found = convert.use_preset(released, name)
+    found = presets.use_preset(released, name)
     assert found.dit == PRESETS[name].dit and found.sampling == PRESETS[name].sampling
 
 
@@ -182,7 +182,7 @@ def test_what_is_left_out_is_printed_even_without_a_bar(tmp_path, capsys):
 
 def test_models_that_do_not_belong_together_are_refused(tmp_path):
     other = randomise(DiT(replace(CONFIG.dit, text_dim=48))).state_dict()
-    names = {convert.tables.theirs("dit", name): tensor for name, tensor in other.items()}
+    names = {tables.theirs("dit", name): tensor for name, tensor in other.items()}
     save_file(names, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"dit.text_dim 48, qwen.dim \d+"):
         from_official(tmp_path / "dst", dit=tmp_path / "x.safetensors", base=native(), progress=False)

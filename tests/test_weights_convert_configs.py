@@ -8,9 +8,11 @@ import pytest
 
 from converted import diffusers, edit_json, names_in
 from kandinsky5.checkpoint import MODELS
-from weights_convert import convert, from_diffusers
+from weights_convert import from_diffusers
 from weights_convert.__main__ import main
+from weights_convert.diffusers_files import FOLDERS
 from weights_convert.read import read_weights
+from weights_convert.sizes import build_config
 
 REFUSED = [  # model, keys that are changed, what the message names
     ("vae", {"spatial_compression_ratio": [8]}, "spatial_compression_ratio is [8]"),
@@ -63,7 +65,7 @@ REFUSED = [  # model, keys that are changed, what the message names
 
 @pytest.mark.parametrize("model, changes, words", REFUSED, ids=[f"{m} {c}"[:50] for m, c, _ in REFUSED])
 def test_what_we_do_not_compute_is_refused(model, changes, words, tmp_path, capsys):
-    folder = Path(shutil.copytree(diffusers() / convert.FOLDERS[model], tmp_path / "model"))
+    folder = Path(shutil.copytree(diffusers() / FOLDERS[model], tmp_path / "model"))
     edit_json(folder / "config.json", **changes)
     for command in (["from-diffusers", str(folder), str(tmp_path / "dst"), "--only", model], ["inspect", str(folder)]):
         assert main(command) == 2
@@ -85,7 +87,7 @@ AGREES = [
 
 @pytest.mark.parametrize("model, changes", AGREES)
 def test_a_field_that_stands_twice_may_agree(model, changes, tmp_path):
-    folder = Path(shutil.copytree(diffusers() / convert.FOLDERS[model], tmp_path / "model"))
+    folder = Path(shutil.copytree(diffusers() / FOLDERS[model], tmp_path / "model"))
     edit_json(folder / "config.json", **changes)
     before = from_diffusers(diffusers(), tmp_path / "a", only=model, progress=False)
     after = from_diffusers(folder, tmp_path / "b", only=model, progress=False)
@@ -96,14 +98,14 @@ def test_no_value_of_any_key_raises_anything_but_valueerror():
     odd = [None, -1, 0, 5, 2**40, 10**400, 1.5, float("nan"), "a", True, [], [8], ["a"], [[8]], {}, {"a": 1}]
     refused = 0
     for model in MODELS:
-        weights = read_weights(diffusers() / convert.FOLDERS[model])
+        weights = read_weights(diffusers() / FOLDERS[model])
         shapes = {name: stored.shape for name, stored in weights.tensors.items()}
-        config = json.loads((diffusers() / convert.FOLDERS[model] / "config.json").read_text())
+        config = json.loads((diffusers() / FOLDERS[model] / "config.json").read_text())
         for table in (config, config.get("text_config", {})):
             for key, right in list(table.items()):
                 for table[key] in odd:
                     try:
-                        convert.build_config(model, config, shapes, "x")
+                        build_config(model, config, shapes, "x")
                     except ValueError as error:
                         refused += 1
                         assert str(error).startswith("x: ")

@@ -8,7 +8,7 @@ import pytest
 from converted import STEM, diffusers, native, tensors
 from kandinsky5.config import PRESETS
 from kandinsky5.tensor_files import Stored
-from weights_convert import convert, inspect, write
+from weights_convert import inspect, match, write
 from weights_convert.__main__ import main
 
 
@@ -45,7 +45,7 @@ def test_the_folder_of_the_authors_download_script_is_known(tmp_path, capsys):
 
 def test_presets_that_a_file_fits_are_named(tmp_path):
     """A file of Lite's size that holds nothing: only its header is read."""
-    shapes, _ = convert.describe_model("dit", PRESETS["i2v-lite-5s"].dit, "Lite")
+    shapes, _ = match.describe_model("dit", PRESETS["i2v-lite-5s"].dit, "Lite")
     stored = {n: Stored(tmp_path, 0, 0, shape, "BF16") for n, shape in shapes.items()}
     part = write.Part("dit", stored, dict.fromkeys(stored, "BF16"), {})
     header = write.build_header(part, list(stored), {})

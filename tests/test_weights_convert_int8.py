@@ -17,7 +17,7 @@ from kandinsky5.qwen import Qwen
 from kandinsky5.runtime.quantize import dequantise, prepare, quantise, to_int8
 from kandinsky5.tensor_files import CHUNK, Stored
 from random_weights import randomise
-from weights_convert import convert, from_diffusers, inspect, tables, to_diffusers
+from weights_convert import from_diffusers, from_official, inspect, tables, to_diffusers
 from weights_convert.__main__ import main
 from weights_convert.inspect import as_table
 from weights_convert.read import read_weights
@@ -217,7 +217,7 @@ def test_single_files_with_the_prefixes_that_people_meet(prefix, tmp_path):
         folder, *LAYOUTS["ComfyUI, newer"], prefix, **described, **(others if "diffusion" in prefix else {})
     )
     single = file.rename(tmp_path / "comfy.safetensors")
-    convert.from_official(tmp_path / "native", dit=single, only="dit", dtype="fp32", progress=False)
+    from_official(tmp_path / "native", dit=single, only="dit", dtype="fp32", progress=False)
     assert tensors(tmp_path / "native")[OURS].equal(expected)
     assert inspect(single)["models"][0]["missing tensors"] == 0
 

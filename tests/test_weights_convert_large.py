@@ -12,7 +12,8 @@ from kandinsky5.config import LITE
 from kandinsky5.files import write_json
 from kandinsky5.runtime.quantize import quantise
 from kandinsky5.tensor_files import Stored, read_safetensors
-from weights_convert import convert
+from weights_convert import tables
+from weights_convert.match import describe_model
 from weights_convert.read import read_weights
 from weights_convert.sizes import to_their_config
 from weights_convert.write import Part, plan_shards, verify_shard, write_index
@@ -42,7 +43,7 @@ def test_lite_goes_native_and_back_in_bounded_memory(tmp_path):
         s.nbytes for s in read_weights(source).tensors.values()
     )
     name = "visual_blocks.31.feed_forward.linear_out"
-    weight = read_weights(source).tensors[convert.tables.theirs("dit", f"{name}.weight")].read()
+    weight = read_weights(source).tensors[tables.theirs("dit", f"{name}.weight")].read()
     assert all(
         x.equal(int8[f"{name}.{kind}"].read()) for kind, x in zip(("weight", "scale"), quantise(weight), strict=True)
     )
@@ -61,8 +62,8 @@ def write_random_lite(folder: Path) -> int:
     """Three shards of random bf16 and their index; returns the bytes of the largest tensor."""
     folder.mkdir()
     write_json(folder / "config.json", to_their_config("dit", LITE))
-    shapes, _ = convert.describe_model("dit", LITE, "Lite")
-    names = {convert.tables.theirs("dit", name): shape for name, shape in shapes.items()}
+    shapes, _ = describe_model("dit", LITE, "Lite")
+    names = {tables.theirs("dit", name): shape for name, shape in shapes.items()}
     tensors = {name: Stored(folder, 0, 0, shape, "BF16") for name, shape in names.items()}
     part = Part("diffusion_pytorch_model", tensors, dict.fromkeys(names, "BF16"), {})
     shards = plan_shards(part, SHARD)

@@ -9,9 +9,13 @@ from kandinsky5 import cli
 from kandinsky5.checkpoint import MODELS
 from kandinsky5.config import NANO_NAMES, RELEASED_TEXT, PipelineConfig
 from kandinsky5.screen import printable
-from weights_convert import convert, lora, merge
+from weights_convert import lora, merge
 from weights_convert.inspect import as_table, inspect
+from weights_convert.match import DTYPES
+from weights_convert.presets import presets_like
 from weights_convert.write import Options
+from weights_convert.write_diffusers import to_diffusers
+from weights_convert.write_native import from_diffusers, from_official
 
 VISION = "keep Qwen's vision tower and head (2.4 GB in bf16), which editing and --expand need"
 
@@ -28,18 +32,18 @@ def run(arguments: list[str] | None) -> None:
 
 
 def run_from_diffusers(**options) -> None:
-    """`convert.from_diffusers`, and what came out of it on stdout."""
-    print_config(convert.from_diffusers(**options), options)
+    """`from_diffusers`, and what came out of it on stdout."""
+    print_config(from_diffusers(**options), options)
 
 
 def run_from_official(**options) -> None:
-    """`convert.from_official`, likewise."""
-    print_config(convert.from_official(**options), options)
+    """`from_official`, likewise."""
+    print_config(from_official(**options), options)
 
 
 def run_to_diffusers(**options) -> None:
-    """`convert.to_diffusers`, likewise."""
-    config = convert.to_diffusers(**options)
+    """`to_diffusers`, likewise."""
+    config = to_diffusers(**options)
     print(f"{printable(options['dst'])}: {config.name} in the Diffusers layout")
     if config.text != RELEASED_TEXT:
         print(
@@ -78,7 +82,7 @@ def print_config(config: PipelineConfig, options: dict) -> None:
     )
     if not options["preset"] and config.name not in NANO_NAMES:
         task_known = "src" in options  # the authors' bare files name neither task nor attention
-        like = ", ".join(convert.presets_like(config, task_known)) or "none"
+        like = ", ".join(presets_like(config, task_known)) or "none"
         print(
             f"Presets that fit, likeliest first: {like}. Releases differ in steps, guidance, shift and size: "
             "convert with --preset NAME."
@@ -144,7 +148,7 @@ def add_common(command: argparse.ArgumentParser, run) -> None:
     command.add_argument("--base", metavar="DIR", help="folder in DST's layout that has the other models")
     command.add_argument(
         "--dtype",
-        choices=(*convert.DTYPES, "int8"),
+        choices=(*DTYPES, "int8"),
         help="cast to this precision (default: as stored); int8: the Linears of the DiT's and Qwen's blocks, half the "
         "size of bf16, for native folders",
     )

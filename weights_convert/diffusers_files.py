@@ -1,4 +1,4 @@
-"""The small files of a Diffusers folder: model_index.json, scheduler and tokenizers, read and written."""
+"""A Diffusers folder: its places, and its small files (model_index.json, scheduler, tokenizers) read and written."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,11 @@ from kandinsky5.files import check_inside, read_json, write_json
 from kandinsky5.qwen_vision import MEAN, MERGED, PATCH, STD
 from kandinsky5.tokenizer import Tokenizer, find_files
 from weights_convert.sizes import PREPROCESSOR
+
+# Subfolder and file name of each model in the Diffusers layout.
+FOLDERS = {"dit": "transformer", "vae": "vae", "qwen": "text_encoder", "clip": "text_encoder_2"}
+STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "qwen": "model", "clip": "model"}
+TOKENIZERS = {"qwen": "tokenizer", "clip": "tokenizer_2"}
 
 TASKS = {
     "Kandinsky5T2VPipeline": "t2v",

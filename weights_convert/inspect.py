@@ -13,9 +13,9 @@ from kandinsky5.files import read_json
 from kandinsky5.screen import listed, printable
 from kandinsky5.tensor_files import Computed, Weights
 from weights_convert import lora, tables
-from weights_convert.convert import FOLDERS, describe_model, find_config
-from weights_convert.diffusers_files import read_tasks
-from weights_convert.read import read_weights
+from weights_convert.diffusers_files import FOLDERS, read_tasks
+from weights_convert.match import describe_model
+from weights_convert.read import find_config, read_weights
 from weights_convert.sizes import ModelConfig, build_config, kind_of
 
 # Our name of a tensor that only this model has.

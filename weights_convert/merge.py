@@ -14,8 +14,8 @@ from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
 from kandinsky5.screen import listed
 from kandinsky5.tensor_files import CHUNK, FLOATS, Stored, Weights
-from weights_convert.convert import TOKENIZERS, list_files
-from weights_convert.write import Options, Part, write_folder
+from weights_convert.diffusers_files import TOKENIZERS
+from weights_convert.write import Options, Part, list_files, write_folder
 
 
 @dataclass(frozen=True)

@@ -91,3 +91,9 @@ def list_shards(files: list[Path]) -> list[Path]:
     if missing := [str(i) for i in range(1, count + 1) if i not in shards]:
         raise ValueError(f"{files[0]} is one of {count} shards; number {listed(missing)} is missing: download it too")
     return [shards[i] for i in range(1, count + 1)]
+
+
+def find_config(path: Path) -> Path | None:
+    """The config.json in a folder of weights, or next to a file of them."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return config if config.is_file() else None

@@ -1,7 +1,7 @@
 """Whose tensor is whose: our names against those of the Diffusers layout, model by model.
 
 A row is "our module": "their module", with {} for a number; `.weight` and `.bias` stay what they are. Every row
-is read in both directions: `convert.py` builds our model without weights, asks it for its names, and looks up
+is read in both directions: `match.py` builds our model without weights, asks it for its names, and looks up
 what each is called over there. A row missing here, or one too many there, ends the conversion with the list.
 """
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky5.files import make_folder, new_folder, parse_json, replacing, write_json
+from kandinsky5.files import check_inside, make_folder, new_folder, parse_json, replacing, write_json
 from kandinsky5.screen import Forgiving, listed, printable, say
 from kandinsky5.tensor_files import DTYPES, Stored, Weights, read_safetensors
 
@@ -279,3 +279,9 @@ def link(path: Path, place: Path) -> None:
         os.link(path.resolve(), place)
     except OSError:
         shutil.copyfile(path, place)
+
+
+def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:
+    """The files below `folder` for which `keep(path)` holds, by relative path. ValueError if a link leaves it."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): check_inside(folder / path, folder) for path in paths if keep(path)}

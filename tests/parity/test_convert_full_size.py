@@ -26,7 +26,7 @@ from transformers import (  # noqa: E402
 from kandinsky5 import config as native  # noqa: E402
 from kandinsky5.tensor_files import Stored, Weights  # noqa: E402
 from weights_convert import tables  # noqa: E402
-from weights_convert.convert import build_part, describe_model, dropped  # noqa: E402
+from weights_convert.match import build_part, describe_model, dropped  # noqa: E402
 from weights_convert.sizes import build_config  # noqa: E402
 from weights_convert.write import Options  # noqa: E402
 
