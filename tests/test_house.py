@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "weights_convert": {*MODELS, "runtime", "weights_convert", "cli", "extras.lora"},
 }
 SHORT = {"Pipeline": "pipeline", "PRESETS": "config"}  # what kandinsky5/__init__.py passes on
-ENTRIES = ("__main__.py", "finetune.py")  # commands, which may ask the pipeline for a video
+ENTRIES = ("__main__.py", "finetune.py", "job.py")  # commands, which may ask the pipeline for a video
 
 
 def code(path: Path) -> str:

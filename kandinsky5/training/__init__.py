@@ -10,6 +10,7 @@ folder     clips and captions of a folder
 data       a cache of them, encoded, and batches
 clip_loss  what a DiT learns from them, and the loss of held-out clips
 finetune   the command: a LoRA, or all weights, from a folder of clips
+job        its options, checked
 previews   its videos, next to the base model's
 report     what it says before and after
 modes      precision, attention and memory of a model in training
