@@ -27,10 +27,10 @@ from kandinsky5.dit import TimeEmbedder
 from kandinsky5.nano.evaluate import sample_prompt, wilson
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.sampler import euler_sample, flow_schedule, guided_velocity
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.flow import FlowTimes, flow_loss
 from kandinsky5.training.loop import generator, train
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import read_rows
 
 # %% [markdown]
 # ## Train one

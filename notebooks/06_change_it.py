@@ -26,10 +26,10 @@ from kandinsky5.attention import dense_attention
 from kandinsky5.nano import world
 from kandinsky5.sampler import euler_sample, flow_schedule
 from kandinsky5.text_encoder import TextFeatures
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.flow import FlowTimes, flow_batch, flow_loss, predict
 from kandinsky5.training.loop import generator, train
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import read_rows
 
 pipe = Pipeline.load("nano")
 

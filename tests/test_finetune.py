@@ -18,8 +18,9 @@ from command_line import ROOT
 from kandinsky5 import PRESETS, Pipeline, video_io
 from kandinsky5.config_file import save_config
 from kandinsky5.extras import lora
-from kandinsky5.training import loop, report, state
+from kandinsky5.training import curves, loop, report, state
 from kandinsky5.training.clip_loss import Conditioning, clip_loss, held_out_loss
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.data import Clips
 from kandinsky5.training.finetune import finetune, main
 from kandinsky5.training.flow import FlowTimes
@@ -27,7 +28,6 @@ from kandinsky5.training.folder import ClipSettings
 from kandinsky5.training.loop import generator, train
 from kandinsky5.training.previews import Previews
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import read_rows
 
 WORDS = ["a fox", "a red fox in snow", "a dog", "a cat sleeps", "a bird", "two birds"]
 
@@ -52,7 +52,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def run(checkpoint, clips, cache, tmp_path, monkeypatch):
     """Runs the command on the small checkpoint; returns the folder of the run."""
-    monkeypatch.setattr(state, "plot_losses", lambda *paths: None)
+    monkeypatch.setattr(curves, "plot_losses", lambda *paths: None)
 
     def finetune_small(*arguments, to="run"):
         usual = ["--steps", "4", "--batch-size", "2", "--sample-every", "100", "--sample-steps", "1"]
@@ -225,9 +225,9 @@ def test_tensorboard_writes_events_that_it_reads(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 4)]
     for row in rows:
-        state.append_row(tmp_path / "loss.csv", row)
+        curves.append_row(tmp_path / "loss.csv", row)
     for _ in range(2):  # the second time instead of the first
-        state.write_events(tmp_path / "loss.csv", tmp_path / "events")
+        curves.write_events(tmp_path / "loss.csv", tmp_path / "events")
     found = reader.EventAccumulator(str(tmp_path / "events")).Reload().Scalars("loss")
     assert [(event.step, round(event.value, 6)) for event in found] == [(r["step"], round(r["loss"], 6)) for r in rows]
 

@@ -10,8 +10,9 @@ import torch
 
 from command_line import ROOT
 from kandinsky5 import video_io
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.loop import generator
-from kandinsky5.training.state import load_progress, read_rows
+from kandinsky5.training.state import load_progress
 from test_launch import end, here, torchrun  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.torchrun

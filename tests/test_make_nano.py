@@ -20,11 +20,11 @@ from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.dit import DiT
 from kandinsky5.nano import distill, evaluate, export, presets, samples, train_dit, train_text, train_vae
 from kandinsky5.nano.clips import ClipStore
-from kandinsky5.training import state
+from kandinsky5.training import curves
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.flow import FlowTimes
 from kandinsky5.training.loop import train
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -166,7 +166,7 @@ def test_an_interrupted_stage_ends_as_in_one_go(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "DISTILLATION_CLIPS", 8)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 8)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 8)
-    monkeypatch.setattr(state, "plot_losses", lambda *_: None)
+    monkeypatch.setattr(curves, "plot_losses", lambda *_: None)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
     for stage in (train_dit, distill):
         monkeypatch.setattr(stage, "BATCH", 4)

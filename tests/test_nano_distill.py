@@ -14,9 +14,9 @@ from kandinsky5.nano.clips import ClipStore, draw_batch
 from kandinsky5.nano.stages import load_dit, load_text_encoder, load_vae
 from kandinsky5.nano.train_dit import TIMES
 from kandinsky5.sampler import flow_schedule
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.flow import FlowBatch, flow_loss, predict
 from kandinsky5.training.modes import training_precision
-from kandinsky5.training.state import read_rows
 from tiny_training import TINY, UNSCALED, losses, tiny_features, train
 
 

@@ -14,7 +14,7 @@ from kandinsky5.nano import presets, train_text
 from kandinsky5.nano.captions import Caption, write_caption
 from kandinsky5.nano.train_text import conversation, same_claims, tokens_about
 from kandinsky5.nano.world import sample_scene
-from kandinsky5.training.state import read_rows
+from kandinsky5.training.curves import read_rows
 from tiny_training import train
 
 

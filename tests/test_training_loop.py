@@ -8,7 +8,7 @@ from torch import nn
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked
 from kandinsky5.nano import presets
-from kandinsky5.training import loop, state
+from kandinsky5.training import curves, loop
 from kandinsky5.training.loop import MOST_SKIPPED, generator
 from kandinsky5.training.recipe import Recipe
 from tiny_training import TINY, losses, same_weights, tiny_run, train
@@ -49,9 +49,9 @@ def test_training_shows_its_progress_at_once(tmp_path, capsys):
 
 def test_rows_logged_after_the_last_save_are_dropped(tmp_path):
     tiny_run(tmp_path, stop_after=4)
-    state.append_row(tmp_path / "loss.csv", {"step": 6, "loss": 123.0})
+    curves.append_row(tmp_path / "loss.csv", {"step": 6, "loss": 123.0})
     tiny_run(tmp_path)
-    steps = [int(row["step"]) for row in state.read_rows(tmp_path / "loss.csv")]
+    steps = [int(row["step"]) for row in curves.read_rows(tmp_path / "loss.csv")]
     assert steps == [2, 4, 6, 8, 10, 12] and 123.0 not in losses(tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_sampling_during_training_changes_nothing(tmp_path):
     plain, _ = tiny_run(tmp_path / "plain")
     with_samples, _ = tiny_run(tmp_path / "samples", sample=sample, sample_every=4)
     assert same_weights(plain, with_samples)
-    assert [row["step"] for row in state.read_rows(tmp_path / "samples" / "samples.csv")] == ["4", "8", "12"]
+    assert [row["step"] for row in curves.read_rows(tmp_path / "samples" / "samples.csv")] == ["4", "8", "12"]
 
 
 def test_the_average_is_exponential():
@@ -138,7 +138,7 @@ def test_a_step_takes_the_mean_gradient_of_its_batches_clipped(monkeypatch, tmp_
 def test_gradients_of_each_block_are_logged(tmp_path):
     dit, _ = tiny_run(tmp_path / "a", steps=2)
     for name in ("text_blocks.0", "visual_blocks.0"):
-        assert all(float(row[f"gradient {name}"]) > 0 for row in state.read_rows(tmp_path / "a" / "loss.csv"))
+        assert all(float(row[f"gradient {name}"]) > 0 for row in curves.read_rows(tmp_path / "a" / "loss.csv"))
     for p in dit.visual_blocks[0].parameters():
         p.grad = torch.full_like(p, 2.0)
     count = sum(p.numel() for p in dit.visual_blocks[0].parameters())

@@ -19,7 +19,7 @@ from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.runtime.parallel import Ranks
 from kandinsky5.training import clip_loss as clip_losses
-from kandinsky5.training import loop, spread, state, state_folder
+from kandinsky5.training import curves, loop, spread, state, state_folder
 from kandinsky5.training.clip_loss import Conditioning, clip_loss
 from kandinsky5.training.data import Clips
 from kandinsky5.training.flow import FlowTimes, flow_loss
@@ -92,7 +92,7 @@ def train(clips: Clips, folder: Path, how: How):
         dit, clips, how.batch_size, FlowTimes(), Conditioning(0.3, how.given), how.accumulate,
         spread.own_rows(how.accumulate, ranks),
     )  # fmt: skip
-    with mock.patch.object(state, "plot_losses"):
+    with mock.patch.object(curves, "plot_losses"):
         average = loop.train(
             dit, loss, recipe, folder, log_every=1, stop_after=how.stop_after, progress=False, ranks=ranks,
             average=average,
@@ -109,7 +109,7 @@ def spread_weights(model: DiT) -> None:
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
-    rows = state.read_rows(folder / "loss.csv")
+    rows = curves.read_rows(folder / "loss.csv")
     return {name: [float(row[name]) for row in rows] for name in rows[0] if name not in ("seconds",)}
 
 

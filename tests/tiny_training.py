@@ -7,11 +7,11 @@ import torch
 from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT
 from kandinsky5.text_encoder import TextFeatures
-from kandinsky5.training import loop, state
+from kandinsky5.training import curves, loop
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.flow import FlowTimes, flow_batch, flow_loss, predict
 from kandinsky5.training.loop import generator
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import read_rows
 from random_weights import randomise
 
 TINY = DiTConfig(
@@ -34,7 +34,7 @@ def tiny_features(batch: int, seed: int = 0, length: int = 3) -> TextFeatures:
 
 def train(*arguments, **options):
     """`loop.train` without curves, which would take most of the time."""
-    with mock.patch.object(state, "plot_losses"):
+    with mock.patch.object(curves, "plot_losses"):
         return loop.train(*arguments, **options)
 
 

@@ -26,14 +26,13 @@ from kandinsky5.runtime import kernels, launch, offload
 from kandinsky5.screen import printable, say
 from kandinsky5.training import report, spread
 from kandinsky5.training.clip_loss import clip_loss, held_out_loss
+from kandinsky5.training.curves import plot_by_flow_time, write_events
 from kandinsky5.training.data import Clips
 from kandinsky5.training.flow import FlowTimes
 from kandinsky5.training.job import Job, begin, build_parser, prepare
 from kandinsky5.training.loop import Loss, train
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.previews import Previews
-from kandinsky5.training.state import write_events
-from kandinsky5.training.validation import plot_by_flow_time
 from kandinsky5.vae import VAE
 
 RESUMES = "run the same command to resume; what is encoded and saved is kept"

@@ -25,7 +25,7 @@ from kandinsky5 import screen
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
 from kandinsky5.runtime import launch
-from kandinsky5.training import spread, state
+from kandinsky5.training import curves, spread, state
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.recipe import Recipe, build_optimizers, freeze, learning_rate, prepare_step
 from kandinsky5.training.state import Model, Run
@@ -88,14 +88,14 @@ def train(
                 if sample is not None and run.step % sample_every == 0:
                     values = sample(run.average, run.step) or {}
                     if first:
-                        state.append_row(folder / "samples.csv", {"step": run.step, **values})
+                        curves.append_row(folder / "samples.csv", {"step": run.step, **values})
                 if run.step % log_every == 0 or run.step == last:
                     run.seconds = seconds_before + time.monotonic() - start
                     bar.set_postfix(loss=f"{_log(run):.4f}", refresh=False)
                     if due or run.step == last:
                         state.save(run)
                         if first:
-                            state.plot_losses(folder / "loss.csv", folder / "loss.png")
+                            curves.plot_losses(folder / "loss.csv", folder / "loss.png")
                         saved = time.monotonic()
                 if stop:
                     run.seconds = seconds_before + time.monotonic() - start
@@ -148,7 +148,7 @@ def _begin(
     if ranks:
         launch.agree(step=run.step)
     for name in ("loss.csv", "samples.csv") if spread.is_first(ranks) else ():
-        state.drop_rows_after(folder / name, run.step)
+        curves.drop_rows_after(folder / name, run.step)
     model.train()
     with contextlib.ExitStack() as changes:
         changes.enter_context(training_precision(model))
@@ -218,7 +218,7 @@ def _log(run: Run) -> float:
     rate = learning_rate(run.step - 1, run.recipe)
     head = {"step": run.step, "seconds": round(run.seconds, 1), "rate": rate}
     if spread.is_first(run.ranks):
-        state.append_row(run.folder / "loss.csv", head | means)
+        curves.append_row(run.folder / "loss.csv", head | means)
     return means["loss"]
 
 

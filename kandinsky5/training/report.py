@@ -21,10 +21,11 @@ from kandinsky5.runtime.device import choose_device, choose_dtype
 from kandinsky5.runtime.memory import free_memory, vae_memory
 from kandinsky5.screen import printable
 from kandinsky5.tensor_files import DTYPES
+from kandinsky5.training.curves import read_rows
 from kandinsky5.training.data import Clips
 from kandinsky5.training.folder import describe_files
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import load_progress, read_rows
+from kandinsky5.training.state import load_progress
 
 
 def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:

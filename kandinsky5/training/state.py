@@ -1,16 +1,12 @@
-"""A training run on disk: its state, from which it resumes exactly, and its curves.
+"""A training run on disk: its state, from which it resumes exactly.
 
-state.pt               everything in `Run`, in one file that is never half written
-state-000120/          likewise, of several ranks (`state_folder.py`)
-loss.csv, samples.csv  one row per logged step, per sample
-loss.png               loss.csv as curves
+state.pt       everything in `Run`, in one file that is never half written
+state-000120/  likewise, of several ranks (`state_folder.py`)
 """
 
 import contextlib
-import csv
 import hashlib
 import pickle
-import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -250,87 +246,3 @@ def _write(state: dict, path: Path) -> None:
             torch.save(state, temporary)
     except RuntimeError as error:
         raise OSError(f"cannot write {path} ({error}): free some disk space") from error
-
-
-# ---------------------------------------------------------------------------------------------- curves
-
-
-def append_row(path: Path, row: dict[str, float]) -> None:
-    """Append a row to a CSV file; with a new column the file is rewritten."""
-    rows = read_rows(path)
-    columns = list(dict.fromkeys([*(rows[0] if rows else []), *row]))
-    if rows and list(rows[0]) == columns:
-        with path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, columns).writerow(row)
-    else:
-        _write_rows(path, columns, [*rows, row])
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, [] if there is none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Remove what an interrupted run logged after it last saved its state."""
-    rows = read_rows(path)
-    kept = [row for row in rows if int(row["step"]) <= step]
-    if len(kept) < len(rows):
-        _write_rows(path, list(rows[0]), kept)
-
-
-def plot_losses(path: Path, image: Path) -> None:
-    """The curves of a log as a PNG, with the values of the same name that are in samples.csv: those of held-out data.
-
-    Nothing without matplotlib (`pip install kandinsky5[train]`).
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows, held_out = read_rows(path), read_rows(path.with_name("samples.csv"))
-    columns = [name for name in rows[0] if name not in ("step", "seconds", "rate")]
-    panels = {name: [name] for name in columns if not name.startswith("gradient ")}
-    blocks = [name for name in columns if name.startswith("gradient ")]  # of each block, together
-    panels |= {"gradient of each block": blocks} if blocks else {}
-    figure = Figure(figsize=(8, 2.2 * len(panels)), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-        positive = True
-        for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-            axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name.removeprefix("gradient "))
-            positive = positive and all(value > 0 for _, value in points)
-        if others := [(int(row["step"]), float(row[title])) for row in held_out if row.get(title)]:
-            axes.plot(*zip(*others, strict=True), linewidth=0.8, marker=".", label="held-out")
-            axes.legend(fontsize=7)
-        axes.set_title(title, fontsize=9)
-        if len(names) > 1:
-            axes.legend(fontsize=5, ncols=4)
-        if positive:
-            axes.set_yscale("log")
-    with replacing(image) as temporary:
-        figure.savefig(temporary, dpi=80)
-
-
-def write_events(path: Path, folder: Path) -> None:
-    """A log as TensorBoard's events in a new `folder`; nothing without the library (`pip install tensorboard`)."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder)) as writer:
-        for row in read_rows(path):
-            for name, value in row.items():
-                if name != "step" and value:
-                    writer.add_scalar(name, float(value), int(row["step"]))
-
-
-def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
