@@ -112,7 +112,8 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written") ->
     except BaseException as error:
         if interrupts or isinstance(error, KeyboardInterrupt):  # which may surface as another error in an import
             if os.environ.get("RANK", "0") == "0":
-                say(f"interrupted: {isinstance(error, KeyboardInterrupt) and str(error) or stopped}")
+                early = "not all ranks had started, and " * (os.environ.get("WORLD_SIZE", "1") != "1")
+                say(f"interrupted: {early}{isinstance(error, KeyboardInterrupt) and str(error) or stopped}")
             return 130
         if (reason := explain(error)) is None:
             raise

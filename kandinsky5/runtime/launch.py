@@ -4,7 +4,7 @@
 
 torchrun gives each process its RANK, the WORLD_SIZE and the address of a store, a small dictionary that outlives any of
 them. What ends one rank ends all: whoever fails says so in the store and in one line, and the others, whose collectives
-fail or whom torchrun stops, find it there and stay silent.
+fail or whom torchrun stops, find it there and stay silent. Without torchrun, which would stop them, they end too.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
-from kandinsky5.screen import Forgiving, printable, say
+from kandinsky5.screen import Forgiving, listed, printable, say
 
 GRACE = 3.0  # seconds in which a rank that fails tells the others why
 SECONDS = 600.0  # that a rank waits for the others by default, in a collective
@@ -38,12 +38,17 @@ class Stopped(KeyboardInterrupt):
 
 def is_one_of_many() -> bool:
     """Whether torchrun started this process, and others."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return world() > 1
 
 
 def rank() -> int:
     """This process's number; 0 for one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def time_limit() -> float:
@@ -69,13 +74,15 @@ def together(
     Only rank 0 is heard: what the others print goes nowhere, but for the line of an error.
     explain: an error in one line, or None for a bug, which keeps its traceback; stopped: what an interruption leaves.
     """
-    store = join(time_limit())
-    assert store is not None, "for one process alone, call main"
+    assert is_one_of_many(), "for one process alone, call main"
     streams = sys.stdout, sys.stderr
-    if dist.get_rank():
-        sys.stdout = sys.stderr = Forgiving(None)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(), sys.stderr), daemon=True).start()
     try:
         try:
+            join()
+            if rank():
+                sys.stdout = sys.stderr = Forgiving(None)
             code = main() or 0
         except Stopped:
             say(f"interrupted: {stopped}")
@@ -84,11 +91,13 @@ def together(
         dist.destroy_process_group()
         return code
     except BaseException as error:
+        if not joined:
+            raise
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         sys.stdout, sys.stderr = streams
-        code = report(error, store, explain, stopped)
+        code = report(error, joined["store"], explain, stopped)
         for stream in streams:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -97,26 +106,28 @@ def together(
         sys.stdout, sys.stderr = streams
 
 
-def join(seconds: float = SECONDS) -> dist.Store | None:
+def join() -> dist.Store | None:
     """Become one of the ranks, by torchrun's variables, each on the GPU of its number if there are GPUs.
 
-    Returns the store, or None where this process is alone. seconds: that ranks wait for each other. Raises ValueError
-    where there are fewer GPUs than processes.
+    Returns the store, or None where this process is alone. Raises ValueError where there are fewer GPUs than processes.
     """
     if not is_one_of_many():
         return None
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=SECONDS)))
+    joined["store"] = store  # from here on ranks hear of each other's errors
+    limit = timedelta(seconds=time_limit())
+    store.set_timeout(limit)
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
     if gpus:
-        if local >= gpus:
-            raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
         torch.cuda.set_device(local)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     store.set(f"process {rank}", f"{socket.gethostname()} {os.getpid()}")
+    wait_for([f"process {number}" for number in range(world)], limit.total_seconds())
     dist.init_process_group(  # gloo also has GPU machines' tensors on CPUs, such as what is agreed on
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("collectives", store), rank=rank,
-        world_size=world, timeout=timedelta(seconds=seconds),
+        world_size=world, timeout=limit,
     )  # fmt: skip
-    joined["store"] = store
     return store
 
 
@@ -130,14 +141,19 @@ def meet(value: Any = None, seconds: float = float("inf")) -> list[Any]:
     store, world, number = joined["store"], dist.get_world_size(), next(meetings)
     names = [f"meeting {number} {rank}" for rank in range(world)]
     store.set(names[dist.get_rank()], json.dumps(value))
-    end = time.monotonic() + seconds
+    wait_for(names, seconds)
+    return [json.loads(store.get(name)) for name in names]
+
+
+def wait_for(names: list[str], seconds: float) -> None:
+    """Wait until all of these are in the store. Raises RuntimeError after so many seconds."""
+    store, end = joined["store"], time.monotonic() + seconds
     while not store.check(names):
         if store.check(["failed"]):
             raise SystemExit(2)  # which has been said there
         if time.monotonic() > end:
             raise RuntimeError(f"Timed out waiting {seconds:g} s for the others")
         time.sleep(0.05)
-    return [json.loads(store.get(name)) for name in names]
 
 
 def agree(**values: object) -> None:
@@ -159,20 +175,22 @@ def report(
     error: BaseException, store: dist.Store, explain: Callable[[BaseException], str | None], stopped: str
 ) -> int:
     """Say why this rank ends, unless another one has; returns its exit code, 130 for an interruption."""
-    rank, code, line = dist.get_rank(), 2, None
+    code, line = 2, None
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 2
     elif isinstance(error, KeyboardInterrupt) or of_others(error):
         line = find_culprit(error, store)
         if line is None and isinstance(error, KeyboardInterrupt):
-            code, line = 130, f"interrupted: {str(error) or stopped}"
+            code, absent = 130, [f"{r}" for r in range(world()) if not store.check([f"process {r}"])]
+            early = f"rank {listed(absent)} had not started, and " if absent else ""
+            line = f"interrupted: {early}{str(error) or stopped}"
     else:
         reason = explain(error)
         code = 1 if reason is None else 2
-        line = f"error: rank {rank}: {printable(reason)}" if reason else "".join(traceback.format_exception(error))
+        line = f"error: rank {rank()}: {printable(reason)}" if reason else "".join(traceback.format_exception(error))
         with contextlib.suppress(RuntimeError):
-            store.set("failed", f"{rank}")
-    if line and is_first(store, rank):
+            store.set("failed", "")
+    if line and is_first(store):
         say(f"\n{line}")  # rank 0 may have left the cursor behind a bar
     return code
 
@@ -185,28 +203,31 @@ def of_others(error: BaseException) -> bool:
 
 def find_culprit(error: BaseException, store: dist.Store) -> str | None:
     """Why a collective failed, in a line; None where a rank has failed and says so itself, or nobody is missing."""
-    rank, world, phase = dist.get_rank(), dist.get_world_size(), "".join(getattr(error, "__notes__", ())[:1])
+    own, phase = rank(), "".join(getattr(error, "__notes__", ())[:1])
+    others = [r for r in range(world()) if r != own]
     doing = f" while {phase}" if phase else ""
     try:
-        store.set(f"waiting {rank}", "")
+        store.set(f"waiting {own}", "")
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
             if store.check(["failed"]):
                 return None
-            if ended := [r for r in range(world) if r != rank and has_ended(store, r)]:
+            if ended := [r for r in others if has_ended(store, r)]:
                 return f"error: rank {ended[0]} has ended{doing}, killed or out of memory: start all again"
             time.sleep(0.1)
-        missing = [r for r in range(world) if not store.check([f"waiting {r}"])]
+        missing = [r for r in others if not store.check([f"waiting {r}"])]
     except RuntimeError:  # the store is gone, and with it the machine that started first
-        return f"error: rank {rank} lost its connection to the others{doing}: start all again"
+        return f"error: rank {own} lost its connection to the others{doing}: start all again"
     if isinstance(error, KeyboardInterrupt):
         return None
     named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "the others"
-    return f"error: rank {rank} waited in vain for {named}{doing} ({printable(error, 100)}): start all again"
+    return f"error: rank {own} waited in vain for {named}{doing} ({printable(error, 100)}): start all again"
 
 
 def has_ended(store: dist.Store, rank: int) -> bool:
     """Whether the process of that rank is gone, as far as this machine knows."""
+    if not store.check([f"process {rank}"]):
+        return False
     host, _, number = store.get(f"process {rank}").decode().rpartition(" ")
     if host != socket.gethostname():
         return False
@@ -219,9 +240,21 @@ def has_ended(store: dist.Store, rank: int) -> bool:
     return False
 
 
-def is_first(store: dist.Store, rank: int) -> bool:
+def is_first(store: dist.Store | None) -> bool:
     """Whether no other rank has spoken; without the store rank 0 speaks."""
     try:
-        return store.add("spoken", 1) == 1
+        return rank() == 0 if store is None else store.add("spoken", 1) == 1
     except RuntimeError:
-        return rank == 0
+        return rank() == 0
+
+
+def end_with(parent: int, stream: TextIO) -> None:
+    """End this process once its parent is gone, that is torchrun, killed: nobody else would, nor end a later hang.
+
+    Where no other parent is given to orphans (Windows), it waits for ever.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    if is_first(joined.get("store")):
+        print("\nerror: torchrun has ended, killed or out of memory: start all again", file=stream, flush=True)
+    os._exit(2)
