@@ -195,6 +195,13 @@ def lora_file(text: str) -> dict[str, Any]:
     raise argparse.ArgumentTypeError(f"{text!r}: after the colon comes a weight, such as :0.8")
 
 
+def positive(text: str) -> int:
+    """A whole number from 1. Raises ArgumentTypeError for anything else."""
+    if not (text.isascii() and text.isdigit()) or int(text[:9]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return int(text[:9])
+
+
 def frame_rate(text: str) -> float:
     """ "24", "23.976" or "24000/1001" → frames per second. Raises ArgumentTypeError for anything else."""
     from fractions import Fraction

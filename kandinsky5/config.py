@@ -113,6 +113,10 @@ class VAEConfig:
         """Frames of a latent frame, but for the first, which stands for one: 4."""
         return 2 ** sum(self.halves_time)
 
+    def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, h, w) of the latents of a video of this size."""
+        return (num_frames - 1) // self.time_factor + 1, height // self.space_factor, width // self.space_factor
+
 
 @dataclass(frozen=True)
 class QwenConfig:

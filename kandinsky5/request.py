@@ -98,7 +98,7 @@ class Request:
         each = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MOST_VIDEOS // count)
         seeds = choose_seeds(seed, count, each)
         most = config.text.max_tokens if max_sequence_length is None else max_sequence_length
-        shape = latent_shape(config, height, width, num_frames)
+        shape = (*config.vae.latent_grid(num_frames, height, width), config.vae.latent_channels)
         return cls(
             prompts=prompts,
             negative_prompts=check_texts("negative_prompt", negative, count),
@@ -253,13 +253,6 @@ def check_size(config: PipelineConfig, height: int, width: int, num_frames: int)
     if num_frames < 1 or (num_frames - 1) % time:
         low = max(num_frames - 1, 0) // time * time + 1
         raise ValueError(f"{num_frames} frames: a clip has {time}k + 1 frames; try {low} or {low + time}")
-
-
-def latent_shape(config: PipelineConfig, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-    """(T, h, w, 16) of the latents of one video of this size."""
-    vae = config.vae
-    frames = (num_frames - 1) // vae.time_factor + 1
-    return frames, height // vae.space_factor, width // vae.space_factor, vae.latent_channels
 
 
 def choose_seeds(seed: int | list[int], count: int, each: int) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ MAY_IMPORT = {
     "runtime": {*MODELS, "runtime"},
     # LoRAs under other people's names; the words that nano knows
     "extras": {*MODELS, "runtime", "extras", "request", "weights_convert", "nano.captions"},
-    "training": {*MODELS, "runtime", "training", "request"},
+    "training": {*MODELS, "runtime", "training", "request", "extras.lora"},
     "nano": {*MODELS, "runtime", "training", "nano", "pipeline", "cli"},  # it samples and judges what it trains
     "weights_convert": {*MODELS, "runtime", "weights_convert", "cli", "extras.lora"},
 }

@@ -104,6 +104,7 @@ def tell_dropped(model: str, weights: Weights) -> None:
 
 
 def chosen(only: str | None) -> tuple[str, ...]:
+    """The models to convert: all four, or only this one. Raises ValueError for another name."""
     if only not in (None, *MODELS):
         raise ValueError(f"{only!r} (--only) is no part of a checkpoint: choose {', '.join(MODELS)}")
     return (only,) if only else MODELS

@@ -89,8 +89,8 @@ class ClipStore:
             self.count_file.unlink(missing_ok=True)  # of latents that were removed
         self._check_origin(origin)
         self.count = self._read_count()
-        T, side = (num_frames - 1) // vae.config.time_factor + 1, size // vae.config.space_factor
-        shape = (CLIPS_AT_MOST, T + 1, side, side, vae.config.latent_channels)
+        T, h, w = vae.config.latent_grid(num_frames, size, size)
+        shape = (CLIPS_AT_MOST, T + 1, h, w, vae.config.latent_channels)
         if path.is_file() and path.stat().st_size != 2 * math.prod(shape):
             raise ValueError(
                 f"{path} has {path.stat().st_size:,} bytes instead of {2 * math.prod(shape):,}: remove it, and the "

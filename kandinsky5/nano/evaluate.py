@@ -232,33 +232,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(name, description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="checkpoint folder, or preset such as nano")
-    add("--prompts", type=int, default=300, metavar="N", help="clips per set (default: 300)")
-    size_help = "clips generated at once; changes clips by rounding (default: 8)"
-    add("--batch-size", type=int, default=8, metavar="N", help=size_help)
+    add("--prompts", type=cli.positive, default=300, metavar="N", help="clips per set (default: 300)")
+    add("--batch-size", type=cli.positive, default=8, metavar="N",
+        help="clips generated at once; changes clips by rounding (default: 8)")  # fmt: skip
     add("--sets", nargs="+", choices=SETS, default=DEFAULT_SETS, metavar="SET", help="of: " + "; ".join(SETS))
-    add("--steps", type=int, dest="num_inference_steps", metavar="N", help="default: the checkpoint's")
+    add("--steps", type=cli.positive, dest="num_inference_steps", metavar="N", help="default: the checkpoint's")
     add("--guidance", type=float, dest="guidance_scale", metavar="W", help="default: the checkpoint's")
     add("--canvas", type=int, nargs=2, default=CANVAS, metavar=("H", "W"), help="of the scenes (default: 64 64)")
     add("--seed", type=int, default=JUDGE_SEED, help="of the scenes; use another for tuning (default: %(default)s)")
     add("--full-attention", action="store_true", help="let a DiT with NABLA attend to all tokens")
-    lora_help = "judge the checkpoint with a LoRA; may be repeated (default weight: 1)"
-    add(
-        "--lora", action="append", default=[], dest="loras", type=cli.lora_file, metavar="FILE[:WEIGHT]", help=lora_help
-    )
+    add("--lora", action="append", default=[], dest="loras", type=cli.lora_file, metavar="FILE[:WEIGHT]",
+        help="judge the checkpoint with a LoRA; may be repeated (default weight: 1)")  # fmt: skip
     add("--device", default="auto", help="default: auto, a GPU if there is one")
-    add(
-        "--dtype",
-        choices=cli.DTYPES,
-        default="auto",
-        help="default: auto, bfloat16 where the device has it natively, else float32",
-    )
-    output_help = "table as .json, and as .md next to it (default: judge_CHECKPOINT[-full-attention].json)"
-    add("-o", "--output", metavar="FILE", help=output_help)
+    add("--dtype", choices=cli.DTYPES, default="auto", help="default: auto, bfloat16 where it is native, else float32")
+    add("-o", "--output", metavar="FILE",
+        help="table as .json, and as .md next to it (default: judge_CHECKPOINT[-full-attention].json)")  # fmt: skip
     args = parser.parse_args(arguments)
-    counts = {"--prompts": args.prompts, "--batch-size": args.batch_size, "--steps": args.num_inference_steps}
-    for option, count in counts.items():
-        if count is not None and count < 1:
-            parser.error(f"{option} {count} must be at least 1")
     if args.seed < 0:
         parser.error(f"--seed {args.seed} must be at least 0")
     if args.output and Path(args.output).suffix not in ("", ".json"):

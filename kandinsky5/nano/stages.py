@@ -77,14 +77,7 @@ def open_clips(folder: Path, vae: VAE, count: int, *sizes: int) -> ClipStore:
 
 def add_accumulate(parser: argparse.ArgumentParser) -> None:
     """How many batches a step has, which processes share under torchrun."""
-    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="batches per step (default: 1)")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1. Raises ArgumentTypeError for anything else."""
-    if not (text.isascii() and text.isdigit()) or int(text[:9]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
-    return int(text[:9])
+    parser.add_argument("--accumulate", type=cli.positive, default=1, metavar="N", help="batches per step (default: 1)")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -94,20 +87,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--folder", type=Path, required=True, help="of the run; an unfinished one resumes")
     add("--vae", type=Path, required=True, help="folder of the VAE's runs, or a checkpoint such as nano")
     add("--text", type=Path, required=True, help="folder of the text encoders' runs, or a checkpoint")
-    add("--steps", type=int, help="default: the recipe's")
+    add("--steps", type=cli.positive, help="default: the recipe's")
     add("--seed", type=int, default=0, help="of batches and noise; choose another than the run's that it starts from")
     add("--checkpointing", action="store_true", help="less memory, more work, the same result")
 
 
 def choose_recipe(parser: cli.Parser, arguments: argparse.Namespace, recipe: Recipe, origin: Path | None) -> Recipe:
     """The recipe with these options. Raises ValueError for invalid ones."""
-    steps = recipe.steps if arguments.steps is None else arguments.steps
-    if min(steps, recipe.cycles) < 1 or arguments.seed < 0:
-        given = f"--steps {steps}, --cycles {recipe.cycles}, --seed {arguments.seed}"
-        parser.error(f"{given}: steps and cycles must be at least 1, the seed at least 0")
-    options = {"steps": steps, "seed": arguments.seed, "checkpointing": arguments.checkpointing}
-    options["accumulate"] = arguments.accumulate
-    return replace(recipe, **options, origin=str(origin or ""))
+    if arguments.seed < 0:
+        parser.error(f"--seed {arguments.seed}: it must be at least 0")
+    options = {name: getattr(arguments, name) for name in ("seed", "checkpointing", "accumulate")}
+    return replace(recipe, **options, steps=arguments.steps or recipe.steps, origin=str(origin or ""))
 
 
 def check_folder(folder: Path, holds_runs: bool) -> None:

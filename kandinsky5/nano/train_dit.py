@@ -71,7 +71,7 @@ def _parse() -> tuple[argparse.Namespace, Recipe, FlowTimes]:
     start = "run or checkpoint to continue from, with a lower rate and nearer the data; without it weights are random"
     parser.add_argument("--start-from", type=Path, help=f"{start}; choose another --seed than that run's")
     repeat = "how often to repeat --steps, the rate rising and falling again; more of them continue a finished run"
-    parser.add_argument("--cycles", type=int, help=f"{repeat} (default: the recipe's)")
+    parser.add_argument("--cycles", type=cli.positive, help=f"{repeat} (default: the recipe's)")
     arguments = parser.parse_args()
     recipe, times = (LAST_RECIPE, LAST_TIMES) if arguments.start_from else (RECIPE, TIMES)
     if arguments.cycles is not None:

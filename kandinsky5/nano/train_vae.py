@@ -211,10 +211,7 @@ def standardise(vae: VAE, count: int = 256) -> VAE:
 
 def latent_shape(vae: VAE, video: Tensor) -> tuple[int, ...]:
     """The shape of `vae.encode(video).mean`."""
-    B, _, frames, height, width = video.shape
-    config = vae.config
-    T = (frames - 1) // config.time_factor + 1
-    return (B, config.latent_channels, T, height // config.space_factor, width // config.space_factor)
+    return (len(video), vae.config.latent_channels, *vae.config.latent_grid(*video.shape[2:]))
 
 
 def test(vae: VAE, folder: Path, step: int, count: int = 24) -> dict[str, float]:

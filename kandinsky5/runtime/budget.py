@@ -84,9 +84,8 @@ def all_at_once(config: PipelineConfig, choice: Choice, piece: int | None = None
 
 def latent_grid(config: PipelineConfig) -> tuple[int, int, int]:
     """Latents (T, h, w) of a video of the config's own size."""
-    video, vae = config.sampling, config.vae
-    frames = (video.num_frames - 1) // vae.time_factor + 1
-    return frames, video.height // vae.space_factor, video.width // vae.space_factor
+    video = config.sampling
+    return config.vae.latent_grid(video.num_frames, video.height, video.width)
 
 
 def peak(config: PipelineConfig, choice: Choice) -> int:

@@ -10,7 +10,6 @@ captions are encoded once into a cache. The same command resumes an interrupted 
 import contextlib
 import dataclasses
 import re
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kandinsky5 import Pipeline, __version__, checkpoint, cli
+from kandinsky5 import Pipeline, checkpoint, cli
 from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
 from kandinsky5.runtime import kernels, launch, offload
-from kandinsky5.screen import printable, say
+from kandinsky5.screen import say
 from kandinsky5.training import report, spread
 from kandinsky5.training.clip_loss import clip_loss, held_out_loss
 from kandinsky5.training.curves import plot_by_flow_time, write_events
@@ -51,15 +50,13 @@ def finetune(arguments: list[str] | None = None) -> None:
     options.trigger = options.trigger.strip()
     job = prepare(options)
     if options.check:
-        print(report.describe(job.clips, job.recipe, options))
+        print(report.describe(job))
         return
-    if problem := report.find_misfit(job.clips, job.recipe, options):
+    if problem := report.find_misfit(job):
         say(problem)
     begin(job)
-    quantize = {"quantize": options.quantize} if options.quantize else {}
-    pipe = Pipeline.load(
-        job.folder, options.device, job.recipe.dtype, options.attention, options.offload or "model", **quantize
-    )
+    pipe = Pipeline.load(job.folder, options.device, job.recipe.dtype, options.attention, options.offload or "model",
+                         quantize=options.quantize)  # fmt: skip
     assert isinstance(pipe.vae, VAE)
     origin, place = checkpoint.fingerprint(job.folder, ("vae", "qwen", "clip")), options.cache or options.to / "cache"
     share = (dist.get_rank(), dist.get_world_size()) if job.ranks else (0, 1)
@@ -165,12 +162,9 @@ def train_all(job: Job, pipe: Pipeline, training: Clips, held: Clips, previews: 
 def build_loss(job: Job, dit: DiT, training: Clips) -> Loss:
     """The loss of this process's share of each step."""
     options = job.options
+    times = FlowTimes("logit-normal", options.logit_mean, options.logit_std, options.shift)
     rows = spread.own_rows(options.accumulate, job.ranks)
-    return clip_loss(dit, training, options.batch_size, _times(job), job.conditioning, options.accumulate, rows)
-
-
-def _times(job: Job) -> FlowTimes:
-    return FlowTimes("logit-normal", job.options.logit_mean, job.options.logit_std, job.options.shift)
+    return clip_loss(dit, training, options.batch_size, times, job.conditioning, options.accumulate, rows)
 
 
 def validate(dit: DiT, job: Job, held: Clips) -> dict[str, float]:
@@ -232,41 +226,10 @@ def finish(job: Job, model: nn.Module) -> None:
     if options.shard and isinstance(model, DiT):
         model = gather(model)
     if spread.is_first(job.ranks):
-        write_results(job, model)
+        draw_curves(options)
+        report.write_results(job, model)
     if job.ranks:
         launch.meet()
-
-
-def write_results(job: Job, model: nn.Module) -> None:
-    """The LoRA or checkpoint, its card, and on the screen the command that samples with it."""
-    options = job.options
-    draw_curves(options)
-    said = {
-        "base": job.config.name,
-        "base_fingerprint": checkpoint.fingerprint(job.folder),
-        "steps": str(options.steps),
-        "data": job.clips.digest,
-        "recipe": report.recipe_in_words(job.recipe, options),
-        "made_by": f"kandinsky5 {__version__}",
-    }
-    command = ["python", "sample.py", job.clips.clips[0].caption.removeprefix(options.trigger).strip()]
-    if isinstance(model, lora.LoRA):
-        out = options.to / "lora.safetensors"
-        lora.save(model, out, {**said, "rank": str(options.rank)})
-        if options.export:
-            lora.export(out, options.to)
-        command += ["--checkpoint", str(options.checkpoint), "--lora", str(out)]
-    else:
-        assert isinstance(model, DiT)
-        out = options.to / "checkpoint"
-        if not out.exists():
-            report.save_whole(out, job.folder, job.config, model)
-        command[2] = f"{options.trigger} {command[2]}".strip()
-        command += ["--checkpoint", str(out)]
-    command += report.size_options(job.clips, job.config)
-    report.write_card(options.to / "README.md", job.clips, said, shlex.join(command), options)
-    print(printable(f"{out}: {options.steps:,} steps on {len(job.clips.clips):,} clips. Sample with it:"))
-    print(f"    {printable(shlex.join(command))}")
 
 
 if __name__ == "__main__":

@@ -67,11 +67,6 @@ def prepare(options: argparse.Namespace) -> Job:
         config, options.sizes, options.num_frames, options.fps, cut=options.cut, per_file=options.per_file,
         trigger=options.trigger, seed=options.seed, skip_damaged=options.skip_damaged,
     )  # fmt: skip
-    shares = {"--hold-out": options.hold_out, "--caption-dropout": options.caption_dropout}
-    shares |= {} if options.first_frames is None else {"--first-frames": options.first_frames}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} {share:g}: give a share from 0 to 1, or 0% to 100%")
     if options.first_frames and "i2v" not in config.tasks:
         raise ValueError(f"--first-frames {options.first_frames:g}: {config.name} makes videos from a prompt alone")
     without_lora = {f"--{name}": getattr(options, name) for name in ("rank", "alpha", "offload", "quantize")}
@@ -129,11 +124,7 @@ def check_watching(options: argparse.Namespace, config: PipelineConfig) -> None:
 def build_recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of the options. Raises ValueError for numbers that make none."""
     if options.sample_every is None:
-        options.sample_every = min(250, max(options.steps, 1))
-    counts = ("steps", "batch_size", "accumulate", "sample_every", "sample_steps", "stop_after")
-    given = {name: getattr(options, name) for name in counts if getattr(options, name) is not None}
-    if wrong := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value < 1]:
-        raise ValueError(f"{', '.join(wrong)}: give at least 1")
+        options.sample_every = min(250, options.steps)
     usual = 1e-5 if options.full else 1e-4
     rate = usual if options.learning_rate is None else options.learning_rate
     if not 0 < rate <= 1 or not 0 <= options.ema < 1 or not options.clip_norm > 0:
@@ -249,7 +240,7 @@ def _add_data(group) -> None:
     add("--num-frames", type=int, metavar="N", help="of a clip, 4k + 1 (default: the checkpoint's)")
     add("--fps", type=cli.frame_rate, metavar="N", help="at which clips are read (default: the checkpoint's)")
     add("--cut", choices=CUTS, default="start", help="where clips of longer videos come from (default: start)")
-    add("--per-file", type=int, default=1, metavar="N", help="clips of a long video, at most (default: 1)")
+    add("--per-file", type=cli.positive, default=1, metavar="N", help="clips of a long video, at most (default: 1)")
     add("--skip-damaged", action="store_true", help="leave damaged files out instead of stopping")
     add("--hold-out", type=parse_share, default=0.1, metavar="SHARE", help="of files not trained on (default: 10%%)")
     add("--cache", type=Path, metavar="DIR", help="of encoded clips; runs can share it (default: cache in --to)")
@@ -262,9 +253,9 @@ def _add_data(group) -> None:
 
 def _add_how(group) -> None:
     add = group.add_argument
-    add("--steps", type=int, default=1000, metavar="N", help="default: 1000")
-    add("--batch-size", type=int, default=1, metavar="N", help="clips at once (default: 1)")
-    add("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: 1)")
+    add("--steps", type=cli.positive, default=1000, metavar="N", help="default: 1000")
+    add("--batch-size", type=cli.positive, default=1, metavar="N", help="clips at once (default: 1)")
+    add("--accumulate", type=cli.positive, default=1, metavar="N", help="batches per step (default: 1)")
     add("--learning-rate", type=float, metavar="X", help="default: 1e-4 for a LoRA, 1e-5 with --full")
     add("--shift", type=float, metavar="X", help="of flow times, above 1 towards the noise (default: the checkpoint's)")
     add("--logit-mean", type=float, default=0.0, metavar="X", help="of logit(t) before the shift (default: 0)")
@@ -285,15 +276,15 @@ def _add_how(group) -> None:
         help="with torchrun: each process keeps only its share of the weights, gradients and averages")  # fmt: skip
     add("--sequence", type=int, default=1, metavar="N",
         help="with torchrun: N processes share the tokens of each clip (default: 1, which shares clips)")  # fmt: skip
-    add("--stop-after", type=int, metavar="N", help="stop after step N as if interrupted")
+    add("--stop-after", type=cli.positive, metavar="N", help="stop after step N as if interrupted")
 
 
 def _add_watching(group) -> None:
     add = group.add_argument
     add("--prompts", type=Path, metavar="FILE", help="one per line, for samples (default: captions of held-out clips)")
-    add("--sample-every", type=int, metavar="N",
+    add("--sample-every", type=cli.positive, metavar="N",
         help="steps between samples and held-out losses; none above --steps (default: 250 or --steps)")  # fmt: skip
-    add("--sample-steps", type=int, metavar="N", help="of sampling (default: the checkpoint's)")
+    add("--sample-steps", type=cli.positive, metavar="N", help="of sampling (default: the checkpoint's)")
     add("--tensorboard", action="store_true", help="write events for TensorBoard too; needs pip install tensorboard")
     add("--export", action="store_true", help="write the LoRA in the authors' and diffusers' layouts as well")
 
@@ -307,8 +298,11 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_share(text: str) -> float:
-    """ "10%" or "0.1" → 0.1. Raises ArgumentTypeError for anything else."""
+    """ "10%" or "0.1" → 0.1. Raises ArgumentTypeError for anything but 0 to 1."""
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 10% or 0.1") from error
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0% to 100%, or 0 to 1")
+    return share

@@ -1,8 +1,9 @@
-"""What a run says: before it, what it would train on and need; after it, a card, and the weights of a whole model."""
+"""What finetune says before a run: what it would train on and need; and what it writes after it: results and a card."""
 
 import math
 import os
 import re
+import shlex
 import time
 from argparse import Namespace
 from collections import Counter
@@ -13,23 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from kandinsky5 import checkpoint
+from kandinsky5 import __version__, checkpoint
 from kandinsky5.config import DiTConfig, PipelineConfig
 from kandinsky5.dit import DiT
+from kandinsky5.extras import lora
 from kandinsky5.files import write_text
 from kandinsky5.runtime.device import choose_device, choose_dtype
 from kandinsky5.runtime.memory import free_memory, vae_memory
 from kandinsky5.screen import printable
 from kandinsky5.tensor_files import DTYPES
 from kandinsky5.training.curves import read_rows
-from kandinsky5.training.data import Clips
 from kandinsky5.training.folder import describe_files
+from kandinsky5.training.job import Job
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import load_progress
 
 
-def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
+def describe(job: Job) -> str:
     """The table of --check: files, buckets, what is left out, tokens, and memory as computed."""
+    clips, recipe, options = job.clips, job.recipe, job.options
     training, held = clips.hold_out(options.hold_out)
     buckets = Counter((clip.num_frames, *clip.size) for clip in clips.clips)
     files = len({clip.content for clip in clips.clips})
@@ -44,11 +47,11 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
     for bucket, count in sorted(buckets.items()):
         frames, height, width = bucket
         each_step = tokens_of(clips.config, *bucket) * options.batch_size * recipe.accumulate
-        gigabytes = " ".join(f"{needed / 1e9:11.1f}" for needed in memory_of(bucket, clips.config, recipe, options))
+        gigabytes = " ".join(f"{needed / 1e9:11.1f}" for needed in memory_of(bucket, job))
         lines.append(f"{frames:6} {height:6} {width:6} {count:7,} {each_step:15,}    {gigabytes}")
     epochs = recipe.steps * recipe.accumulate * options.batch_size / max(len(training.clips), 1)
     lines += ["", f"{recipe.steps:,} steps see each clip about {epochs:,.1f} times. Memory is computed, not measured."]
-    lines.append(find_misfit(clips, recipe, options) or "It fits into the memory that is free here.")
+    lines.append(find_misfit(job) or "It fits into the memory that is free here.")
     most = max(buckets, key=lambda bucket: tokens_of(clips.config, *bucket))
     tokens, batch = tokens_of(clips.config, *most), options.batch_size * recipe.accumulate
     passes = 2 + bool(options.full) + bool(options.checkpointing)  # the gradient of activations takes another forward
@@ -61,22 +64,18 @@ def describe(clips: Clips, recipe: Recipe, options: Namespace) -> str:
     return "\n".join(lines)
 
 
-def memory_of(
-    bucket: tuple[int, int, int], config: PipelineConfig, recipe: Recipe, options: Namespace
-) -> tuple[float, float]:
+def memory_of(bucket: tuple[int, int, int], job: Job) -> tuple[float, float]:
     """Bytes on the device to encode a clip of (frames, height, width) and to train on a batch of them."""
-    frames, height, width = bucket
-    vae, dtype = config.vae, getattr(torch, recipe.dtype)
-    latents = (frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor
-    encoding = vae_memory(vae, latents, dtype, config.tiling)  # of decoding, which has the same grids
-    return encoding, memory(config.dit, tokens_of(config, *bucket) * options.batch_size, recipe, options)
+    vae, dtype = job.config.vae, getattr(torch, job.recipe.dtype)
+    encoding = vae_memory(vae, vae.latent_grid(*bucket), dtype, job.config.tiling)  # of decoding: the same grids
+    tokens = tokens_of(job.config, *bucket) * job.options.batch_size
+    return encoding, memory(job.config.dit, tokens, job.recipe, job.options)
 
 
-def find_misfit(clips: Clips, recipe: Recipe, options: Namespace) -> str:
+def find_misfit(job: Job) -> str:
     """One line if the largest clips need more memory than is free on the device, else empty."""
-    device = choose_device(options.device)
-    buckets = {(clip.num_frames, *clip.size) for clip in clips.clips}
-    needs = [memory_of(bucket, clips.config, recipe, options) for bucket in buckets]
+    device = choose_device(job.options.device)
+    needs = [memory_of(bucket, job) for bucket in {(clip.num_frames, *clip.size) for clip in job.clips.clips}]
     encoding, training = max(need[0] for need in needs), max(need[1] for need in needs)
     free = free_memory(device)
     if free is None or max(encoding, training) <= free:
@@ -112,9 +111,7 @@ def device_rate(config: DiTConfig, device: str, dtype: str) -> float:
 
 def tokens_of(config: PipelineConfig, frames: int, height: int, width: int) -> int:
     """Video tokens of one clip."""
-    latents = ((frames - 1) // config.vae.time_factor + 1, height // config.vae.space_factor,
-               width // config.vae.space_factor)  # fmt: skip
-    return math.prod(latents) // math.prod(config.dit.patch_size)
+    return math.prod(config.vae.latent_grid(frames, height, width)) // math.prod(config.dit.patch_size)
 
 
 def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -> float:
@@ -143,6 +140,37 @@ def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -
     return frozen + trained * copies + activations
 
 
+def write_results(job: Job, model: nn.Module) -> None:
+    """The LoRA or checkpoint, its card, and on the screen the command that samples with it."""
+    options = job.options
+    said = {
+        "base": job.config.name,
+        "base_fingerprint": checkpoint.fingerprint(job.folder),
+        "steps": str(options.steps),
+        "data": job.clips.digest,
+        "recipe": recipe_in_words(job.recipe, options),
+        "made_by": f"kandinsky5 {__version__}",
+    }
+    command = ["python", "sample.py", job.clips.clips[0].caption.removeprefix(options.trigger).strip()]
+    if isinstance(model, lora.LoRA):
+        out = options.to / "lora.safetensors"
+        lora.save(model, out, {**said, "rank": str(options.rank)})
+        if options.export:
+            lora.export(out, options.to)
+        command += ["--checkpoint", str(options.checkpoint), "--lora", str(out)]
+    else:
+        assert isinstance(model, DiT)
+        out = options.to / "checkpoint"
+        if not out.exists():
+            save_whole(out, job, model)
+        command[2] = f"{options.trigger} {command[2]}".strip()
+        command += ["--checkpoint", str(out)]
+    command += size_options(job)
+    write_card(job, said, shlex.join(command))
+    print(printable(f"{out}: {options.steps:,} steps on {len(job.clips.clips):,} clips. Sample with it:"))
+    print(f"    {printable(shlex.join(command))}")
+
+
 def recipe_in_words(recipe: Recipe, options: Namespace) -> str:
     """One line: what a reader needs to repeat it."""
     what = "all weights" if options.full else f"LoRA of rank {options.rank}, alpha {options.alpha:g}"
@@ -154,16 +182,17 @@ def recipe_in_words(recipe: Recipe, options: Namespace) -> str:
     )
 
 
-def size_options(clips: Clips, config: PipelineConfig) -> list[str]:
+def size_options(job: Job) -> list[str]:
     """Options of sample.py for the size and length that most clips have, where they are not the checkpoint's."""
-    (frames, height, width), _ = Counter((c.num_frames, *c.size) for c in clips.clips).most_common(1)[0]
-    own = config.sampling
+    (frames, height, width), _ = Counter((c.num_frames, *c.size) for c in job.clips.clips).most_common(1)[0]
+    own = job.config.sampling
     given = {"--num-frames": (frames, own.num_frames), "--height": (height, own.height), "--width": (width, own.width)}
     return [part for option, (ours, theirs) in given.items() if ours != theirs for part in (option, str(ours))]
 
 
-def save_whole(out: Path, folder: Path, config: PipelineConfig, dit: DiT) -> None:
+def save_whole(out: Path, job: Job, dit: DiT) -> None:
     """A checkpoint folder with this DiT, in the precision of the one it came from, which lends the other models."""
+    folder, config = job.folder, job.config
     place = checkpoint.find_part(folder, "dit", config.base)
     stored = checkpoint.find_weights(place, "dit").tensors
     for name, parameter in dit.named_parameters():
@@ -191,8 +220,9 @@ CARD = """\
 """
 
 
-def write_card(path: Path, clips: Clips, said: dict[str, str], command: str, options: Namespace) -> None:
+def write_card(job: Job, said: dict[str, str], command: str) -> None:
     """The model card of a run, README.md in its folder."""
+    clips, options = job.clips, job.options
     rows, samples = read_rows(options.to / "loss.csv"), read_rows(options.to / "samples.csv")
     held_out = [row["loss"] for row in samples if row.get("loss")]
     text = CARD.format(
@@ -208,4 +238,4 @@ def write_card(path: Path, clips: Clips, said: dict[str, str], command: str, opt
         command=command,
         **{**said, "steps": f"{int(said['steps']):,}"},
     )
-    write_text(path, text)
+    write_text(options.to / "README.md", text)
