@@ -41,10 +41,11 @@ def result(folder):
 def test_a_killed_rank_ends_all_and_the_run_resumes_to_the_same_bytes(command):
     assert end(finetune(*command, "whole"))[0] == 0
     assert {path.suffix for path in Path("whole", "samples").iterdir()} == {".mp4", ".png"}
-    begun = time.monotonic()
-    code, _, lines, err = end(finetune(*command, "parts", fault="killed"))
-    assert code != 0 and len(lines) == 1 and "rank 1 has ended" in lines[0] and time.monotonic() - begun < 60, err
-    assert load_progress("parts")[0] == 3
+    for fault, saved in (("killed saving", 1), ("killed", 3)):
+        begun = time.monotonic()
+        code, _, lines, err = end(finetune(*command, "parts", fault=fault))
+        assert code != 0 and len(lines) == 1 and "rank 1 has ended" in lines[0] and time.monotonic() - begun < 60, err
+        assert load_progress("parts")[0] == saved
     code, _, lines, err = end(finetune(*command, "parts"))
     assert (code, lines) == (0, []), err
     assert result("parts") == result("whole")

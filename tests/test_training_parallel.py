@@ -209,12 +209,29 @@ def test_a_rank_keeps_its_share_of_the_bytes():
     assert all(kept < 0.3 * whole and wide == islands and every for kept, whole, wide, every in found)
 
 
-@pytest.mark.torchrun
-@pytest.mark.parametrize("place", ["values.pt", ".metadata", "__0_0.distcp"])
-def test_a_damaged_state_of_ranks_is_refused(clips, tmp_path, place):
-    on_ranks(2, train, clips, tmp_path, How(stop_after=1))
+@pytest.fixture(scope="module")
+def saved(clips, tmp_path_factory):
+    """The state of two ranks after a step."""
+    folder = tmp_path_factory.mktemp("saved")
+    on_ranks(2, train, clips, folder, How(stop_after=1))
+    return folder
+
+
+def cut(data):
+    return data[:-20]
+
+
+def flip(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("place", ["values.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"])
+def test_a_damaged_state_of_ranks_is_refused(clips, saved, tmp_path, place, damage):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "state-000001" / place
-    file.write_bytes(file.read_bytes()[:-20])
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match="state-000001 is damaged"):
         train(clips, tmp_path, How())
 

@@ -43,7 +43,9 @@ def is_one_of_many() -> bool:
 
 def rank() -> int:
     """This process's number; 0 for one alone."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if is_one_of_many() else 0
 
 
 def world() -> int:

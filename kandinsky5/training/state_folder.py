@@ -1,17 +1,20 @@
 """The state of a run of several ranks: a folder that all of them write and that any number of them reads, also one.
 
     state-000120/          named by its step; next to a state.pt, the later step counts
-        values.pt          all that is no tensor, and the sizes of the other files
+        values.pt          all that is no tensor, and the digests of the other files
         __0_0.distcp, …    tensors in parts, of `torch.distributed.checkpoint`; .metadata says which is where
 
 It is written under another name and renamed when it is whole; then what came before is removed.
 """
 
+import hashlib
 import os
 import pickle
 import re
 import shutil
 import warnings
+import zipfile
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from kandinsky5.runtime import launch
 
 NAME = "state-{:06d}"
 
@@ -49,8 +54,8 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
     import torch.distributed.checkpoint as dcp
 
     place = folder / NAME.format(step)
-    partial, first = place.with_name(f".{place.name}"), dist.get_rank() == 0
-    if first:
+    partial, rank = place.with_name(f".{place.name}"), dist.get_rank()
+    if rank == 0:
         for path in (partial, place):
             shutil.rmtree(path, ignore_errors=True)
     dist.barrier()
@@ -58,9 +63,11 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
-        if first:
-            sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-            torch.save(values | {"sizes": sizes}, partial / "values.pt")
+        digests: list[dict[str, str]] = [{}] * dist.get_world_size()
+        own = [*partial.glob(f"__{rank}_*"), *([partial / ".metadata"] if rank == 0 else [])]
+        dist.all_gather_object(digests, {path.name: digest(path) for path in own})
+        if rank == 0:
+            torch.save(values | {"digests": dict(ChainMap(*digests))}, partial / "values.pt")
             for path in (partial / "values.pt", partial):
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
@@ -68,22 +75,35 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
             partial.rename(place)
             remove_others(folder, place)
     except (dcp.api.CheckpointException, RuntimeError) as error:
+        if launch.of_others(error):
+            raise
         reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
         raise OSError(f"cannot write {place} ({reason}): free some disk space") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device: torch.device | str) -> dict[str, Any]:
     """The values of a state, and the tensors whose names begin with one of `parts`, by name.
 
     like: tensors that are sharded here: of those of the same name only this rank's share is read. The rest comes whole.
-    Raises ValueError for a folder that is damaged.
+    Where there are several ranks, all of them read, and each verifies some of the files. Raises ValueError for a folder
+    that is damaged.
     """
     import torch.distributed.checkpoint as dcp
 
     damaged = f"{place} is damaged: remove it to start again, or choose another folder"
     try:
+        with zipfile.ZipFile(place / "values.pt") as archive:
+            if archive.testzip():
+                raise ValueError(damaged)
         values = torch.load(place / "values.pt", weights_only=True)
-        if any((place / name).stat().st_size != size for name, size in values.pop("sizes").items()):
+        digests: dict[str, str] = values.pop("digests")
+        if digest(place / ".metadata") != digests.pop(".metadata"):
             raise ValueError(damaged)
         tensors: dict[str, Any] = {}
         for name, stored in dcp.FileSystemReader(place).read_metadata().state_dict_metadata.items():
@@ -93,9 +113,20 @@ def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device
             elif name.startswith(parts):
                 tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
         if tensors:
+            own = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+            if any(digest(place / name) != digests[name] for name in sorted(digests)[own]):
+                raise ValueError(damaged)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(tensors, storage_reader=dcp.FileSystemReader(place), no_dist=True)
-    except (dcp.api.CheckpointException, OSError, RuntimeError, LookupError, EOFError, pickle.PickleError) as error:
+    except (
+        dcp.api.CheckpointException,
+        OSError,
+        RuntimeError,
+        LookupError,
+        EOFError,
+        pickle.PickleError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(damaged) from error
     return values | {"tensors": tensors}
