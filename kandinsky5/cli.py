@@ -153,6 +153,8 @@ def explain(error: BaseException) -> str | None:
 
 def what_to_try(arguments: list[str]) -> str:
     """Options that need less memory than a command line with these arguments."""
+    if "finetune" in "".join(arguments[:1]):
+        return "smaller --sizes, fewer --num-frames, a smaller --batch-size, --checkpointing, or --offload blocks"
     given = {argument.partition("=")[0] for argument in arguments}
     tries = [how for option, how in LESS.items() if (option in given) == (option == "--attention")]
     return ", ".join([*tries, "or less --height, --width or --num-frames"])

@@ -15,6 +15,7 @@ import torch
 from kandinsky5 import cli
 from kandinsky5.runtime import memory
 from kandinsky5.screen import Forgiving, bar, printable, say
+from kandinsky5.training import job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -192,6 +193,12 @@ def test_a_wrong_option_of_any_command_is_one_line(capsys, command):
 def test_memory_advice_names_only_what_was_not_given(given, left):
     advice = cli.what_to_try(given.split())
     assert [name for name in ("--attention", "--tile-space", "--offload") if name in advice] == left
+
+
+@pytest.mark.parametrize("program", ["kandinsky5 finetune", "/kandinsky5/training/finetune.py"])
+def test_memory_advice_for_training_names_its_options(program):
+    options = {word.strip(",") for word in cli.what_to_try([program, "nano"]).split() if word.startswith("--")}
+    assert "--sizes" in options and options <= {*job.build_parser("")._option_string_actions}
 
 
 def test_as_a_module_it_is_the_same_command():

@@ -53,6 +53,7 @@ def test_captions_in_one_file(tmp_path, name):
     (lambda d: (d / "c.txt").write_text("a fox"), "c.txt"),
     (lambda d: (d / "a.txt").write_text(" \n"), "a.mp4"),
     (lambda d: (d / "a.txt").write_bytes("лиса".encode("cp1251")), "a.txt"),
+    (lambda d: (d / "a.txt").write_bytes("a fox".encode("utf-16-le")), "a.txt"),
     (lambda d: (d / "captions.csv").write_text("file,text\na.mp4,x\n"), "captions.csv"),
     (lambda d: (d / "a.txt").write_text("fox " * 99999), "a.mp4"),
     (lambda d: (d / "a.mp4").write_bytes(b"nothing"), "a.mp4"),

@@ -110,7 +110,11 @@ def test_a_gif_of_several_frames_moves(tmp_path):
 
 def test_files_without_usable_video(tmp_path):
     hdr = write(tmp_path / "hdr.mp4", flat(LEVELS), trc=ColorTrc.SMPTE2084)
-    for path in (write_sound(tmp_path / "sound.mp4"), hdr):
+    first, *others = (Image.fromarray(frame) for frame in flat(LEVELS))
+    animated = [tmp_path / f"animated.{ending}" for ending in ("webp", "png", "avif")]
+    for path in animated:
+        first.save(path, save_all=True, append_images=others, duration=100)
+    for path in (write_sound(tmp_path / "sound.mp4"), hdr, *animated):
         with pytest.raises(Unusable):
             probe(path)
 

@@ -245,7 +245,10 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict]]:
 def read_utf8(path: Path, most: int = LONGEST_TABLE) -> str:
     """The text of a file. Raises ValueError for another encoding."""
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        text = read_bytes(path, most).decode("utf-8-sig")
+        if "\0" in text:  # as in UTF-16 that does not begin with its mark
+            raise UnicodeDecodeError("utf-8", b"", text.index("\0"), 0, "NUL")
+        return text
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8, such as by iconv -t utf-8"

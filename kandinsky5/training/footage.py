@@ -22,10 +22,11 @@ from torch import Tensor
 
 from kandinsky5 import video_io
 from kandinsky5.files import check_regular
-from kandinsky5.image_io import check_sides
+from kandinsky5.image_io import check_sides, open_image
 from kandinsky5.screen import printable
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")  # and GIFs of one frame
+ANIMATED = (".webp", ".png", ".avif")  # of these, stills alone are read
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 TICK = 5e-4  # seconds by which a time stamp may be late: containers round to milliseconds
 HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
@@ -125,6 +126,8 @@ def nearest_size(footage: Footage, sizes: Sequence[tuple[int, int]]) -> tuple[in
 
 def _still(path: Path) -> Footage:
     height, width, _ = video_io.read_image(path).shape
+    if path.suffix.lower() in ANIMATED and getattr(open_image(path.read_bytes()), "is_animated", False):
+        raise Unusable("is an animation, which is read from a GIF or a video: convert it to mp4")
     return Footage(path, height, width, ())
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,16 +23,20 @@ from kandinsky5.runtime.device import choose_device, choose_dtype
 from kandinsky5.runtime.memory import free_memory, vae_memory
 from kandinsky5.screen import printable
 from kandinsky5.tensor_files import DTYPES
+from kandinsky5.training import spread
 from kandinsky5.training.curves import read_rows
 from kandinsky5.training.folder import describe_files
 from kandinsky5.training.job import Job
 from kandinsky5.training.recipe import Recipe
 from kandinsky5.training.state import load_progress
 
+if TYPE_CHECKING:
+    from kandinsky5.runtime.parallel import Ranks
+
 
 def describe(job: Job) -> str:
-    """The table of --check: files, buckets, what is left out, tokens, and memory as computed."""
-    clips, recipe, options = job.clips, job.recipe, job.options
+    """The table of --check: files, buckets, what is left out, tokens, and memory as computed, of each process."""
+    clips, recipe, options, ranks = job.clips, job.recipe, job.options, job.ranks
     training, held = clips.hold_out(options.hold_out)
     buckets = Counter((clip.num_frames, *clip.size) for clip in clips.clips)
     files = len({clip.content for clip in clips.clips})
@@ -56,7 +60,8 @@ def describe(job: Job) -> str:
     tokens, batch = tokens_of(clips.config, *most), options.batch_size * recipe.accumulate
     passes = 2 + bool(options.full) + bool(options.checkpointing)  # the gradient of activations takes another forward
     operations = passes * batch * forward_work(clips.config.dit, tokens)
-    seconds = operations / device_rate(clips.config.dit, options.device, recipe.dtype)
+    rate = device_rate(clips.config.dit, options.device, recipe.dtype) * (ranks.data * ranks.sequence if ranks else 1)
+    seconds = operations / rate
     lines.append(
         f"A step of the largest clips takes {operations:.1e} operations: at least {seconds:.2g} s at the rate of a "
         f"large matrix product here, {recipe.steps * seconds / 3600:.2g} hours in all (computed from that rate)."
@@ -65,11 +70,11 @@ def describe(job: Job) -> str:
 
 
 def memory_of(bucket: tuple[int, int, int], job: Job) -> tuple[float, float]:
-    """Bytes on the device to encode a clip of (frames, height, width) and to train on a batch of them."""
+    """Bytes on each device to encode a clip of (frames, height, width) and to train on its share of a batch of them."""
     vae, dtype = job.config.vae, getattr(torch, job.recipe.dtype)
     encoding = vae_memory(vae, vae.latent_grid(*bucket), dtype, job.config.tiling)  # of decoding: the same grids
-    tokens = tokens_of(job.config, *bucket) * job.options.batch_size
-    return encoding, memory(job.config.dit, tokens, job.recipe, job.options)
+    rows = -(-job.options.batch_size // spread.own_rows(job.recipe.accumulate, job.ranks)[1])
+    return encoding, memory(job.config.dit, tokens_of(job.config, *bucket) * rows, job.recipe, job.options, job.ranks)
 
 
 def find_misfit(job: Job) -> str:
@@ -114,13 +119,18 @@ def tokens_of(config: PipelineConfig, frames: int, height: int, width: int) -> i
     return math.prod(config.vae.latent_grid(frames, height, width)) // math.prod(config.dit.patch_size)
 
 
-def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -> float:
-    """Bytes on the device while a DiT is trained on so many tokens at once, next to VAE and text models at rest."""
+def memory(config: DiTConfig, tokens: float, recipe: Recipe, options: Namespace, ranks: "Ranks | None" = None) -> float:
+    """Bytes on the device while a DiT is trained on so many tokens at once, next to VAE and text models at rest.
+
+    ranks: those that share the tokens, or the weights, of which each has its share and two blocks whole.
+    """
     with checkpoint.without_weights():
         dit = DiT(config)
     count = sum(p.numel() for p in dit.parameters())
     block = sum(p.numel() for p in dit.visual_blocks[0].parameters())
     each = 4 if recipe.dtype == "float32" else 2
+    tokens /= ranks.sequence if ranks else 1
+    shares, whole = (ranks.data * ranks.sequence, 2 * block) if ranks and ranks.shard else (1, 0)
     # A visual block keeps for its gradient 64 bytes per token and channel in bf16 (computed, Lite's proportions), of
     # which 24 are the feed-forward's; in the backward pass two gradients of its hidden layer come on top.
     inside = tokens * (5 * config.dim * 4 + 10 * config.dim * each + 5 * config.ff_dim * each)
@@ -129,8 +139,8 @@ def memory(config: DiTConfig, tokens: int, recipe: Recipe, options: Namespace) -
     copies = 4 * (4 if not recipe.ema else 5)  # weight, gradient, AdamW's two averages, and EMA's; float32
     if options.full:
         trained = sum(p.numel() for name, p in dit.named_parameters() if re.search(options.modules or "", name))
-        return 4 * (count - trained) + trained * copies + activations
-    frozen = float(each * count)
+        return (4 * (count - trained) + trained * copies) / shares + 4 * whole + activations
+    frozen = each * (count / shares + whole)
     if options.offload == "blocks":
         frozen = each * (count - (config.num_visual_blocks - 2) * block)
     if options.quantize:
