@@ -60,6 +60,19 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
     return read_bytes(path, most).decode("utf-8-sig", "replace")
 
 
+def read_utf8(path: str | Path, most: int = LARGEST) -> str:
+    """The same, of a file that people write: ValueError for another encoding."""
+    try:
+        text = read_bytes(path, most).decode("utf-8-sig")
+        if "\0" in text:  # as in UTF-16 that does not begin with its mark
+            raise UnicodeDecodeError("utf-8", b"", text.index("\0"), 0, "NUL")
+        return text
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8, such as by iconv -t utf-8"
+        ) from error
+
+
 def read_json(path: str | Path, most: int = LARGEST) -> dict[str, Any]:
     """The JSON object in a file; ValueError, with the path, for anything else or what `parse_json` refuses."""
     value = parse_json(read_bytes(path, most), path)

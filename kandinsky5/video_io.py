@@ -76,11 +76,16 @@ def resize_image(image: torch.Tensor | np.ndarray, height: int, width: int) -> t
     return rearrange(pixels, "1 C H W -> H W C")
 
 
-def cover_size(image: torch.Tensor | np.ndarray, height: int, width: int) -> torch.Tensor:
-    """uint8 (H, W, 3) -> uint8 (height, width, 3): resized until it covers that, and the middle of it."""
-    factor = max(height / image.shape[0], width / image.shape[1])
-    tall, wide = (round(side * factor) for side in image.shape[:2])
-    covering = resize_image(image, max(tall, height), max(wide, width))
+def cover_size(
+    image: torch.Tensor | np.ndarray, height: int, width: int, shape: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """uint8 (H, W, 3) -> uint8 (height, width, 3): resized until it covers that, and the middle of it.
+
+    shape: height and width as seen, where pixels are not square.
+    """
+    tall, wide = shape or image.shape[:2]
+    factor = max(height / tall, width / wide)
+    covering = resize_image(image, max(round(tall * factor), height), max(round(wide * factor), width))
     top, left = (covering.shape[0] - height) // 2, (covering.shape[1] - width) // 2
     return covering[top : top + height, left : left + width]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kandinsky5.training.clip_loss import loss_by_flow_time
 from kandinsky5.training.curves import append_row, plot_by_flow_time
 from kandinsky5.training.flow import FlowBatch
-from kandinsky5.training.validation import loss_by_flow_time
 from tiny_training import random_dit
 
 

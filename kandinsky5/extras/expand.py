@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky5.config import PipelineConfig
-from kandinsky5.files import read_text
+from kandinsky5.files import read_utf8
 from kandinsky5.qwen import generate
 from kandinsky5.qwen_vision import build_positions, resize
 from kandinsky5.request import Image, Request, check_texts, read_images
@@ -70,9 +70,7 @@ def choose_instruction(
     without_image = "image" if one_frame or config.makes_images else "video"
     kind = "editing" if editing else "image-to-video" if has_image else without_image
     path = Path(file) if file else OURS / f"{kind}.txt"
-    text = read_text(path, LONGEST).strip()
-    if "\ufffd" in text:  # what read_text makes of other encodings, such as cp1251
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8")
+    text = read_utf8(path, LONGEST).strip()
     if (count := text.count("{}")) != 1:
         raise ValueError(f"{path} holds {{}} {count} times: write it once, where the prompt goes")
     return Instruction(text, editing)

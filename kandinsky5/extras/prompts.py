@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kandinsky5.files import make_folder, parse_json, read_bytes, replacing
+from kandinsky5.files import make_folder, parse_json, read_utf8, replacing
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.parallel import Ranks
 from kandinsky5.screen import printable, say, shown
@@ -46,10 +46,7 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     path, lines = Path(path), {}
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: name it .txt for one prompt per line, or .jsonl for one object per line")
-    try:
-        text = read_bytes(path, LARGEST).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    text = read_utf8(path, LARGEST)
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):  # splitlines knows more ends than JSON
         if line.strip():
             where, one = f"{path}, line {number}", {"prompt": line.strip()}

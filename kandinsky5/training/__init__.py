@@ -14,7 +14,6 @@ job        its options, checked
 previews   its videos, next to the base model's
 report     what it says before and after
 modes      precision, attention and memory of a model in training
-validation the loss by flow time, of held-out samples
 curves     what a run logs
 state      a run on disk
 state_folder  likewise, of several processes

@@ -1,10 +1,11 @@
 """What a DiT learns from clips: to predict the velocity of noisy ones, with and without caption and first frame.
 
 clip_loss       of a batch drawn from a seed, as `loop.train` wants it
-held_out_loss   of clips that are not trained on, at fixed times and with fixed noise, so that steps compare
+held_out_loss   of clips that are not trained on, by flow time, at fixed times and with fixed noise: so steps compare
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +19,9 @@ from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training.data import Clips, read_features, read_latents
 from kandinsky5.training.flow import FlowBatch, FlowTimes, drop_condition, flow_batch, flow_loss, mask_given, predict
 from kandinsky5.training.loop import Loss, generator
-from kandinsky5.training.validation import loss_by_flow_time
 
 MOST_HELD_OUT = 16  # clips that one evaluation takes
+BINS = 10  # of flow times, each with a loss of its own: that of a batch mostly says which times were drawn
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def clip_loss(
 
 @torch.no_grad()
 def held_out_loss(dit: DiT, held: Clips, conditioning: Conditioning, seed: int = 0) -> dict[str, float]:
-    """The mean loss of held-out clips by flow time, as `validation.loss_by_flow_time` names it, and of all as `loss`.
+    """The mean loss of held-out clips by flow time, as `loss_by_flow_time` names it, and of all as `loss`.
 
     First frames are given if they always are in training; captions always are.
     """
@@ -78,6 +79,29 @@ def held_out_loss(dit: DiT, held: Clips, conditioning: Conditioning, seed: int =
         found.append(loss_by_flow_time(dit, predicts, latents, [seed, i, 4], *told))
     means = {name: float(f"{sum(one[name] for one in found) / len(found):.6g}") for name in found[0]}
     return {"loss": float(f"{sum(means.values()) / len(means):.6g}"), **means}
+
+
+@torch.no_grad()
+def loss_by_flow_time(
+    model: DiT,
+    predict: Callable[[FlowBatch], Tensor],
+    latents: Tensor,  # (B, T, H, W, C) clean and scaled
+    seed: list[int],
+    first_frame: Tensor | None = None,  # (B, 1, H, W, C) clean
+    given: Tensor | None = None,  # (B,) bool: which samples are given their first frame
+) -> dict[str, float]:
+    """The loss in each bin of flow times, named by its middle: {"t 0.05": …, … "t 0.95": …}.
+
+    predict: the velocity (B, T, H, W, C) of a batch, with whatever conditioning the model takes. The noise depends on
+    `seed` alone and is the same in all bins.
+    """
+    noise = torch.randn(latents.shape, generator=generator(seed)).to(latents.device)
+    losses = {}
+    for i in range(BINS):
+        middle = (i + 0.5) / BINS
+        batch = flow_batch(model, latents, latents.new_full((len(latents),), middle), noise, first_frame, given)
+        losses[f"t {middle:.2f}"] = float(flow_loss(predict(batch), batch.velocity, batch.loss_mask))
+    return losses
 
 
 def _predict(dit: DiT, config: PipelineConfig, features: TextFeatures, batch: FlowBatch) -> Tensor:

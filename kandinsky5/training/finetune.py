@@ -9,7 +9,6 @@ captions are encoded once into a cache. The same command resumes an interrupted 
 
 import contextlib
 import dataclasses
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from kandinsky5.training.job import Job, begin, build_parser, prepare
 from kandinsky5.training.loop import Loss, train
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.previews import Previews
+from kandinsky5.training.recipe import matching
 from kandinsky5.vae import VAE
 
 RESUMES = "run the same command to resume; what is encoded and saved is kept"
@@ -137,8 +137,9 @@ def train_all(job: Job, pipe: Pipeline, training: Clips, held: Clips, previews: 
     else:
         dit = load_float32(job).to(device)
         kernels.install(dit, options.attention)
-    for name, parameter in dit.named_parameters():
-        parameter.requires_grad_(bool(re.search(options.modules or "", name)))
+    dit.requires_grad_(False)
+    for parameter in matching(dit, options.modules or "", "--modules"):
+        parameter.requires_grad_(True)
 
     def sample(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, DiT)

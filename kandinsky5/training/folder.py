@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kandinsky5 import screen
 from kandinsky5.config import PipelineConfig
-from kandinsky5.files import parse_json, read_bytes
+from kandinsky5.files import parse_json, read_utf8
+from kandinsky5.request import check_size
 from kandinsky5.screen import listed, printable
 from kandinsky5.training.footage import IMAGES, VIDEOS, Footage, Unusable, nearest_size, probe, read_frames
 
@@ -60,14 +61,8 @@ class ClipSettings:
         both = dict.fromkeys(sizes or [(own.height, own.width), (own.width, own.height)])
         frames, rate = own.num_frames if num_frames is None else num_frames, own.fps if fps is None else fps
         settings = cls(tuple(both), frames, float(rate), **options)
-        divisor, time = config.side_divisor, config.vae.time_factor
-        for side in (side for size in settings.sizes for side in size):
-            if side < divisor or side % divisor:
-                low = max(side // divisor, 1) * divisor
-                raise ValueError(f"a side of {side}: it is a multiple of {divisor}; try {low} or {low + divisor}")
-        if settings.num_frames < 1 or (settings.num_frames - 1) % time:
-            low = max(settings.num_frames - 1, 0) // time * time + 1
-            raise ValueError(f"{settings.num_frames} frames: a clip has {time}k + 1; try {low} or {low + time}")
+        for height, width in settings.sizes:
+            check_size(config, height, width, settings.num_frames)
         if settings.cut not in CUTS:
             raise ValueError(f"cut {settings.cut!r}: choose {', '.join(CUTS)}")
         if settings.per_file < 1 or not 0.1 <= settings.fps <= 1000:
@@ -109,9 +104,10 @@ def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progr
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name one with clips and their captions")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
-    names = [p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in (*IMAGES, *VIDEOS)]
-    captions = read_captions(folder, names, [p.relative_to(folder).as_posix() for p in files])
+    places = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [place.as_posix() for place in places if not any(part.startswith(".") for part in place.parts)]
+    names = [name for name in files if Path(name).suffix.lower() in (*IMAGES, *VIDEOS)]
+    captions = read_captions(folder, names, files)
     clips, left_out, damaged = [], {}, []
     doing = "reading clips" if decode else "looking through clips"
     with screen.bar(len(names), doing, "file", show=progress) as bar:
@@ -211,7 +207,7 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
 
 def _read_table(path: Path) -> dict[str, str]:
     """File: caption, of a captions.jsonl or .csv. Raises ValueError for another form."""
-    text = read_utf8(path)
+    text = read_utf8(path, LONGEST_TABLE)
     if path.suffix == ".jsonl":
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # JSON may hold U+2028
         rows = [(i, parse_json(line.encode(), f"{path}, line {i},")) for i, line in lines]
@@ -240,20 +236,3 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict]]:
     if long := [str(number) for number, row in rows if any(row.get(None) or ())]:
         raise ValueError(f"{path}, entry {listed(long, 3)}: more cells than columns; quote captions that have commas")
     return rows
-
-
-def read_utf8(path: Path, most: int = LONGEST_TABLE) -> str:
-    """The text of a file. Raises ValueError for another encoding."""
-    try:
-        text = read_bytes(path, most).decode("utf-8-sig")
-        if "\0" in text:  # as in UTF-16 that does not begin with its mark
-            raise UnicodeDecodeError("utf-8", b"", text.index("\0"), 0, "NUL")
-        return text
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8, such as by iconv -t utf-8"
-        ) from error
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -48,6 +48,11 @@ class Footage:
     stamped: bool = True  # whether its frames have time stamps; else they follow each other at a constant rate
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    @property
     def seconds(self) -> float:
         """How long it lasts; 0 for an image."""
         return self.end - self.times[0] if self.times else 0.0
@@ -97,7 +102,7 @@ def read_frames(footage: Footage, times: Sequence[float], height: int, width: in
     An image stands still. Raises ValueError for a damaged file.
     """
     if not footage.times:
-        image = cover(video_io.read_image(footage.path), footage, height, width)
+        image = video_io.cover_size(video_io.read_image(footage.path), height, width)
         return image.expand(len(times), -1, -1, -1)
     frames: list[Tensor] = []
     before = max(bisect.bisect_right(footage.times, times[0] + TICK) - 1, 0) if footage.stamped else 0
@@ -106,16 +111,6 @@ def read_frames(footage: Footage, times: Sequence[float], height: int, width: in
         if frames:
             return torch.stack(frames)
     raise ValueError(f"{footage.path} is damaged: it shows nothing at {times[0]:.3f} s")
-
-
-def cover(pixels: Tensor, footage: Footage, height: int, width: int) -> Tensor:
-    """uint8 (H, W, 3), stored however, as seen, resized so that it just covers height x width, its centre kept."""
-    scale = max(height / footage.height, width / footage.width)
-    tall = max(height, round(footage.height * scale))
-    wide = max(width, round(footage.width * scale))
-    pixels = video_io.resize_image(pixels, tall, wide)
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return pixels[top : top + height, left : left + width]
 
 
 def nearest_size(footage: Footage, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -147,7 +142,8 @@ def _decode(footage: Footage, times: Sequence[float], height: int, width: int, s
             if shown is None and now > times[0] + TICK:
                 return []
             while shown and len(frames) < len(times) and times[len(frames)] < now - TICK:
-                pixels = cover(_pixels(shown[0]), footage, height, width) if pixels is None else pixels
+                if pixels is None:
+                    pixels = video_io.cover_size(_pixels(shown[0]), height, width, footage.shape)
                 frames.append(pixels)
             if len(frames) == len(times):
                 return frames
@@ -155,7 +151,7 @@ def _decode(footage: Footage, times: Sequence[float], height: int, width: int, s
     if shown and footage.times[-1] > shown[1] + TICK:
         raise ValueError(f"{footage.path} is damaged: it stops at {shown[1]:.2f} of {footage.end:.2f} seconds")
     if shown:
-        last = cover(_pixels(shown[0]), footage, height, width)
+        last = video_io.cover_size(_pixels(shown[0]), height, width, footage.shape)
         frames += [last] * (len(times) - len(frames))
     return frames
 

@@ -26,7 +26,7 @@ from kandinsky5.training.clip_loss import Conditioning
 from kandinsky5.training.data import Clips
 from kandinsky5.training.folder import CUTS, ClipSettings
 from kandinsky5.training.previews import read_prompts
-from kandinsky5.training.recipe import Recipe
+from kandinsky5.training.recipe import Recipe, matching
 from weights_convert.lora import LONGEST_TRIGGER
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def prepare(options: argparse.Namespace) -> Job:
     with checkpoint.without_weights():
         dit = DiT(config.dit)
     if options.full:
-        check_pattern(dit, options.modules or "")
+        matching(dit, options.modules or "", "--modules")
     else:
         options.modules = options.modules or lora.MODULES
         lora.create(dit, options.rank, options.alpha, options.modules)
@@ -95,16 +95,6 @@ def prepare(options: argparse.Namespace) -> Job:
     clips = Clips.open(options.clips, config, settings, decode=options.check)
     clips.hold_out(options.hold_out)
     return Job(options, folder, config, clips, recipe, conditioning, find_ranks(options, config))
-
-
-def check_pattern(dit: DiT, pattern: str) -> None:
-    """Raise ValueError unless the regular expression matches the name of one of the DiT's parameters."""
-    try:
-        found = any(re.search(pattern, name) for name, _ in dit.named_parameters())
-    except re.error as error:
-        raise ValueError(f"--modules {pattern!r} is no regular expression ({error})") from error
-    if not found:
-        raise ValueError(f"--modules {pattern!r} matches none of the DiT's parameters, such as visual_blocks.0.…")
 
 
 def check_watching(options: argparse.Namespace, config: PipelineConfig) -> None:

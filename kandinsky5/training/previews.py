@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kandinsky5 import video_io
 from kandinsky5.dit import DiT
-from kandinsky5.files import make_folder
+from kandinsky5.files import make_folder, read_utf8
 from kandinsky5.request import Request
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training.data import Clips
-from kandinsky5.training.folder import Clip, read_utf8
+from kandinsky5.training.folder import Clip
 
 if TYPE_CHECKING:
     from kandinsky5.pipeline import Pipeline

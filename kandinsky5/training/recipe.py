@@ -47,18 +47,23 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * warm * (recipe.final_rate + (1 - recipe.final_rate) * cosine)
 
 
-def freeze(model: nn.Module, pattern: str) -> None:
-    """Leave the parameters whose names match the regular expression as they are: no gradient, no optimizer state.
-
-    Raises ValueError for an expression that is invalid, matches none, or leaves nothing to train.
-    """
+def matching(model: nn.Module, pattern: str, option: str) -> list[nn.Parameter]:
+    """The parameters in whose names the regular expression is found. Raises ValueError if it is invalid or in none."""
     try:
         matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
     except re.error as error:
-        raise ValueError(f"freeze {pattern!r} is no regular expression ({error}): correct it") from error
+        raise ValueError(f"{option} {pattern!r} is no regular expression ({error}): correct it") from error
     if not matched:
-        raise ValueError(f"freeze {pattern!r} matches no parameter's name: correct it, or leave it out")
-    for parameter in matched:
+        raise ValueError(f"{option} {pattern!r} matches no parameter's name: correct it, or leave it out")
+    return matched
+
+
+def freeze(model: nn.Module, pattern: str) -> None:
+    """Leave the parameters whose names match the regular expression as they are: no gradient, no optimizer state.
+
+    Raises ValueError as `matching`, and where nothing is left to train.
+    """
+    for parameter in matching(model, pattern, "freeze"):
         parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"freeze {pattern!r} leaves nothing to train: let it match fewer names")
