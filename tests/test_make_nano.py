@@ -18,7 +18,7 @@ import torch
 from kandinsky5 import video_io
 from kandinsky5.checkpoint import SHIPPED, fingerprint
 from kandinsky5.dit import DiT
-from kandinsky5.nano import distill, evaluate, export, presets, samples, train_dit, train_text, train_vae
+from kandinsky5.nano import distill, evaluate, export, presets, samples, stages, train_dit, train_text, train_vae
 from kandinsky5.nano.clips import ClipStore
 from kandinsky5.training import curves
 from kandinsky5.training.curves import read_rows
@@ -33,8 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="curves need the extra `train`")
 def test_the_stages_fit_together(monkeypatch, tmp_path):
-    for stage in (train_vae, train_text, train_dit, distill):
-        monkeypatch.setattr(stage, "train", train_one_step)
+    monkeypatch.setattr(stages, "train", train_one_step)
     monkeypatch.setattr(train_vae, "standardise", functools.partial(train_vae.standardise, count=8))
     monkeypatch.setattr(train_vae, "test", try_vae_on_few)
     monkeypatch.setattr(samples, "judge_samples", try_dit_in_one_step)
@@ -83,7 +82,7 @@ def test_the_stages_fit_together(monkeypatch, tmp_path):
 @pytest.mark.stages
 def test_training_and_export_start_from_a_checkpoint(monkeypatch, tmp_path):
     """The bundled `nano` instead of runs: one step of rate 0, and the export equals nano."""
-    monkeypatch.setattr(train_dit, "train", functools.partial(train, stop_after=1))
+    monkeypatch.setattr(stages, "train", functools.partial(train, stop_after=1))
     monkeypatch.setattr(train_dit, "LAST_RECIPE", replace(train_dit.LAST_RECIPE, learning_rate=0.0, weight_decay=0.0))
     monkeypatch.setattr(train_dit, "TIMES", FlowTimes("of the run before"))  # raises where they are sampled
     monkeypatch.setattr(train_dit, "CLIPS_AT_FIRST", 2)
@@ -183,7 +182,7 @@ def test_an_interrupted_stage_ends_as_in_one_go(monkeypatch, tmp_path):
         for stops in ((2,), (1, 2)):
             folder = tmp_path / f"{stage.__name__}_{arguments[0]}_{len(stops)}"
             for stop in stops:
-                monkeypatch.setattr(stage, "train", functools.partial(train, stop_after=stop))
+                monkeypatch.setattr(stages, "train", functools.partial(train, stop_after=stop))
                 run(monkeypatch, stage, "--folder", folder, *arguments)
             ends.append(torch.load(folder / "state.pt"))
         assert ends[0]["step"] == ends[1]["step"] == 2
@@ -210,7 +209,7 @@ def test_vae_and_text_stages_interrupted_in_each_run_end_alike(monkeypatch, tmp_
             raise KeyboardInterrupt
         return average
 
-    monkeypatch.setattr(stage, "train", train_two_steps)
+    monkeypatch.setattr(stages, "train", train_two_steps)
     run(monkeypatch, stage, "--folder", tmp_path / "whole")
     for _ in set(runs) - {"standardised"}:
         with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import torch
 
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import NablaConfig
-from kandinsky5.nano import distill, presets
+from kandinsky5.nano import distill, presets, stages
 from kandinsky5.nano.clips import ClipStore, draw_batch
 from kandinsky5.nano.stages import load_dit, load_text_encoder, load_vae
 from kandinsky5.nano.train_dit import TIMES
@@ -90,7 +90,7 @@ def test_nocfg_learns_guidance_and_long_learns_scaled_positions(monkeypatch, tmp
     monkeypatch.setattr(distill, "BATCH", 4)
     monkeypatch.setattr(distill, "LONG_CLIPS_AT_FIRST", 2)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
-    monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=1, progress=False))
+    monkeypatch.setattr(stages, "train", functools.partial(train, stop_after=1, progress=False))
     teacher, text_encoder = nano.dit, nano.text_encoder
     empty, clips = text_encoder.encode([""]), few_clips(tmp_path / "clips", nano.vae)
 
@@ -120,5 +120,5 @@ def run_sparse(monkeypatch, folder, nano, clips, stop, window=(1, 1, 1), **recip
     recipe = replace(distill.RECIPES["sparse"], dtype="float32", **recipe)
     monkeypatch.setattr(distill, "SPARSE_CLIPS", 2)
     monkeypatch.setattr(distill, "LONG_BATCH", 2)
-    monkeypatch.setattr(distill, "train", functools.partial(train, stop_after=stop, progress=False))
+    monkeypatch.setattr(stages, "train", functools.partial(train, stop_after=stop, progress=False))
     distill.train_sparse(folder, config, nano.dit, clips, nano.text_encoder, recipe)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kandinsky5.checkpoint import SHIPPED
-from kandinsky5.nano import distill, presets, train_dit, train_text, train_vae
+from kandinsky5.nano import distill, presets, stages, train_dit, train_text, train_vae
 from kandinsky5.nano.stages import load_dit
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.training.state import load_average
@@ -31,7 +31,7 @@ CHECKPOINT = ("--vae", "nano", "--text", "nano")
 )
 def test_a_stage_refuses_folders_that_belong_to_something_else(monkeypatch, tmp_path, stage, arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "train", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("it trains"))
     several = stage in (train_vae, train_text)  # runs below the folder, and not one in it
     tiny_run(tmp_path / "a" if several else tmp_path / "a" / "frames", stop_after=2)
     (tmp_path / "b").mkdir()

@@ -107,16 +107,8 @@ ENGLISH_SIZE = {"small": ("small", "little"), "big": ("big", "large")}
 ENGLISH_VERB = {
     "move": (("moves", "moving"), ("goes", "going"), ("slides", "sliding")),
     "grow": (("grows", "growing"), ("gets bigger", "getting bigger"), ("becomes larger", "becoming larger")),
-    "shrink": (
-        ("shrinks", "shrinking"),
-        ("gets smaller", "getting smaller"),
-        ("becomes smaller", "becoming smaller"),
-    ),
-    "still": (
-        ("stays still", "staying still"),
-        ("does not move", "not moving"),
-        ("stands still", "standing still"),
-    ),
+    "shrink": (("shrinks", "shrinking"), ("gets smaller", "getting smaller"), ("becomes smaller", "becoming smaller")),
+    "still": (("stays still", "staying still"), ("does not move", "not moving"), ("stands still", "standing still")),
 }
 ENGLISH_DIRECTION = {
     "left": ("left", "to the left"),
@@ -191,21 +183,9 @@ RUSSIAN_SHAPE = {
 RUSSIAN_BACKGROUND = {"black": "чёрн", "grey": "сер", "white": "бел"}
 RUSSIAN_VERB = {  # "it …", "the … object"
     "move": (("движется", "движущийся"), ("перемещается", "перемещающийся"), ("плывёт", "плывущий")),
-    "grow": (
-        ("растёт", "растущий"),
-        ("увеличивается", "увеличивающийся"),
-        ("становится больше", "растущий"),
-    ),
-    "shrink": (
-        ("уменьшается", "уменьшающийся"),
-        ("сжимается", "сжимающийся"),
-        ("становится меньше", "уменьшающийся"),
-    ),
-    "still": (
-        ("стоит на месте", "неподвижный"),
-        ("не движется", "неподвижный"),
-        ("остаётся на месте", "неподвижный"),
-    ),
+    "grow": (("растёт", "растущий"), ("увеличивается", "увеличивающийся"), ("становится больше", "растущий")),
+    "shrink": (("уменьшается", "уменьшающийся"), ("сжимается", "сжимающийся"), ("становится меньше", "уменьшающийся")),
+    "still": (("стоит на месте", "неподвижный"), ("не движется", "неподвижный"), ("остаётся на месте", "неподвижный")),
 }
 RUSSIAN_DIRECTION = {
     "left": ("влево", "налево"),

@@ -19,22 +19,9 @@ from torch import Tensor
 from kandinsky5 import cli
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
-from kandinsky5.nano import presets
+from kandinsky5.nano import presets, stages
 from kandinsky5.nano.clips import BATCH, ClipStore, draw_batch
 from kandinsky5.nano.samples import sampler
-from kandinsky5.nano.stages import (
-    STOPPED,
-    add_run_options,
-    as_checkpoint,
-    check_folder,
-    choose_recipe,
-    load_dit,
-    load_text_encoder,
-    load_vae,
-    open_clips,
-    run,
-    train,
-)
 from kandinsky5.nano.train_dit import TIMES, clip_loss
 from kandinsky5.sampler import flow_schedule
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -68,28 +55,28 @@ def main() -> None:
     Raises ValueError if steps are to be distilled from a checkpoint that needs guidance.
     """
     arguments, recipe = _parse()
-    check_folder(arguments.folder, holds_runs=False)
-    vae = load_vae(arguments.vae)
-    text_encoder = load_text_encoder(arguments.text)
-    teacher, checkpoint = load_dit(arguments.teacher), as_checkpoint(arguments.teacher)
+    stages.check_folder(arguments.folder, holds_runs=False)
+    vae = stages.load_vae(arguments.vae)
+    text_encoder = stages.load_text_encoder(arguments.text)
+    teacher, checkpoint = stages.load_dit(arguments.teacher), stages.as_checkpoint(arguments.teacher)
     if arguments.stage == "distilled" and checkpoint and checkpoint.config.sampling.guidance_scale != 1:
         raise ValueError(f"--teacher {arguments.teacher} needs guidance: distil steps from one like nano-nocfg")
     folder, config = arguments.folder, CONFIGS[arguments.stage]
     count = {"long": LONG_CLIPS_AT_FIRST, "sparse": SPARSE_CLIPS}.get(arguments.stage, DISTILLATION_CLIPS)
-    clips = open_clips(arguments.clips, vae, count, config.sampling.num_frames, config.sampling.height)
-    stages = {"nocfg": distill, "distilled": distill, "long": train_long, "sparse": train_sparse}
-    stages[arguments.stage](folder, config, teacher, clips, text_encoder, recipe)
+    clips = stages.open_clips(arguments.clips, vae, count, config.sampling.num_frames, config.sampling.height)
+    teach = {"long": train_long, "sparse": train_sparse}.get(arguments.stage, distill)
+    teach(folder, config, teacher, clips, text_encoder, recipe)
 
 
 def _parse() -> tuple[argparse.Namespace, Recipe]:
     """The options, and the recipe that follows from them."""
     parser = cli.Parser("python -m kandinsky5.nano.distill", description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=RECIPES)
-    add_run_options(parser)
+    stages.add_run_options(parser)
     parser.add_argument("--teacher", type=Path, required=True, help="run or checkpoint to start from")
     parser.add_argument("--clips", type=Path, required=True, help="folder of latents; missing ones are drawn")
     arguments = parser.parse_args()
-    return arguments, choose_recipe(parser, arguments, RECIPES[arguments.stage], arguments.teacher)
+    return arguments, stages.choose_recipe(parser, arguments, RECIPES[arguments.stage], arguments.teacher)
 
 
 def distill(
@@ -127,7 +114,7 @@ def distill(
 
     with training_precision(teacher):
         sample = sampler(config, clips.vae, text_encoder, folder, 32)
-        return train(student, loss, recipe, folder, sample, sample_every=400)
+        return stages.train(student, loss, recipe, folder, sample, sample_every=400)
 
 
 def train_long(
@@ -137,7 +124,7 @@ def train_long(
     sample = sampler(config, clips.vae, text_encoder, folder, LONG_SAMPLES)
     dit, count = start_from(teacher, config), LONG_CLIPS_AT_FIRST
     loss = clip_loss(dit, clips, text_encoder, TIMES, config.sampling.rope_scale, count, LONG_BATCH)
-    return train(dit, loss, recipe, folder, sample, sample_every=LONG_SAMPLE_EVERY)
+    return stages.train(dit, loss, recipe, folder, sample, sample_every=LONG_SAMPLE_EVERY)
 
 
 def train_sparse(
@@ -168,7 +155,7 @@ def train_sparse(
 
     sample = sampler(config, clips.vae, text_encoder, folder, LONG_SAMPLES)
     with training_precision(teacher):
-        return train(student, loss, recipe, folder, sample, sample_every=LONG_SAMPLE_EVERY)
+        return stages.train(student, loss, recipe, folder, sample, sample_every=LONG_SAMPLE_EVERY)
 
 
 def start_from(teacher: DiT, config: PipelineConfig) -> DiT:
@@ -198,4 +185,4 @@ def several_steps_target(
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, STOPPED))
+    sys.exit(stages.run(main, stages.STOPPED))

@@ -27,41 +27,19 @@ CLIP = CLIPConfig(vocab_size=1280, dim=128, num_layers=2, num_heads=4, ff_dim=25
 TEXT = TextConfig(template=TEMPLATE, dropped_tokens=12)
 # Four models of this size, one VAE and the text encoders fill the 30 MB that the bundled weights may take.
 DIT = DiTConfig(
-    dim=192,
-    ff_dim=384,
-    time_dim=40,
-    num_text_blocks=1,
-    num_visual_blocks=5,
-    rope_axes=(8, 12, 12),
-    text_dim=QWEN.dim,
-    pooled_dim=CLIP.dim,
-)
+    dim=192, ff_dim=384, time_dim=40, num_text_blocks=1, num_visual_blocks=5, rope_axes=(8, 12, 12),
+    text_dim=QWEN.dim, pooled_dim=CLIP.dim,
+)  # fmt: skip
 MUON = r"blocks.*(attention|feed_forward)"  # the matrices of the DiT that it trains
 SAMPLING = SamplingConfig(
-    num_inference_steps=50,
-    guidance_scale=2.0,
-    shift=3.0,
-    height=64,
-    width=64,
-    num_frames=17,
-    fps=10,
-    rope_scale=(1.0, 1.0, 1.0),
-    image_area=64 * 64,
-    negative_prompt="",
-    normalise_first_frames=False,
-)
+    num_inference_steps=50, guidance_scale=2.0, shift=3.0, height=64, width=64, num_frames=17, fps=10,
+    rope_scale=(1.0, 1.0, 1.0), image_area=64 * 64, negative_prompt="", normalise_first_frames=False,
+)  # fmt: skip
 
 NANO = PipelineConfig(
-    name="nano",
-    tasks=("t2v", "i2v"),
-    dit=DIT,
-    vae=VAE,
-    qwen=QWEN,
-    clip=CLIP,
-    text=TEXT,
-    sampling=SAMPLING,
+    name="nano", tasks=("t2v", "i2v"), dit=DIT, vae=VAE, qwen=QWEN, clip=CLIP, text=TEXT, sampling=SAMPLING,
     tiling=Tiling(time=False),
-)
+)  # fmt: skip
 NOCFG = replace(NANO, name="nano-nocfg", sampling=replace(SAMPLING, guidance_scale=1.0))
 DISTILLED = replace(
     NANO, name="nano-distilled16steps", sampling=replace(SAMPLING, guidance_scale=1.0, num_inference_steps=16)

@@ -75,6 +75,16 @@ def open_clips(folder: Path, vae: VAE, count: int, *sizes: int) -> ClipStore:
     return clips
 
 
+def parse(stage: str, description: str | None) -> tuple[Path, int]:
+    """The folder of a stage of several runs, and the batches per step, from the command line."""
+    parser = cli.Parser(f"python -m kandinsky5.nano.{stage}", description=(description or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
+    add_accumulate(parser)
+    options = parser.parse_args()
+    check_folder(options.folder, holds_runs=True)
+    return options.folder, options.accumulate
+
+
 def add_accumulate(parser: argparse.ArgumentParser) -> None:
     """How many batches a step has, which processes share under torchrun."""
     parser.add_argument("--accumulate", type=cli.positive, default=1, metavar="N", help="batches per step (default: 1)")

@@ -16,21 +16,9 @@ from torch import Tensor
 
 from kandinsky5 import cli
 from kandinsky5.dit import DiT
-from kandinsky5.nano import presets
+from kandinsky5.nano import presets, stages
 from kandinsky5.nano.clips import BATCH, CLIPS_AT_MOST, ClipStore, draw_batch
 from kandinsky5.nano.samples import sampler
-from kandinsky5.nano.stages import (
-    STOPPED,
-    add_run_options,
-    check_folder,
-    choose_recipe,
-    load_dit,
-    load_text_encoder,
-    load_vae,
-    open_clips,
-    run,
-    train,
-)
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.training.flow import FlowBatch, FlowTimes, flow_loss, predict
 from kandinsky5.training.loop import Loss
@@ -50,22 +38,22 @@ CLIPS_AT_FIRST = 8000  # and one more at each step
 def main() -> None:
     """Train nano's DiT, unless it is finished."""
     arguments, recipe, times = _parse()
-    check_folder(arguments.folder, holds_runs=False)
-    vae, text_encoder = load_vae(arguments.vae), load_text_encoder(arguments.text)
+    stages.check_folder(arguments.folder, holds_runs=False)
+    vae, text_encoder = stages.load_vae(arguments.vae), stages.load_text_encoder(arguments.text)
     torch.manual_seed(recipe.seed)
     dit = DiT(presets.DIT)
     if arguments.start_from:
-        dit.load_state_dict(load_dit(arguments.start_from).state_dict())
-    clips = open_clips(arguments.clips or arguments.folder / "clips", vae, CLIPS_AT_FIRST)
+        dit.load_state_dict(stages.load_dit(arguments.start_from).state_dict())
+    clips = stages.open_clips(arguments.clips or arguments.folder / "clips", vae, CLIPS_AT_FIRST)
     sample = sampler(presets.NANO, vae, text_encoder, arguments.folder, 32)
     loss = clip_loss(dit, clips, text_encoder, times, presets.SAMPLING.rope_scale, CLIPS_AT_FIRST, BATCH)
-    train(dit, loss, recipe, arguments.folder, sample, sample_every=2000)
+    stages.train(dit, loss, recipe, arguments.folder, sample, sample_every=2000)
 
 
 def _parse() -> tuple[argparse.Namespace, Recipe, FlowTimes]:
     """The options, and the recipe and times that follow from them."""
     parser = cli.Parser("python -m kandinsky5.nano.train_dit", description=__doc__.split("\n")[0])
-    add_run_options(parser)
+    stages.add_run_options(parser)
     clips = f"folder of latents, up to 1 GB; {CLIPS_AT_FIRST:,} are drawn before the first step, which takes minutes"
     parser.add_argument("--clips", type=Path, help=f"{clips} (default: clips in the run's folder)")
     start = "run or checkpoint to continue from, with a lower rate and nearer the data; without it weights are random"
@@ -76,7 +64,7 @@ def _parse() -> tuple[argparse.Namespace, Recipe, FlowTimes]:
     recipe, times = (LAST_RECIPE, LAST_TIMES) if arguments.start_from else (RECIPE, TIMES)
     if arguments.cycles is not None:
         recipe = replace(recipe, cycles=arguments.cycles)
-    return arguments, choose_recipe(parser, arguments, recipe, arguments.start_from), times
+    return arguments, stages.choose_recipe(parser, arguments, recipe, arguments.start_from), times
 
 
 def clip_loss(
@@ -114,4 +102,4 @@ def loss_by_time(predicted: Tensor, batch: FlowBatch) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, STOPPED))
+    sys.exit(stages.run(main, stages.STOPPED))

@@ -26,13 +26,12 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from kandinsky5 import cli, screen
+from kandinsky5 import screen
 from kandinsky5.clip import CLIPText
 from kandinsky5.files import make_folder, write_text
-from kandinsky5.nano import presets
+from kandinsky5.nano import presets, stages
 from kandinsky5.nano.captions import LANGUAGES, Caption, write_caption
 from kandinsky5.nano.clips import draw_videos
-from kandinsky5.nano.stages import RESUMES, add_accumulate, check_folder, first_rank_first, run, train
 from kandinsky5.nano.world import COLOURS, MOTIONS, OPPOSITE, RADII, SHAPES, Scene, sample_scene
 from kandinsky5.qwen import Qwen
 from kandinsky5.tokenizer import CLIP_SPLIT, QWEN_SPLIT, Tokenizer
@@ -50,13 +49,8 @@ CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 def main() -> None:
     """Train tokenizers, Qwen and CLIP, each unless it is finished."""
-    parser = cli.Parser("python -m kandinsky5.nano.train_text", description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
-    add_accumulate(parser)
-    options = parser.parse_args()
-    folder, accumulate = options.folder, options.accumulate
-    check_folder(folder, holds_runs=True)
-    with first_rank_first():
+    folder, accumulate = stages.parse("train_text", __doc__)
+    with stages.first_rank_first():
         if not (folder / "clip_tokenizer" / "tokenizer.json").is_file():
             train_tokenizers(folder)
     train_qwen(folder, replace(QWEN_RECIPE, accumulate=accumulate))
@@ -174,7 +168,7 @@ def train_qwen(folder: Path, recipe: Recipe = QWEN_RECIPE) -> LanguageModel:
             "about_accuracy": about_accuracy(described.detach(), captions, where),
         }
 
-    return train(model, loss, recipe, folder / "qwen")
+    return stages.train(model, loss, recipe, folder / "qwen")
 
 
 def tokens_about(caption: Caption, offsets: list[tuple[int, int]]) -> dict[int, int]:
@@ -265,7 +259,7 @@ def train_clip(folder: Path, recipe: Recipe = CLIP_RECIPE) -> CaptionContrast:
         value = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return value, {"accuracy": float((target.gather(1, scores.argmax(1, keepdim=True)) > 0).float().mean())}
 
-    return train(model, loss, recipe, folder / "clip")
+    return stages.train(model, loss, recipe, folder / "clip")
 
 
 def same_claims(captions: Sequence[Caption]) -> Tensor:
@@ -285,4 +279,4 @@ def as_set(caption: Caption) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, RESUMES))
+    sys.exit(stages.run(main, stages.RESUMES))

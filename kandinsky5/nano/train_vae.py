@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kandinsky5 import cli, screen, video_io
-from kandinsky5.nano import presets
+from kandinsky5 import screen, video_io
+from kandinsky5.nano import presets, stages
 from kandinsky5.nano.captions import Caption, describe
 from kandinsky5.nano.clips import draw_videos
 from kandinsky5.nano.evaluate import reconstruct
 from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.single_frame import forget_the_past, single_frame
-from kandinsky5.nano.stages import RESUMES, add_accumulate, check_folder, first_rank_first, run, train
 from kandinsky5.nano.world import SHAPES, coverage, draw_scene, sample_scene
 from kandinsky5.runtime import fast
 from kandinsky5.runtime.device import choose_dtype
@@ -52,17 +51,12 @@ TEST_SEED = 10**6  # scenes never drawn for training
 
 def main() -> None:
     """Train on frames, on clips, standardise the latents, train the decoder; each unless it is finished."""
-    parser = cli.Parser("python -m kandinsky5.nano.train_vae", description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="of the runs; unfinished ones resume")
-    add_accumulate(parser)
-    options = parser.parse_args()
-    folder, accumulate = options.folder, options.accumulate
-    check_folder(folder, holds_runs=True)
+    folder, accumulate = stages.parse("train_vae", __doc__)
     standardised = folder / "standardised"
     if not (standardised / "state.pt").is_file():
         vae = train_frames(folder / "frames", replace(FRAMES_RECIPE, accumulate=accumulate))
         vae = train_clips(folder / "clips", vae, replace(CLIPS_RECIPE, accumulate=accumulate))
-        with first_rank_first():
+        with stages.first_rank_first():
             if not (standardised / "state.pt").is_file():
                 save_average(standardise(vae), standardised)
     start = load_average(VAE(presets.VAE), standardised)
@@ -81,7 +75,7 @@ def train_frames(folder: Path, recipe: Recipe = FRAMES_RECIPE) -> VAE:
         with single_frame(vae):
             return vae_loss(vae, frames, torch.zeros(latent_shape(vae, frames)))
 
-    return train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=300)
+    return stages.train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=300)
 
 
 def train_clips(folder: Path, vae: VAE, recipe: Recipe = CLIPS_RECIPE) -> VAE:
@@ -100,7 +94,7 @@ def train_clips(folder: Path, vae: VAE, recipe: Recipe = CLIPS_RECIPE) -> VAE:
         with single_frame(vae) if only_frames else contextlib.nullcontext():
             return vae_loss(vae, video, noise)
 
-    return train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=200)
+    return stages.train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=200)
 
 
 def train_decoder(folder: Path, vae: VAE, recipe: Recipe = DECODER_RECIPE) -> VAE:
@@ -116,7 +110,7 @@ def train_decoder(folder: Path, vae: VAE, recipe: Recipe = DECODER_RECIPE) -> VA
         with single_frame(vae) if only_frames else contextlib.nullcontext():
             return vae_loss(vae, video, noise)
 
-    return train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=300)
+    return stages.train(vae, loss, recipe, folder, sample=lambda vae, step: test(vae, folder, step), sample_every=300)
 
 
 def vae_loss(vae: VAE, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -234,4 +228,4 @@ def test(vae: VAE, folder: Path, step: int, count: int = 24) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, RESUMES))
+    sys.exit(stages.run(main, stages.RESUMES))
