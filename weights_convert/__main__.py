@@ -95,43 +95,40 @@ def build_parser() -> cli.Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("from-diffusers", help="Diffusers layout → native folder")
-    command.add_argument(
-        "src", metavar="SRC", help="folder with model_index.json; with --only also one model's folder or file"
-    )
-    add_common(command, run_from_diffusers)
-    command.add_argument("--preset", metavar="NAME", help="sample with the defaults of this preset")
-    command.add_argument("--with-vision", action="store_true", help=VISION)
+    add = command.add_argument
+    add("src", metavar="SRC", help="folder with model_index.json; with --only also one model's folder or file")
+    add_conversion(command, run_from_diffusers)
+    add("--preset", metavar="NAME", help="sample with the defaults of this preset")
+    add("--with-vision", action="store_true", help=VISION)
 
     command = commands.add_parser("from-official", help="official DiT file, VAE, Qwen and CLIP → native folder")
-    command.add_argument("--dit", metavar="FILE", help="safetensors file of the official release")
-    command.add_argument(
-        "--vae", metavar="PATH", help="Tencent's pytorch_model.pt, FLUX.1's ae.safetensors, or a Diffusers VAE folder"
-    )
-    command.add_argument("--qwen", metavar="PATH", help="Hugging Face folder of Qwen2.5-VL, or one file")
-    command.add_argument("--clip", metavar="PATH", help="Hugging Face folder of CLIP ViT-L/14, or one file")
-    command.add_argument("--qwen-tokenizer", metavar="DIR", help="if it is not next to the weights")
-    command.add_argument("--clip-tokenizer", metavar="DIR", help="if it is not next to the weights")
-    add_common(command, run_from_official)
-    command.add_argument(
-        "--preset", metavar="NAME", help="which release this is: sets task, NABLA, shift, steps, guidance"
-    )
-    command.add_argument("--with-vision", action="store_true", help=VISION)
+    add = command.add_argument
+    add("--dit", metavar="FILE", help="safetensors file of the official release")
+    add("--vae", metavar="PATH",
+        help="Tencent's pytorch_model.pt, FLUX.1's ae.safetensors, or a Diffusers VAE folder")  # fmt: skip
+    add("--qwen", metavar="PATH", help="Hugging Face folder of Qwen2.5-VL, or one file")
+    add("--clip", metavar="PATH", help="Hugging Face folder of CLIP ViT-L/14, or one file")
+    add("--qwen-tokenizer", metavar="DIR", help="if it is not next to the weights")
+    add("--clip-tokenizer", metavar="DIR", help="if it is not next to the weights")
+    add_conversion(command, run_from_official)
+    add("--preset", metavar="NAME", help="which release this is: sets task, NABLA, shift, steps, guidance")
+    add("--with-vision", action="store_true", help=VISION)
 
     command = commands.add_parser("to-diffusers", help="native folder → Diffusers layout")
     command.add_argument("src", metavar="SRC", help="native folder, or a bundled model: nano")
-    add_common(command, run_to_diffusers)
+    add_conversion(command, run_to_diffusers)
 
     command = commands.add_parser("lora", help="a LoRA from one layout to another")
-    command.add_argument("src", metavar="SRC", help="file or folder, in any of these layouts")
-    command.add_argument("dst", metavar="DST", help="file to write, or for official a folder; it must not exist yet")
-    command.add_argument("--to", choices=lora.LAYOUTS, required=True, help="the layout to write")
+    add = command.add_argument
+    add("src", metavar="SRC", help="file or folder, in any of these layouts")
+    add("dst", metavar="DST", help="file to write, or for official a folder; it must not exist yet")
+    add("--to", choices=lora.LAYOUTS, required=True, help="the layout to write")
     command.set_defaults(run=run_lora)
 
     command = commands.add_parser("merge-lora", help="native folder and LoRAs → native folder")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="native folder, or a bundled model: nano")
-    command.add_argument(
-        "loras", metavar="LORA[:WEIGHT]", nargs="+", type=cli.lora_file, help="in any layout; weight 1 if not given"
-    )
+    add = command.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="native folder, or a bundled model: nano")
+    add("loras", metavar="LORA[:WEIGHT]", nargs="+", type=cli.lora_file, help="in any layout; weight 1 if not given")
     add_output(command, run_merge_lora)
 
     command = commands.add_parser("inspect", help="what a file or folder is")
@@ -141,33 +138,26 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def add_common(command: argparse.ArgumentParser, run) -> None:
+def add_conversion(command: argparse.ArgumentParser, run) -> None:
     """DST and the options of all three conversions; `run` is called with the parsed options."""
     add_output(command, run)
-    command.add_argument("--only", choices=MODELS, help="convert this model alone")
-    command.add_argument("--base", metavar="DIR", help="folder in DST's layout that has the other models")
-    command.add_argument(
-        "--dtype",
-        choices=(*DTYPES, "int8"),
+    add = command.add_argument
+    add("--only", choices=MODELS, help="convert this model alone")
+    add("--base", metavar="DIR", help="folder in DST's layout that has the other models")
+    add("--dtype", choices=(*DTYPES, "int8"),
         help="cast to this precision (default: as stored); int8: the Linears of the DiT's and Qwen's blocks, half the "
-        "size of bf16, for native folders",
-    )
-    command.add_argument("--cast-all", action="store_true", help="cast the DiT's float32 parts too")
+        "size of bf16, for native folders")  # fmt: skip
+    add("--cast-all", action="store_true", help="cast the DiT's float32 parts too")
 
 
 def add_output(command: argparse.ArgumentParser, run) -> None:
     """DST and how it is written; `run` is called with the parsed options."""
-    command.add_argument("dst", metavar="DST", help="folder to write; it must not exist yet")
-    command.add_argument(
-        "--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default: 5GB"
-    )
-    command.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep files of an interrupted run that are what would be written",
-    )
-    command.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 hashes")
-    command.add_argument("--quiet", action="store_false", dest="progress", help="no progress bar")
+    add = command.add_argument
+    add("dst", metavar="DST", help="folder to write; it must not exist yet")
+    add("--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default: 5GB")
+    add("--resume", action="store_true", help="keep files of an interrupted run that are what would be written")
+    add("--verify", action="store_true", help="read everything back and compare SHA-256 hashes")
+    add("--quiet", action="store_false", dest="progress", help="no progress bar")
     command.set_defaults(run=run)
 
 

@@ -126,9 +126,7 @@ def recognise(weights: Weights) -> tuple[str, str, Weights]:
             try:
                 tensors = {tables.theirs(kind, name): stored for name, stored in weights.tensors.items()}
             except KeyError as error:
-                raise ValueError(
-                    f"{weights.source} has tensors that a native {model} does not have: {error}"
-                ) from error
+                raise ValueError(f"{weights.source} has tensors that a native {model} does not: {error}") from error
             return model, "native", weights._replace(tensors=tensors)
     for model in MODELS:
         kind = tables.kind_of(model, weights.tensors)

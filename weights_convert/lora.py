@@ -254,9 +254,7 @@ def write(file: File, dst: Path, layout: str) -> None:
             start = f"lora_unet_{theirs[ours].replace('.', '_')}"
             state |= {f"{start}.lora_down.weight": A, f"{start}.lora_up.weight": B}
             single = torch.tensor(alpha, dtype=torch.float32)
-            state[f"{start}.alpha"] = (
-                single if float(single) == alpha else single.new_tensor(alpha, dtype=torch.float64)
-            )
+            state[f"{start}.alpha"] = single if float(single) == alpha else single.double().fill_(alpha)
         else:
             raise ValueError(f"layout {layout!r}: choose {', '.join(LAYOUTS)}")
     config = build_peft_config({theirs[ours]: pair for ours, pair in file.pairs.items()})

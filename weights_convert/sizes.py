@@ -69,27 +69,18 @@ KEYS = {
     },
 }
 KEYS["vae2d"] = KEYS["vae"]
-# Their other keys that are read, and their types.
+# Their other keys that are read, and their types; time_compression_ratio is Tencent's name of temporal_….
 OTHER_KEYS: dict[str, dict[str, Any]] = {
     "dit": {
-        "attention_type": str,
-        "attention_P": float,
-        "attention_wT": int,
-        "attention_wH": int,
-        "attention_wW": int,
-        "attention_add_sta": bool,
-        "attention_method": str,
+        "attention_type": str, "attention_P": float, "attention_wT": int, "attention_wH": int, "attention_wW": int,
+        "attention_add_sta": bool, "attention_method": str,
     },
-    "vae": {
-        "spatial_compression_ratio": int,
-        "temporal_compression_ratio": int,
-        "time_compression_ratio": int,  # Tencent's name of the same
-    },
+    "vae": {"spatial_compression_ratio": int, "temporal_compression_ratio": int, "time_compression_ratio": int},
     "vae2d": {},
     "qwen": {"head_dim": int, "mrope_section": tuple[int, ...]},
     "qwen_vision": {},
     "clip": {},
-}
+}  # fmt: skip
 PREPROCESSOR = ("min_pixels", "max_pixels")  # of Qwen's vision, which stand in preprocessor_config.json
 NABLA_KEYS = ("attention_P", "attention_wT", "attention_wH", "attention_wW")
 MAY_BE_0 = ("num_text_blocks", "bos_token_id", "eos_token_id", "mrope_section", "fullatt_block_indexes")
@@ -163,11 +154,7 @@ FIXED: dict[str, dict[str, tuple]] = {
         "in_channels": (3,),
         "in_chans": (3,),
     },
-    "clip": {
-        "model_type": ("clip", "clip_text_model"),
-        "hidden_act": ("quick_gelu",),
-        "quantization_config": (),
-    },
+    "clip": {"model_type": ("clip", "clip_text_model"), "hidden_act": ("quick_gelu",), "quantization_config": ()},
 }
 # The tables of a config.json that may hold what others have at the top.
 TABLES = ("text_config", "text_config_dict", "rope_parameters", "rope_scaling")
@@ -273,17 +260,13 @@ def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -
         config |= {"attention_type": "nabla", "attention_P": sizes.nabla.P, **window}
         config |= {"attention_add_sta": True, "attention_method": "topcdf"}
     if model == "vae":
-        config |= {"out_channels": sizes.image_channels}
         config |= {"spatial_compression_ratio": sizes.space_factor, "temporal_compression_ratio": sizes.time_factor}
+    if model in ("vae", "vae2d"):
+        whole = ("out_channels", "use_quant_conv", "use_post_quant_conv")
+        config |= {key: FIXED[model][key][0] for key in whole if key in FIXED[model]}
         stages = len(sizes.channels)
-        config |= {
-            "down_block_types": ["HunyuanVideoDownBlock3D"] * stages,
-            "up_block_types": ["HunyuanVideoUpBlock3D"] * stages,
-        }
-    if model == "vae2d":
-        stages = len(sizes.channels)
-        config |= {key: FIXED[model][key][0] for key in ("out_channels", "use_quant_conv", "use_post_quant_conv")}
         config |= {key: [FIXED[model][key][0]] * stages for key in ("down_block_types", "up_block_types")}
+    if model == "vae2d":
         config |= {"sample_size": 1024, "shift_factor": 0.1159}  # as FLUX.1's own file says, for other pipelines
     if model == "clip":
         config["projection_dim"] = sizes.dim
@@ -296,11 +279,7 @@ def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -
             tower = {key: getattr(vision, field) for field, key in keys.items()}
         rope = {"rope_type": "default", "rope_theta": sizes.rope_theta, "mrope_section": sizes.rope_sections}
         config = {
-            "text_config": {
-                **config,
-                "model_type": "qwen2_5_vl_text",
-                "rope_parameters": rope,
-            },
+            "text_config": {**config, "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
             "vision_config": {**tower, "model_type": "qwen2_5_vl_vision"},
             "image_token_id": sizes.image_token,
             "tie_word_embeddings": vision is None,

@@ -318,10 +318,8 @@ def respell_openai_clip(tensors: dict) -> dict:
             respelled["text_model.embeddings.position_embedding.weight"] = tensor
         elif template == "transformer.resblocks.{}.attn" and kind.startswith("in_proj_"):
             for part, letter in enumerate("qkv"):
-                target = (
-                    f"text_model.encoder.layers.{indices[0]}.self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"
-                )
-                respelled[target] = tensor.rows(part, parts=3)
+                module = f"text_model.encoder.layers.{indices[0]}.self_attn.{letter}_proj"
+                respelled[f"{module}.{kind.removeprefix('in_proj_')}"] = tensor.rows(part, parts=3)
         elif template in OPENAI_CLIP:
             respelled[f"{OPENAI_CLIP[template].format(*indices)}.{kind}"] = tensor
         else:

@@ -117,19 +117,17 @@ def check_complete(
     """ValueError unless `destination` holds what would be written: the shards and all that `fill` adds."""
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".") as small:
         fill(Path(small))
-        files = [path.relative_to(small) for path in Path(small).rglob("*") if path.is_file()]
-        other = [str(file) for file in files if not is_same_file(Path(small) / file, destination / file)]
+        other = []
+        for path in filter(Path.is_file, Path(small).rglob("*")):
+            there = destination / path.relative_to(small)
+            if not there.is_file() or not (path.samefile(there) or filecmp.cmp(path, there, shallow=False)):
+                other.append(str(path.relative_to(small)))
     other += [file for file in shards if not is_written(destination / file, *shards[file], advance)]
     if other:
         raise ValueError(
             f"{destination} exists already, and {listed(other)} is not what would be written: choose another name, or "
             "remove it first"
         )
-
-
-def is_same_file(path: Path, other: Path) -> bool:
-    """Whether both have the same content."""
-    return other.is_file() and (path.samefile(other) or filecmp.cmp(path, other, shallow=False))
 
 
 def plan_shards(part: Part, max_shard_size: int) -> dict[str, list[str]]:
