@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from kandinsky5.config import NANO_NAMES, PipelineConfig, find_preset
 from kandinsky5.config_file import load_config, save_config
 from kandinsky5.files import new_folder, read_bytes, replacing
-from kandinsky5.screen import Forgiving, listed
+from kandinsky5.screen import Forgiving, listed, shown
 from kandinsky5.tensor_files import DTYPES, FLOATS, Weights, map_tensors, read_index, read_safetensors
 from kandinsky5.tokenizer import LARGEST_FILE, find_files
 
@@ -60,6 +60,8 @@ def find_shipped(folder_or_name: str | Path) -> Path:
 
     A folder called nano in the current directory comes first only if it is a checkpoint.
     """
+    if not isinstance(folder_or_name, (str, Path)):
+        raise ValueError(f"checkpoint {shown(folder_or_name)}: give the path of a folder, or a name such as nano")
     name, folder = str(folder_or_name), Path(folder_or_name)
     if name in NANO_NAMES and not any(place for mark in MARKS for place in folder.glob(mark)):
         return SHIPPED / name

@@ -9,7 +9,7 @@ import stat
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,17 +219,22 @@ def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quali
     check_replaceable(path)
 
 
-def check_apart(outputs: dict[str, object], inputs: dict[str, object]) -> None:
-    """Raises ValueError where an output is also an input or another output; options by name, values that are no paths
-    (None, True) are left out."""
+def check_apart(outputs: Mapping[str, object], inputs: Mapping[str, object]) -> None:
+    """Raises ValueError where an output is also an input, lies as a file in a folder that is one, or is another output;
+    options by name, values that are no paths (None, True) are left out."""
     taken: dict[Path, str] = {}
+    folders = dict(taken)
     for options in (inputs, outputs):
         for option, place in options.items():
             if not isinstance(place, (str, Path)):
                 continue
             path = Path(place).resolve()
-            if options is outputs and path in taken:
-                raise ValueError(f"{option} {place} would replace the file of {taken[path]}: give it another name")
+            if options is outputs:
+                around = (folders[p] for p in path.parents if p in folders and path.is_file())
+                if found := taken.get(path) or next(around, None):
+                    raise ValueError(f"{option} {place} would replace the file of {found}: give it another name")
+            elif path.is_dir():
+                folders[path] = option
             taken[path] = option
 
 

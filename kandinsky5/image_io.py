@@ -173,7 +173,7 @@ def _choose_factor(image: Image.Image) -> int:
 
 def check_sides(height: int, width: int) -> None:
     """ValueError for an image, or a frame as seen, that is more oblong than MOST_OBLONG."""
-    if max(height, width) > MOST_OBLONG * min(height, width):
+    if not min(height, width) or max(height, width) > MOST_OBLONG * min(height, width):
         raise ValueError(
             f"it has {width}x{height} pixels, and its sides may differ by a factor of {MOST_OBLONG}: crop it"
         )

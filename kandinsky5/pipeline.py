@@ -20,7 +20,7 @@ from kandinsky5 import checkpoint, vae_tiling, video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
-from kandinsky5.request import Image, Request, check_functions
+from kandinsky5.request import Image, Request, check_functions, check_sampled
 from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import check_compile, compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
@@ -31,12 +31,13 @@ from kandinsky5.sampler import (
     Callback,
     build_condition,
     check_finite,
+    check_like,
     euler_sample,
     guided_velocity,
     normalise_first_frames,
     watch_steps,
 )
-from kandinsky5.screen import bar, shown
+from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.vae import VAE, Posterior
@@ -205,8 +206,9 @@ class Pipeline:
         """Take all LoRAs off again."""
         from kandinsky5.extras import lora
 
-        while self.loras:
-            lora.remove(self.dit, self.loras.pop())
+        with self._alone():
+            while self.loras:
+                lora.remove(self.dit, self.loras.pop())
 
     @plain_defaults()
     def expand(self, prompt: str | list[str], image: Image | list | None = None, **how: Any) -> str | list[str]:
@@ -286,8 +288,7 @@ class Pipeline:
         with progressed, awake(self.dit), keep_freed_memory(device), plan.applied(self.dit):
             after_step = watch_steps(request.steps, callback, progressed.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
-        if not isinstance(latents, Tensor) or latents.shape != noise.shape:
-            raise ValueError(f"the solver returned {shown(latents)}: it must return latents {tuple(noise.shape)}")
+        check_like(latents, noise, "the solver")
         if first_frame is not None and config.sampling.normalise_first_frames:
             latents = normalise_first_frames(latents)
         return latents
@@ -309,9 +310,8 @@ class Pipeline:
         """
         if output_type not in ("uint8", "float"):
             raise ValueError(f"output_type {output_type!r}: latents decode to uint8 or float")
-        if latents.ndim != 5 or 0 in latents.shape or latents.shape[-1] != self.config.vae.latent_channels:
-            raise ValueError(f"latents {tuple(latents.shape)}: decoding takes (B, T, H/8, W/8, 16), as sampling gives")
         device, dtype = find_place(self.vae)
+        check_sampled(latents, self.config.vae.latent_channels, device)
         memory.release(device)
         takes = f"takes {self._check_decoding(tuple(latents.shape), output_type) / 1e9:.1f} GB"
         z = (latents.to(device) / self.config.vae.scaling_factor).to(dtype)

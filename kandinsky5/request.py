@@ -298,8 +298,18 @@ def check_latents(latents: object, shape: tuple[int, ...]) -> Tensor:
         given_shape = tuple(given.shape)  # which a nested tensor lacks
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"latents {shown(latents)}: give a tensor {shape}, such as torch.randn's") from error
-    if given_shape != shape or given.layout != torch.strided or given.is_complex():
+    if given_shape != shape or given.layout != torch.strided or given.is_complex() or given.is_quantized:
         raise ValueError(f"latents {shown(given_shape)}: this prompt and size need {shape}, (B, T, H/8, W/8, 16)")
     if given.is_meta or not torch.isfinite(given.float()).all():
         raise ValueError("the given latents contain NaN or infinity: give finite numbers, such as torch.randn's")
     return given.float()
+
+
+def check_sampled(latents: object, channels: int, device: torch.device) -> None:
+    """Raises ValueError for what cannot be decoded on `device`: latents are (B, T, H/8, W/8, channels)."""
+    if isinstance(latents, Tensor) and latents.layout == torch.strided and not latents.is_complex():
+        sized = latents.ndim == 5 and 0 not in latents.shape and latents.shape[-1] == channels
+        if sized and latents.is_meta == (device.type == "meta"):
+            return
+    what = tuple(latents.shape) if isinstance(latents, Tensor) else shown(latents)
+    raise ValueError(f"latents {what}: decoding takes (B, T, H/8, W/8, {channels}), as sampling gives")

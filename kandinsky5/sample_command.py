@@ -89,11 +89,15 @@ def sample(arguments: list[str] | None) -> int:
             jobs = []
             for where, line in prompts.read(listed).items():
                 with _naming(where):
-                    jobs.append(build_job(config, settings | line))
+                    job = build_job(config, settings | line)
+                    job.request = replace(job.request, images=None, qwen_images=None)  # thousands fill the memory
+                    jobs.append(job)
         else:
             jobs = [build_job(config, settings)]
             jobs[0].output = check_output(output, jobs[0])
         loras = lora.open_all(settings["loras"], config.dit)
+        for job in jobs:
+            check_apart({"-o": output, "--preview": place}, name_inputs(job.settings))
         if listed and output:
             make_folder(output)
             for job, name in zip(jobs, name_all(folder, jobs, loras), strict=True):
@@ -103,13 +107,14 @@ def sample(arguments: list[str] | None) -> int:
         for one, requested in zip(loras, settings["loras"], strict=True):
             pipe.load_lora(one, requested["weight"], settings["trigger"])
         if listed:
-            print(prompts.show(prompts.make_all(jobs, lambda job: make(pipe, folder, job, show), pipe.ranks)))
+            again = lambda job: build_job(config, job.settings, job.output)  # noqa: E731  with its image
+            print(prompts.show(prompts.make_all(jobs, lambda job: make(pipe, folder, again(job), show), pipe.ranks)))
         else:
             print(make(pipe, folder, jobs[0], show))
     return 0
 
 
-def build_job(config: "PipelineConfig", settings: dict[str, Any]) -> Job:
+def build_job(config: "PipelineConfig", settings: dict[str, Any], output: Path = Path()) -> Job:
     """The request of these settings, with everything checked that can be before models are loaded."""
     from kandinsky5.extras import expand
     from kandinsky5.request import LONGEST_SIDE, Request
@@ -123,7 +128,7 @@ def build_job(config: "PipelineConfig", settings: dict[str, Any]) -> Job:
     enlarge = settings["enlarge"]
     if not 1 <= enlarge <= 16 or max(request.height, request.width) * enlarge > LONGEST_SIDE:
         raise ValueError(f"enlarge {enlarge}: give 1 to 16, with which no side passes {LONGEST_SIDE} pixels")
-    return Job(settings, request, instruction)
+    return Job(settings, request, instruction, output)
 
 
 def name_all(folder: Path, jobs: Sequence[Job], loras: "Sequence[LoRA]") -> list[str]:
@@ -224,15 +229,19 @@ def check_places(
         raise ValueError("--prompts takes the place of a prompt and of --replay: give one of them")
     if listed and (output is None or output.is_file() or output.suffix.lower() in (".mp4", ".png")):
         raise ValueError("--prompts makes many files: name the folder for them, -o DIR")
-    files = ("image", "step_skipping", "expand", "checkpoint")
-    inputs = {f"--{name.replace('_', '-')}": given.get(name) for name in files}
-    inputs |= {f"--lora {i}": one["file"] for i, one in enumerate(given.get("loras", ()), start=1)}
-    check_apart({"-o": output, "--preview": place}, inputs | {"--replay": replayed, "--prompts": listed})
+    read = {"--replay": replayed, "--prompts": listed}
+    check_apart({"-o": output, "--preview": place}, name_inputs(given) | read)
     if not listed:
         usual = {"num_frames": 1, "fps": 24, "quality": 8}
         usual |= {name: given[name] for name in usual if given.get(name) is not None}
         check_writable(output or free_name("out.png" if usual["num_frames"] == 1 else "out.mp4"), **usual)
     return output
+
+
+def name_inputs(settings: dict[str, Any]) -> dict[str, object]:
+    """The files that these settings read, by option; a checkpoint holds none that an output could replace."""
+    inputs = {f"--{name.replace('_', '-')}": settings.get(name) for name in ("image", "step_skipping", "expand")}
+    return inputs | {f"--lora {i}": one["file"] for i, one in enumerate(settings.get("loras", ()), start=1)}
 
 
 def check_output(output: Path | None, job: Job) -> Path:

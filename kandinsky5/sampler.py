@@ -123,14 +123,21 @@ def watch_steps(steps: int, callback: Callback | None, update: Callable[[], obje
         answer = callback(step, t, x) if callback else None
         who = f"after step {step + 1} of {steps} the callback"
         if isinstance(answer, Tensor):
-            if answer.shape != x.shape:
-                raise ValueError(f"{who} returned latents {tuple(answer.shape)}: they must stay {tuple(x.shape)}")
+            check_like(answer, x, who)
             check_finite(answer, f"{who}'s latents")
         elif answer is not None and not isinstance(answer, bool):
             raise ValueError(f"{who} returned a {type(answer).__name__}: return a tensor, False to stop, or nothing")
         return answer
 
     return after_step
+
+
+def check_like(answer: object, x: Tensor, who: str) -> None:
+    """Raises ValueError unless `answer` is a tensor that can take the place of latents x: of their shape, dense."""
+    shape = getattr(answer, "shape", None)
+    if not isinstance(answer, Tensor) or (shape, answer.layout, answer.is_meta) != (x.shape, x.layout, x.is_meta):
+        what = f"latents {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        raise ValueError(f"{who} returned {what}: it must return latents {tuple(x.shape)}, dense and with values")
 
 
 def check_finite(x: Tensor, what: str) -> None:

@@ -24,7 +24,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from einops import rearrange
 
 from kandinsky5.files import check_regular, check_writable, free_name, parse_json, read_bytes, replacing
-from kandinsky5.image_io import LARGEST_IMAGE, open_image, reading
+from kandinsky5.image_io import LARGEST_DECODED, LARGEST_IMAGE, open_image, reading
 from kandinsky5.image_io import read_image as read_image  # passed on: an image is a video's first frame
 
 # Most files hold colour at half the resolution of brightness. PyAV's default repeats each colour pixel, which
@@ -42,7 +42,7 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
         if not container.streams.video:
             raise ValueError("there is no video in it")
         stream = container.streams.video[0]
-        stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, not a grey patch
+        limit_decoding(stream)
         frames = [
             # a phone's upright video is stored lying down, with the angle (counterclockwise) next to it
             np.rot90(frame.to_ndarray(format="rgb24", interpolation=SMOOTH), k=round(frame.rotation / 90))
@@ -51,6 +51,14 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
         if stream.average_rate is None:  # such as a GIF of one frame
             raise ValueError("it does not say its frame rate")
         return torch.from_numpy(np.stack(frames)), float(stream.average_rate)
+
+
+def limit_decoding(stream: av.VideoStream) -> None:
+    """Make damage an error instead of a grey patch. ValueError for frames of more than LARGEST_DECODED pixels."""
+    if stream.width * stream.height > LARGEST_DECODED:
+        most = LARGEST_DECODED / 1e6
+        raise ValueError(f"its frames have {stream.width}x{stream.height} pixels, and may have {most:.0f} million")
+    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * LARGEST_DECODED)}
 
 
 def keep_aspect_size(height: int, width: int, area: int, divisor: int) -> tuple[int, int]:

@@ -96,6 +96,17 @@ def test_links_may_stay_in_a_folder_or_a_model_cache(tmp_path):
         files.check_inside(plain / "away", plain)
 
 
+def test_outputs_do_not_replace_files_of_folders_that_are_read(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    read = {"CHECKPOINT": tmp_path / "model", "--image": None, "--replay": str(tmp_path / "a.mp4")}
+    for place in (tmp_path / "model" / "config.json", tmp_path / "model", tmp_path / "x" / ".." / "a.mp4"):
+        with pytest.raises(ValueError, match="another name"):
+            files.check_apart({"-o": place}, read)
+    files.check_apart({"-o": tmp_path / "model", "--preview": tmp_path / "model" / "config.json"}, {})
+    files.check_apart({"-o": tmp_path / "model" / "new.json", "--preview": True}, read)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "x").write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))

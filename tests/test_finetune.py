@@ -192,6 +192,22 @@ def test_wrong_options_cost_one_line_and_no_file(run, tmp_path, arguments, words
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_write_into_what_it_reads_or_others_wrote(run, clips, tmp_path):
+    before = sorted(clips.rglob("*"))
+    for place in (clips, clips / "run", clips / ".." / clips.name / "run"):
+        with pytest.raises(ValueError, match="is in --clips"):
+            run(to=place)
+    with pytest.raises(ValueError, match="--cache"):
+        run("--cache", clips / "cache")
+    assert sorted(clips.rglob("*")) == before
+    run("--cache", clips / ".cache", "--check")  # hidden folders are not read
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="README.md of something else"):
+        run(to="mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+
+
 def test_tensorboard_is_given_what_the_logs_say(run, monkeypatch):
     """Through a stand-in for the library, which the tests do not need."""
     told: dict[str, dict[tuple[str, int], float]] = {}

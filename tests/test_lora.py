@@ -95,6 +95,24 @@ def test_several_add_up_and_weight_0_is_none(dit):
         lora.set_weights([one, two], [1, 2, 3])
 
 
+@pytest.mark.parametrize("weight", ["0.8", None, torch.nan, 10**400, [1.0], torch.ones(2), True])
+def test_a_weight_is_one_finite_number(dit, weight):
+    made = lora.add(dit, random_lora(dit), 0.5)
+    for refused in (lambda: made.set_weight(weight), lambda: lora.add(dit, random_lora(dit, seed=1), weight)):
+        with pytest.raises(ValueError, match="finite number"):
+            refused()
+    assert {update.weight for _, update in made.updates()} == {0.5}
+
+
+def test_what_is_no_lora_or_loaded_already_is_refused(dit):
+    made = lora.add(dit, random_lora(dit))
+    with pytest.raises(ValueError, match="loaded already"):
+        lora.add(dit, made)
+    for path in (3, None, b"x", ["a.safetensors"]):
+        with pytest.raises(ValueError, match="path of its file"):
+            lora.load(path)
+
+
 def test_the_models_own_state_stays_as_it_is(dit):
     before = {name: x.clone() for name, x in dit.state_dict().items()}
     lora.add(dit, random_lora(dit))

@@ -293,7 +293,11 @@ def test_ratios_do_not_depend_on_batching_the_passes(pipe, monkeypatch):
 def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatch, pipe):
     monkeypatch.setattr(calibration.Pipeline, "load", lambda *_, **__: pipe)
     (tmp_path / "prompts.txt").write_text("a fox\n\na dog\n")
-    arguments = ["small", "--prompts", tmp_path / "prompts.txt", "--steps", "3", "--device", "cpu"]
+    (tmp_path / "cp1251.txt").write_text("лиса", encoding="cp1251")
+    (tmp_path / "many.txt").write_text("a fox\n" * 1001)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").touch()
+    arguments = [tmp_path / "small", "--prompts", tmp_path / "prompts.txt", "--steps", "3", "--device", "cpu"]
 
     def run(*more):
         return cli.run(lambda: calibration.main([str(argument) for argument in (*arguments, *more)]))
@@ -309,7 +313,11 @@ def test_the_command_writes_what_the_pipeline_takes(tmp_path, capsys, monkeypatc
     for more, words in [
         (["-o", tmp_path / "missing" / "ratios.json"], "choose a folder you can write to"),
         (["-o", tmp_path / "b.json", "--steps", "1"], "1 step: a ratio compares a step with the one before"),
-        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "none.txt"], "there is no such file"),
+        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "none.txt"], "none.txt is missing"),
+        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "cp1251.txt"], "cp1251.txt is not UTF-8"),
+        (["-o", tmp_path / "b.json", "--prompts", "/dev/zero"], "/dev/zero is not a regular file"),
+        (["-o", tmp_path / "b.json", "--prompts", tmp_path / "many.txt"], "1,001 prompts"),
+        (["-o", tmp_path / "small" / "config.json"], "would replace the file of CHECKPOINT"),
         (["-o", tmp_path / "b.json", "--height", "40"], "height 40: a side is a multiple of 16"),
     ]:
         assert run(*more) == 2

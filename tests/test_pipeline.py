@@ -116,6 +116,31 @@ def test_callback_sees_steps_and_can_stop_and_replace(pipe):
     assert not zeros.any()
 
 
+LATENTS = torch.zeros(1, 2, 4, 6, 16)
+
+
+@pytest.mark.parametrize("odd", [LATENTS.to("meta"), LATENTS.to_sparse(), LATENTS[:, 1:], LATENTS[0]])
+def test_odd_latents_are_refused_wherever_they_come_in(pipe, odd):
+    for how in ({"callback": lambda *_: odd}, {"solver": lambda *_: odd}):
+        with pytest.raises(ValueError, match="returned latents"):
+            run(pipe, **how)
+    if odd.shape != LATENTS[:, 1:].shape:
+        with pytest.raises(ValueError, match="decoding takes"):
+            pipe.decode(odd)
+
+
+@pytest.mark.parametrize("odd", [3, "x", LATENTS.numpy(), LATENTS[..., :3], None])
+def test_what_is_no_latents_is_not_decoded(pipe, odd):
+    with pytest.raises(ValueError, match="decoding takes"):
+        pipe.decode(odd)
+
+
+@pytest.mark.parametrize("folder", [3, None, b"nano", ["nano"]])
+def test_a_checkpoint_is_a_path_or_a_name(folder):
+    with pytest.raises(ValueError, match="give the path"):
+        Pipeline.load(folder, "cpu")
+
+
 def test_image_is_the_first_frame_and_keeps_its_shape(pipe):
     image = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8)
     latents = run(pipe, image=image, output_type="latents")
@@ -399,8 +424,10 @@ def test_a_second_call_is_refused_while_one_runs(pipe):
     def again(step, t, x):
         with pytest.raises(ValueError, match="pipeline"):
             run(pipe)
-        with ThreadPoolExecutor() as threads, pytest.raises(ValueError, match="pipeline"):
-            threads.submit(run, pipe).result()
+        with ThreadPoolExecutor() as threads:
+            for call in (run, Pipeline.unload_lora):
+                with pytest.raises(ValueError, match="pipeline"):
+                    threads.submit(call, pipe).result()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

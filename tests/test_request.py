@@ -78,7 +78,8 @@ REFUSED = {
         torch.zeros(1, 2, 4, 6, 16, dtype=torch.complex64),
     ],
     "image": [
-        torch.zeros(3, 8, 8), torch.zeros(0, 8, 3, dtype=torch.uint8), "no/such/file.png", Path("nowhere"), {}, 3, [],
+        torch.zeros(3, 8, 8), torch.zeros(0, 8, 3, dtype=torch.uint8), np.zeros((0, 0, 3), np.uint8),
+        "no/such/file.png", Path("nowhere"), {}, 3, [],
         torch.zeros(1, 10**6, 3, dtype=torch.uint8).numpy(), PIXELS.to("meta"), PIXELS.to_sparse(), [PIXELS, PIXELS],
         [[PIXELS]], np.array("a"), object(),
     ],

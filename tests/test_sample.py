@@ -17,7 +17,7 @@ import torch
 import kandinsky5
 import sample
 from command_line import BARS, CONFIG, FOX, ROOT, in_process, snapshot, without_bars
-from kandinsky5 import video_io
+from kandinsky5 import sample_command, video_io
 from kandinsky5.checkpoint import fingerprint
 from kandinsky5.cli import dispatch
 from kandinsky5.cli import run as run_cli
@@ -123,6 +123,8 @@ def test_a_preview_is_shown_at_most_ten_times(cli, monkeypatch, steps, shown):
 def test_no_output_takes_the_place_of_an_input(cli, refused):
     assert cli(*FOX)[0] == 0
     Path("link.mp4").symlink_to("out.mp4")
+    assert cli(*FOX, "--image", "image.png", "--num-frames", "1", "-o", "still.png")[0] == 0
+    Path("a.jsonl").write_text('{"prompt": "a fox", "image": "image.png"}')
     for options in (
         ["--replay", "out.mp4", "-o", "out.mp4"],
         ["--replay", "out.mp4", "-o", "link.mp4"],
@@ -130,6 +132,8 @@ def test_no_output_takes_the_place_of_an_input(cli, refused):
         [*FOX, "--image", "image.png", "--preview", "image.png"],
         [*FOX, "--num-frames", "1", "--preview", "a.png", "-o", "./a.png"],
         ["--replay", "image.png", "--preview", "image.png"],
+        ["--replay", "still.png", "-o", "image.png"],  # which was made from it
+        ["--prompts", "a.jsonl", "--checkpoint", "small", "-o", "many", "--preview", "image.png"],
     ):
         refused(options, "another name")
 
@@ -406,6 +410,7 @@ def test_help_teaches(cli):
     [
         ("a.txt", " \n\n", "no prompt"),
         ("a.txt", b"\xff\xfe", "UTF-8"),
+        ("a.txt", "a\n" * 10_001, "10,000"),
         ("a.jsonl", '{"prompt": "a fox"}\n{"seed": 3}\n', "line 2"),
         ("a.jsonl", '{"prompt": "a fox", "sed": 3}', "sed"),
         ("a.jsonl", '{"prompt": "a fox", "image": 3}', "image"),
@@ -476,8 +481,24 @@ def test_many_prompts_each_with_its_own_settings(cli):
     cli("a fox", "--checkpoint", "small", "--num-frames", "1", "--seed", "4", "--steps", "1", "-o", "alone.png")
     assert Path("alone.png").read_bytes() == images[1].read_bytes()
     images[0].unlink()
+    Path("images/videos.csv").write_bytes("file;é".encode("latin-1"))  # as a spreadsheet saves it
     before = images[1].stat().st_mtime_ns
     code, out, _ = cli(*many)
     assert code == 0 and images[0].exists() and images[1].stat().st_mtime_ns == before and "was there" in out
     table = Path("images/videos.csv").read_text().splitlines()
-    assert table[0] == "file,prompt,seed,seconds" and len(table) == 3 and not table[2].endswith(",")
+    assert table[0] == "file,prompt,seed,seconds" and len(table) == 3 and not table[1].endswith(",")
+
+
+def test_a_long_list_keeps_no_images_in_memory(cli, monkeypatch):
+    line = '{"prompt": "a fox", "image": "image.png", "num_frames": 1}'
+    Path("two.jsonl").write_text(f"{line}\n{line.replace('fox', 'cat')}")
+    held, load = [], sample_command.load_pipeline
+
+    def watch(folder, config, settings, jobs, loras, many):
+        held.extend(job.request.images for job in jobs)
+        return load(folder, config, settings, jobs, loras, many)
+
+    monkeypatch.setattr(sample_command, "load_pipeline", watch)
+    assert cli("--prompts", "two.jsonl", "--checkpoint", "small", "-o", "images")[0] == 0 and held == [None, None]
+    cli(*FOX, "--image", "image.png", "--num-frames", "1", "-o", "alone.png")
+    assert Path("alone.png").read_bytes() in [path.read_bytes() for path in Path("images").glob("*.png")]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from footage_files import flat, write
 from kandinsky5 import Pipeline, video_io
@@ -217,7 +217,8 @@ def test_damaged_and_half_written_entries_are_encoded_again(pipe, clips, tmp_pat
     folder = make_folder(tmp_path / "clips", 2)
     whole = encode(folder, pipe, tmp_path / "a")
     before = content(tmp_path / "a")
-    for spoil in (lambda data: data[:-8], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""):
+    another = save({"a": torch.tensor(1.0)}, {"sha256": "0"})
+    for spoil in (lambda d: d[:-8], lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: b"", lambda d: another):
         for path in whole.entries + whole.texts:
             path.write_bytes(spoil(path.read_bytes()))
         (tmp_path / "a" / ".left.safetensors").write_bytes(b"half")

@@ -9,6 +9,7 @@ from av.video.reformatter import ColorTrc
 from PIL import Image
 
 from footage_files import flat, write, write_sound
+from kandinsky5 import video_io
 from kandinsky5.training.footage import Unusable, nearest_size, probe, read_frames
 
 LEVELS = [20, 60, 100, 140, 180, 220]
@@ -73,6 +74,17 @@ def test_alpha_is_laid_on_white(tmp_path):
 def test_wide_pixels_become_square(tmp_path):
     footage = probe(write(tmp_path / "a.mp4", flat([9, 9], 32, 48), square=Fraction(4, 3)))
     assert (footage.height, footage.width) == (32, 64)
+
+
+def test_frames_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4", flat([1, 2], 480, 640))
+    monkeypatch.setattr("kandinsky5.video_io.LARGEST_DECODED", 480 * 640)
+    assert probe(path).height == 480 and video_io.read_video(path)[0].shape == (2, 480, 640, 3)
+    monkeypatch.setattr("kandinsky5.video_io.LARGEST_DECODED", 480 * 640 - 1)
+    with pytest.raises(Unusable, match="640x480"):
+        probe(path)
+    with pytest.raises(ValueError, match="640x480"):
+        video_io.read_video(path)
 
 
 def test_pixels_that_make_a_frame_too_oblong_are_refused(tmp_path):

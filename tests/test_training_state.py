@@ -1,13 +1,18 @@
 """A run on disk: what it records, and what it refuses to resume from."""
 
 import functools
+import io
+import pickle
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from kandinsky5.dit import DiT
-from kandinsky5.training import state
+from kandinsky5.training import curves, state, state_folder
 from kandinsky5.training.recipe import Recipe
 from tiny_training import TINY, tiny_run, train
 
@@ -100,6 +105,88 @@ def test_a_damaged_state_is_refused(tmp_path, content):
     for use in (tiny_run, state.load_recipe, functools.partial(state.load_average, DiT(TINY))):
         with pytest.raises(ValueError, match=r"state.pt is damaged"):
             use(tmp_path)
+
+
+CHANGES = {
+    "step": [None, "x"], "seconds": [None, "x"], "rows": [5], "recipe": [[1]], "model": [[1], {1: torch.ones(1)}],
+    "average": [5, {"weight": 1}], "optimizers": [None, 7, [], [{}]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", [(field, value) for field, values in CHANGES.items() for value in values])
+def test_a_state_of_other_kinds_is_damaged(tmp_path, field, value):
+    run(Recipe(4), tmp_path)
+    edit(tmp_path, lambda content: content.pop(field) if value is None else content.update({field: value}))
+    with pytest.raises(ValueError, match="is damaged"):
+        run(Recipe(4), tmp_path)
+
+
+def test_states_without_steps_and_with_foreign_recipes(tmp_path):
+    state.save_average(nn.Linear(2, 1), tmp_path / "finished")
+    with pytest.raises(ValueError, match="finished weights"):
+        state.load_progress(tmp_path / "finished")
+    run(Recipe(4), tmp_path)
+    edit(tmp_path, lambda content: content["recipe"].update(colour="red"))
+    with pytest.raises(ValueError, match="is damaged"):
+        state.load_recipe(tmp_path)
+
+
+def test_a_pickle_that_inflates_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    run(Recipe(4), tmp_path)
+    whole = (tmp_path / "state.pt").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(tmp_path / "state.pt", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(2 * state.LARGEST) if name.endswith("data.pkl") else old.read(name))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: pytest.fail("it was inflated"))
+    with pytest.raises(ValueError, match="is damaged"):
+        run(Recipe(4), tmp_path)
+
+
+class Code:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_of_ranks_runs_no_code(tmp_path):
+    place = tmp_path / "state-000001"
+    dcp.save({"model/a": torch.ones(2)}, storage_writer=dcp.FileSystemWriter(place), no_dist=True)
+
+    def sign() -> None:
+        (place / "values.pt").unlink(missing_ok=True)
+        digests = {path.name: state_folder.digest(path) for path in place.iterdir()}
+        torch.save({"step": 1, "seconds": 0, "groups": [], "digests": digests}, place / "values.pt")
+
+    sign()
+    assert state.load_average(nn.ParameterDict({"a": torch.zeros(2)}), tmp_path)["a"].tolist() == [1, 1]
+    for odd in (Code(tmp_path / "run"), {"a": (nn.Linear, 3)}, torch.distributed.checkpoint.FileSystemWriter):
+        (place / ".metadata").write_bytes(pickle.dumps(odd))
+        sign()
+        with pytest.raises(ValueError, match="is damaged"):
+            state.load_average(nn.ParameterDict({"a": torch.zeros(2)}), tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [
+    b"step;loss\n1;2\n", "step,loss\n1,é\n".encode("latin-1"), b"step,loss\n1," + b"9" * 200_000,
+    b"step,loss\none,2\n", b"step,loss\n1,2,3\n", b"step,loss\n1,much\n",
+])  # fmt: skip
+def test_logs_that_other_programs_changed_are_named(tmp_path, content):
+    (tmp_path / "loss.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="loss.csv"):
+        curves.drop_rows_after(tmp_path / "loss.csv", 3)
+
+
+def test_a_log_saved_with_a_byte_order_mark_goes_on(tmp_path):
+    (tmp_path / "loss.csv").write_text("step,loss\n1,2\n9,3\n", encoding="utf-8-sig")
+    curves.drop_rows_after(tmp_path / "loss.csv", 3)
+    curves.append_row(tmp_path / "loss.csv", {"step": 2, "loss": 1.5})
+    assert curves.read_rows(tmp_path / "loss.csv") == [{"step": "1", "loss": "2"}, {"step": "2", "loss": "1.5"}]
 
 
 def test_a_state_too_large_for_memory_is_not_called_damaged(tmp_path, monkeypatch):

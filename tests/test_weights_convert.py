@@ -280,6 +280,21 @@ def test_other_vision_towers_are_refused(whole, tmp_path, file, change):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("file, said", [
+    ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}),
+    ("preprocessor_config.json", {"patch_size": 16}),
+    ("preprocessor_config.json", {"do_normalize": False}),
+    ("processor_config.json", {"image_processor": {"rescale_factor": 1 / 127.5}}),
+    ("processor_config.json", {"image_processor": {"resample": 2}}),
+])  # fmt: skip
+def test_images_prepared_otherwise_are_refused(whole, tmp_path, file, said):
+    shutil.copytree(whole / "diffusers", tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer" / "preprocessor_config.json").unlink()
+    (tmp_path / "theirs" / "tokenizer" / file).write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=f"{file} says"):
+        from_diffusers(tmp_path / "theirs", tmp_path / "again", with_vision=True, progress=False)
+
+
 def test_a_new_qwen_without_them_does_not_keep_those_of_the_base(whole, tmp_path):
     theirs = whole / "diffusers"
     config = from_diffusers(theirs, tmp_path / "other", only="qwen", base=whole / "native", progress=False)

@@ -149,7 +149,12 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, half, value, dtype):
         ({"r": 3, "lora_alpha": 1}, "has rank 2, its config says 3"),
         ({"r": 2, "lora_alpha": "1"}, "not two numbers"),
         ({"r": 2, "lora_alpha": 10**400}, "no finite numbers"),
-        ({"r": 2, "lora_alpha": 1, "use_dora": True}, "use_dora, which is not supported"),
+        ({"r": 2, "lora_alpha": 1, "use_dora": True}, "use_dora"),
+        ({"r": 2, "lora_alpha": 1, "init_lora_weights": "pissa"}, "init_lora_weights"),  # it changes the model too
+        ({"r": 2, "lora_alpha": 1, "layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"r": 2, "lora_alpha": 1, "peft_type": "LOHA"}, "peft_type"),
+        ({"r": 2, "rank_pattern": [2]}, "pattern"),
+        ({"r": 2, "alpha_pattern": {f"m{i}": 1 for i in range(100_000)}}, "pattern"),
     ],
 )
 def test_configs_that_contradict_their_tensors(tmp_path, config, words):

@@ -1,6 +1,7 @@
 """A Diffusers folder: its places, and its small files (model_index.json, scheduler, tokenizers) read and written."""
 
 import shutil
+import sys
 from pathlib import Path
 
 from kandinsky5.config import QwenVisionConfig
@@ -77,6 +78,12 @@ def write_preprocessor_config(sizes: QwenVisionConfig, folder: Path) -> None:
     write_json(folder / IMAGE_CONFIGS[0], common | patches | limits)
 
 
+# What else these files may say, as our code prepares images in no other way; 3 is Pillow's number of bicubic.
+PREPARATION: dict[str, object] = {
+    "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": MERGED, "image_mean": [*MEAN], "image_std": [*STD],
+    "rescale_factor": 1 / 255, "resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True,
+    "do_convert_rgb": True,
+}  # fmt: skip
 IMAGE_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 # What diffusers wants next to the files of a tokenizer.
 PROCESSOR_FILES = (
@@ -102,7 +109,7 @@ def read_pixel_limits(folder: Path) -> dict:
     """min_pixels and max_pixels of Qwen's image processor, as far as the folder of its tokenizer says them.
 
     Older savers write preprocessor_config.json with these keys, newer ones a size of two "edges" that are areas too,
-    or processor_config.json with all that in a table.
+    or processor_config.json with all that in a table. ValueError for images that are prepared otherwise than here.
     """
     given: dict = {}
     for name in IMAGE_CONFIGS:
@@ -111,6 +118,10 @@ def read_pixel_limits(folder: Path) -> dict:
             tables = [found, found.get("image_processor"), found.get("size")]
             tables += [table.get("size") for table in tables[1:2] if isinstance(table, dict)]
             for table in [table for table in tables if isinstance(table, dict)]:
+                for key, ours in PREPARATION.items():
+                    if table.get(key) not in (None, ours):
+                        said = f"{key} = {table[key]!r:.100}"
+                        raise ValueError(f"{folder / name} says {said}; this code prepares images only with {ours}")
                 edges = {"min_pixels": table.get("shortest_edge"), "max_pixels": table.get("longest_edge")}
                 limits = {key: table.get(key, edge) for key, edge in edges.items()}
                 given |= {key: value for key, value in limits.items() if value is not None}
@@ -138,7 +149,7 @@ def read_shift(path: Path) -> float:
             remedy = "with --preset NAME this file is not read"
             raise ValueError(f"{path} says {key} = {value!r:.100}; this code computes only {ours!r}: {remedy}")
     shift = config.get("shift", 1.0)  # the scheduler's own default
-    if type(shift) not in (int, float) or not 0 < shift < float("inf"):
+    if type(shift) not in (int, float) or not 0 < shift <= sys.float_info.max:
         raise ValueError(f"{path} says shift = {shift!r:.100}; a shift is a positive number")
     return float(shift)
 

@@ -36,6 +36,19 @@ CONFIGS = ("config_lora.json", "adapter_config.json")  # the authors', PEFT's
 THEIR_METADATA = "lora_adapter_metadata"  # diffusers' key in the header
 OURS = {theirs: ours for ours, theirs in tables.DIT.items()}
 FLAT = {theirs.replace(".", "_"): ours for theirs, ours in OURS.items()}
+MOST_MODULES = 2048  # Pro has some 800 Linears
+PLAIN: dict[
+    str, tuple
+] = {  # fields of a LoraConfig that would change what is computed, and values with which they do not
+    "peft_type": ("LORA",),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "kasa_config": (),
+    "layer_replication": (),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the weights of the model too
+}
 LONGEST_TRIGGER = 1000  # characters: a phrase, not a text
 FORMAT = ("format", "sha256", "alpha", THEIR_METADATA)  # of the metadata, what a layout says for itself
 
@@ -107,6 +120,8 @@ def read(path: Path) -> File:
         raise ValueError(f"{weights.source} {what}: its tensors are {listed(odd, 3)}")
     if odd:
         raise ValueError(f"{weights.source} updates what no Kandinsky 5 DiT has, or in another way: {listed(odd, 3)}")
+    if layouts.total() > 3 * MOST_MODULES:
+        raise ValueError(f"{weights.source} has {layouts.total():,} tensors: no DiT has so many Linears")
     if len(layouts) > 1:
         raise ValueError(f"{weights.source} mixes the layouts {', '.join(layouts)}: convert it again from its source")
     layout = next(iter(layouts))
@@ -180,9 +195,13 @@ def find_peft_config(weights: Weights) -> dict[str, Any] | None:
 
 def alphas_by_config(config: dict[str, Any], ranks: Mapping[str, int], source: Path) -> dict[str, float]:
     """Alpha by a LoraConfig, whose patterns name modules. ValueError if its ranks are not those of the tensors."""
-    for option in ("use_dora", "lora_bias"):
-        if config.get(option):
-            raise ValueError(f"{source} uses {option}, which is not supported: train it without, or merge it elsewhere")
+    for option, harmless in PLAIN.items():
+        if config.get(option) not in (None, *harmless):
+            said = f"{option} = {config[option]!r:.100}"
+            raise ValueError(f"{source} uses {said}, which is not supported: train it without, or merge it elsewhere")
+    for patterns in (config.get("rank_pattern"), config.get("alpha_pattern")):
+        if not isinstance(patterns, dict | None) or len(patterns or ()) > MOST_MODULES:
+            raise ValueError(f"{source}: its config has a pattern that is no table of at most {MOST_MODULES:,} modules")
     alphas, wrong = {}, []
     for ours, rank in ranks.items():
         theirs = tables.theirs("dit", f"{ours}.weight").removesuffix(".weight")
@@ -205,7 +224,7 @@ def as_float(number: float) -> float:
 
 def by_pattern(patterns: Any, module: str, usual: Any) -> Any:
     """PEFT's rank_pattern and alpha_pattern: the value of the first key that is the module's name or ends it."""
-    for key, value in (patterns or {}).items() if isinstance(patterns, dict | None) else ():
+    for key, value in (patterns or {}).items():
         name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if module == name or not key.startswith("^") and module.endswith(f".{name}"):
             return value

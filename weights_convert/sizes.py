@@ -119,6 +119,8 @@ FIXED: dict[str, dict[str, tuple]] = {
         "up_block_types": ("HunyuanVideoUpBlock3D", "UpDecoderBlockCausal3D"),
         "out_channels": (3,),
         "shift_factor": (0,),
+        "latents_mean": (),
+        "latents_std": (),
         "quantization_config": (),
     },
     "vae2d": {  # but for shift_factor, which neither reference applies

@@ -10,9 +10,10 @@ float32. The DiT's own parameters and state_dict stay as they are. Others' names
 """
 
 import hashlib
-import math
+import numbers
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kandinsky5.checkpoint import save_weights, without_weights
 from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.runtime.offload import find_place
-from kandinsky5.screen import listed
+from kandinsky5.screen import listed, shown
 
 # The ten Linears of each block that the released LoRAs update.
 MODULES = r"(text|visual)_blocks\.\d+\.(self_attention|cross_attention|feed_forward)\."
@@ -74,9 +75,9 @@ class LoRA(nn.Module):
         return ((name, module) for name, module in self.named_modules() if isinstance(module, Update))
 
     def set_weight(self, weight: float) -> None:
-        """Multiply all updates by `weight` from now on; 0 turns them off. Raises ValueError for NaN and infinity."""
-        if not math.isfinite(weight):
-            raise ValueError(f"weight {weight} of the LoRA {self.name}: give a finite number, such as 0.8")
+        """Multiply all updates by `weight` from now on; 0 turns them off. Raises ValueError for no finite number."""
+        if not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not abs(weight) <= sys.float_info.max:
+            raise ValueError(f"weight {shown(weight)} of the LoRA {self.name}: give a finite number, such as 0.8")
         for _, update in self.updates():
             update.weight = float(weight)
 
@@ -123,6 +124,8 @@ def load(path: str | Path | LoRA) -> LoRA:
         return path
     from weights_convert.lora import read  # which knows other people's names
 
+    if not isinstance(path, (str, Path)):
+        raise ValueError(f"LoRA {shown(path)}: give the path of its file or folder")
     file = read(Path(path))
     updates = {name: Update(pair.A, pair.B, pair.alpha) for name, pair in file.pairs.items()}
     lora = LoRA(updates, file.name, file.metadata.get("trigger", "")).eval().requires_grad_(False)
@@ -141,9 +144,9 @@ def open_all(options: Iterable[Mapping[str, Any]], config: DiTConfig) -> list[Lo
     return loras
 
 
-def set_weights(loras: list[LoRA], weight: float | list[float]) -> None:
+def set_weights(loras: list[LoRA], weight: float | Sequence[float]) -> None:
     """Give all LoRAs one weight, or each its own. Raises ValueError for too many or too few."""
-    weights = weight if isinstance(weight, list) else [weight] * len(loras)
+    weights = weight if isinstance(weight, (list, tuple)) else [weight] * len(loras)
     if len(weights) != len(loras):
         raise ValueError(f"{len(weights)} weights for {len(loras)} LoRAs: give one number, or one for each")
     for lora, its_weight in zip(loras, weights, strict=True):
@@ -201,7 +204,10 @@ def add(
     Raises ValueError where `check_fit` does.
     """
     check_fit(dit, lora)
-    assert lora not in vars(dit).get("loras", {}), "added already: remove it first"
+    if lora in vars(dit).get("loras", {}):
+        raise ValueError(
+            f"the LoRA {lora.name} is loaded already: give it another weight, set_lora, or unload it first"
+        )
     device, own = find_place(dit)
     lora.set_weight(weight)
     lora.before_prompt = f"{lora.trigger.rstrip()} " if lora.trigger and trigger else ""

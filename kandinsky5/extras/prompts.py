@@ -8,6 +8,7 @@ has of the other SETTINGS; an image's path is relative to the file. A line makes
 these options. Its name holds a hash of all that it depends on, so a second run skips what is there.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kandinsky5.files import make_folder, parse_json, read_utf8, replacing
+from kandinsky5.request import MOST_VIDEOS
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.parallel import Ranks
 from kandinsky5.screen import printable, say, shown
@@ -43,12 +45,14 @@ class Video(NamedTuple):
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """The settings of each line, by "FILE, line NUMBER". Raises ValueError, which says so, for no prompt or setting."""
-    path, lines = Path(path), {}
+    path, lines = Path(path), dict[str, dict[str, Any]]()
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: name it .txt for one prompt per line, or .jsonl for one object per line")
     text = read_utf8(path, LARGEST)
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):  # splitlines knows more ends than JSON
         if line.strip():
+            if len(lines) == MOST_VIDEOS:
+                raise ValueError(f"{path} holds more than {MOST_VIDEOS:,} prompts: give them in several files")
             where, one = f"{path}, line {number}", {"prompt": line.strip()}
             lines[where] = _read_object(line, where, path.parent) if path.suffix.lower() == ".jsonl" else one
     if not lines:
@@ -109,8 +113,8 @@ def make_all(jobs: Sequence[Any], make: Callable[[Any], object], ranks: Ranks | 
             seconds = round(time.monotonic() - start, 1)
         made.append(Video(job.output.name, job.request.prompts[0], job.request.seeds[0], seconds))
     videos = [Video(*row) for rows in launch.meet(made if leads else []) for row in rows]
-    names = [job.output.name for job in jobs]
-    videos.sort(key=lambda video: names.index(video.file))
+    order = {job.output.name: number for number, job in enumerate(jobs)}
+    videos.sort(key=lambda video: order[video.file])
     if launch.rank() == 0:
         write_table(videos, folder / "videos.csv")
     return videos
@@ -119,9 +123,9 @@ def make_all(jobs: Sequence[Any], make: Callable[[Any], object], ranks: Ranks | 
 def write_table(videos: list[Video], path: Path) -> None:
     """Write the table as CSV; seconds of what was there already are those of the table that was there."""
     before = {}
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            before = {row.get("file"): row.get("seconds") for row in csv.DictReader(file)}
+    with contextlib.suppress(ValueError, OSError, csv.Error):  # not there, or another program's
+        table = io.StringIO(read_utf8(path, LARGEST), newline="")
+        before = {row.get("file"): row.get("seconds") for row in csv.DictReader(table)}
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Video._fields)

@@ -20,7 +20,7 @@ import torch
 
 from kandinsky5 import Pipeline, cli, screen, video_io
 from kandinsky5.checkpoint import find_checkpoint, fingerprint
-from kandinsky5.files import check_replaceable, write_text
+from kandinsky5.files import check_apart, check_replaceable, write_text
 from kandinsky5.nano.captions import Caption, write_caption
 from kandinsky5.nano.judge import judge_clip, psnr, score
 from kandinsky5.nano.world import CANVAS, NEW_SHAPE, Scene, draw_scene, sample_scene
@@ -199,6 +199,8 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
         raise ValueError(f"{args.checkpoint} is a run: export it first (python -m kandinsky5.nano.export)")
     name = Path(args.checkpoint).resolve().name + "-full-attention" * args.full_attention
     output = Path(args.output or f"judge_{name}.json").with_suffix(".json")
+    outputs = {"-o": output, "the table of -o": output.with_suffix(".md")}
+    check_apart(outputs, {"CHECKPOINT": args.checkpoint} | {f"--lora {one['file']}": one["file"] for one in args.loras})
     check_replaceable(output)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)

@@ -7,10 +7,14 @@ events/                both, for TensorBoard
 """
 
 import csv
+import io
 import shutil
 from pathlib import Path
 
-from kandinsky5.files import replacing
+from kandinsky5.files import read_utf8, replacing
+from kandinsky5.screen import printable
+
+LARGEST_LOG = 2**28  # bytes: a row for each of a million steps
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
@@ -25,11 +29,18 @@ def append_row(path: Path, row: dict[str, float]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, [] if there is none."""
+    """The rows of a log, [] if there is none. Raises ValueError where another program has changed its form."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_utf8(path, LARGEST_LOG), newline="")))
+        for row in rows:
+            int(row["step"])
+            [float(cell) for cell in row.values() if cell]
+    except (csv.Error, LookupError, TypeError, ValueError) as error:
+        reason = printable(error, 100)
+        raise ValueError(f"{path} is no log of a run any more ({reason}): restore it, or remove it") from error
+    return rows
 
 
 def drop_rows_after(path: Path, step: int) -> None:

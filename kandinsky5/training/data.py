@@ -239,14 +239,14 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, *names: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be read ({error}): run the same command again, which encodes it anew") from error
 
@@ -256,7 +256,7 @@ def read_latents(paths: list[Path], config: PipelineConfig, random: torch.Genera
 
     random: samples the posteriors; without it they are their means.
     """
-    entries = [_read(path) for path in paths]
+    entries = [_read(path, "mean", "logvar", "first_mean", "first_logvar") for path in paths]
     drawn = []
     for prefix in ("", "first_"):
         mean, logvar = (torch.stack([entry[prefix + name] for entry in entries]) for name in ("mean", "logvar"))
@@ -268,7 +268,7 @@ def read_latents(paths: list[Path], config: PipelineConfig, random: torch.Genera
 
 def read_features(paths: list[Path]) -> TextFeatures:
     """The features of B captions, text (B, S, dim) padded to the longest."""
-    entries = [_read(path) for path in paths]
+    entries = [_read(path, "text", "pooled") for path in paths]
     lengths = torch.tensor([len(entry["text"]) for entry in entries])
     longest = int(lengths.max())
     text = torch.stack([F.pad(entry["text"], (0, 0, 0, longest - len(entry["text"]))) for entry in entries])

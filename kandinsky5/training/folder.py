@@ -104,8 +104,7 @@ def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progr
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name one with clips and their captions")
-    places = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [place.as_posix() for place in places if not any(part.startswith(".") for part in place.parts)]
+    files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and is_read(p, folder)]
     names = [name for name in files if Path(name).suffix.lower() in (*IMAGES, *VIDEOS)]
     captions = read_captions(folder, names, files)
     clips, left_out, damaged = [], {}, []
@@ -236,3 +235,8 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict]]:
     if long := [str(number) for number, row in rows if any(row.get(None) or ())]:
         raise ValueError(f"{path}, entry {listed(long, 3)}: more cells than columns; quote captions that have commas")
     return rows
+
+
+def is_read(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder of clips, and not hidden there, by its own name or that of a folder between."""
+    return path.is_relative_to(folder) and not any(part.startswith(".") for part in path.relative_to(folder).parts)

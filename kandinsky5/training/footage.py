@@ -202,7 +202,10 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
                 raise Unusable("has sound but no video" if container.streams.audio else "has no video in it")
-            streams[0].codec_context.options = {"err_detect": "explode"}  # damage is an error, not a grey patch
+            try:
+                video_io.limit_decoding(streams[0])
+            except ValueError as error:
+                raise Unusable(f"is too large: {error}") from error
             yield container, streams[0]
     except av.FFmpegError as error:
         raise ValueError(f"{path} is damaged ({printable(error.strerror or error, 100)})") from error

@@ -24,7 +24,7 @@ from kandinsky5.screen import listed, printable
 from kandinsky5.training import spread
 from kandinsky5.training.clip_loss import Conditioning
 from kandinsky5.training.data import Clips
-from kandinsky5.training.folder import CUTS, ClipSettings
+from kandinsky5.training.folder import CUTS, ClipSettings, is_read
 from kandinsky5.training.previews import read_prompts
 from kandinsky5.training.recipe import Recipe, matching
 from weights_convert.lora import LONGEST_TRIGGER
@@ -37,6 +37,7 @@ SAME_RESULT = {  # options that change no result, so a run may resume with other
     "to", "cache", "check", "export", "tensorboard", "checkpointing", "offload", "prompts", "sample_every", "device",
     "sample_steps", "skip_damaged", "clips", "checkpoint", "stop_after", "attention", "shard", "sequence",
 }  # fmt: skip
+RESULTS = ("README.md", "lora.safetensors", "checkpoint")  # what a run writes that another folder may hold too
 OTHER = {  # what a run was begun with, where it is no option
     "model": "another checkpoint",
     "data": "other clips or captions",
@@ -92,6 +93,9 @@ def prepare(options: argparse.Namespace) -> Job:
     )
     if options.checkpointing is None:
         options.checkpointing = config.dit.dim >= LARGE
+    for name, place in (("to", options.to), ("cache", options.cache)):
+        if place and is_read(place.resolve(), options.clips.resolve()):
+            raise ValueError(f"--{name} {place} is in --clips {options.clips}, which is all read: name another folder")
     clips = Clips.open(options.clips, config, settings, decode=options.check)
     clips.hold_out(options.hold_out)
     return Job(options, folder, config, clips, recipe, conditioning, find_ranks(options, config))
@@ -171,6 +175,8 @@ def begin(job: Job) -> None:
             return
     make_folder(job.options.to)
     if not path.is_file():
+        if there := [name for name in RESULTS if (job.options.to / name).exists()]:
+            raise ValueError(f"{job.options.to} holds {listed(there)} of something else: choose another --to")
         check_replaceable(path)
         write_json(path, settings)
         return

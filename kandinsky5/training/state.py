@@ -6,9 +6,8 @@ state-000120/  likewise, of several ranks (`state_folder.py`)
 
 import contextlib
 import hashlib
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.files import make_folder, replacing
+from kandinsky5.files import LARGEST, make_folder, replacing
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.training import state_folder
 from kandinsky5.training.recipe import Recipe
@@ -121,8 +120,9 @@ def resume(run: Run) -> None:
     assert path
     load_weights(run.model, state["model"], path)
     load_weights(run.average, state["average"], path)
-    for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
+    with _naming_damage(path):
+        for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
     run.step, run.seconds, run.rows = state["step"], state["seconds"], state.get("rows", [])
 
 
@@ -139,12 +139,15 @@ def load_recipe(folder: str | Path) -> Recipe:
     recipe = _stored_recipe(_read(folder, parts=()))
     if not recipe:
         raise ValueError(f"the run in {folder} records no recipe: run its stage once more, which writes it down")
-    return Recipe(**recipe)
+    with _naming_damage(folder):
+        return Recipe(**recipe)
 
 
 def load_progress(folder: str | Path) -> tuple[int, float]:
     """Steps of the run in `folder` so far, and their seconds. Raises FileNotFoundError without a run."""
     state = _read(folder, parts=())
+    if "step" not in state:
+        raise ValueError(f"{folder} holds finished weights, not a run with steps: name the folder of the run")
     return state["step"], state["seconds"]
 
 
@@ -194,15 +197,47 @@ def _read(
             f"there is no {Path(folder) / 'state.pt'}: run the stage that trains it first (see the Makefile), or name "
             "a checkpoint such as nano"
         )
-    if path.is_dir():
-        return _arrange(state_folder.read(path, sharded, parts, device))
-    state = None
-    with contextlib.suppress(zipfile.BadZipFile, pickle.UnpicklingError), zipfile.ZipFile(path) as archive:
-        if archive.testzip() is None:  # every part has its full length and the right checksum
+    with _naming_damage(path):
+        if path.is_dir():
+            state = _arrange(state_folder.read(path, sharded, parts, device))
+        else:
+            with zipfile.ZipFile(path) as archive:
+                odd = [one for one in archive.infolist() if one.compress_type or one.filename.endswith(".pkl")]
+                if sum(one.file_size for one in odd) > LARGEST or archive.testzip():  # checksums of all parts
+                    raise ValueError
             state = torch.load(path, map_location="cpu" if sharded else device, weights_only=True, mmap=bool(sharded))
-    if not isinstance(state, dict) or "average" not in state:
-        raise ValueError(f"{path} is damaged or not a run's state: remove it to start again, or choose another folder")
-    return _cut(state, sharded) if sharded else state
+        check_state(state)
+    return _cut(state, sharded) if sharded and path.is_file() else state
+
+
+@contextlib.contextmanager
+def _naming_damage(path: str | Path) -> Iterator[None]:
+    """Inside, what a damaged state raises, which may be anything, becomes a ValueError; lack of memory does not."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, MemoryError)) or isinstance(error, RuntimeError) and "allocate" in str(error):
+            raise
+        raise ValueError(
+            f"{path} is damaged or not a run's state: remove it to start again, or choose another folder"
+        ) from error
+
+
+KINDS = {  # what a state holds; finished weights have the average alone, and older states not all of the rest
+    "average": dict, "model": dict, "optimizers": list, "step": int, "seconds": int | float, "rows": list,
+    "recipe": dict, "began_with": str,
+}  # fmt: skip
+
+
+def check_state(state: dict) -> None:
+    """Raise an error of any kind unless the values have the kinds that a state has."""
+    if "average" not in state or "model" in state and not {"step", "seconds", "optimizers"} <= state.keys():
+        raise ValueError
+    if not all(isinstance(state[name], kind) for name, kind in KINDS.items() if name in state):
+        raise ValueError
+    for name, x in (*state["average"].items(), *state.get("model", {}).items()):
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            raise ValueError
 
 
 def _arrange(state: dict) -> dict:

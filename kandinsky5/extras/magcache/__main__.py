@@ -19,9 +19,11 @@ from torch import Tensor
 
 from kandinsky5 import cli
 from kandinsky5.extras.magcache import StepSkipping
-from kandinsky5.files import check_apart, check_replaceable, write_text
+from kandinsky5.files import check_apart, check_replaceable, read_utf8, write_text
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.runtime.offload import MODES
+
+MOST_PROMPTS = 1000  # each costs a whole generation
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,15 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
     add("--offload", choices=MODES, help="keep only the running model (model) or block (blocks) on the device")
     add("-o", "--output", required=True, type=Path, metavar="RATIOS.json")
     options = parser.parse_args(arguments)
-    if not options.prompts.exists():  # it may be a pipe
-        raise ValueError(f"--prompts {options.prompts}: there is no such file; write one with a prompt per line")
-    lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
-    check_apart({"-o": options.output}, {"--prompts": options.prompts, "--image": options.image})
+    prompts = [line.strip() for line in read_utf8(options.prompts).splitlines() if line.strip()]
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"{options.prompts} holds {len(prompts):,} prompts: give at most {MOST_PROMPTS}")
+    read = {"CHECKPOINT": options.checkpoint, "--prompts": options.prompts, "--image": options.image}
+    check_apart({"-o": options.output}, read)
     check_replaceable(options.output)
     pipe = Pipeline.load(options.checkpoint, options.device, options.dtype, offload=options.offload)
     measured = measure_ratios(
         pipe,
-        [line.strip() for line in lines if line.strip()],
+        prompts,
         image=options.image,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
