@@ -79,14 +79,8 @@ def _in_words(kind) -> str:
         return f"a list of {count}{_in_words(inside[0])}"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(inside)}"
-    words = {
-        dict: "a table",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a finite number",
-        str: "a text",
-        type(None): "null",
-    }
+    words = {dict: "a table", bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+    words[type(None)] = "null"
     return words.get(kind) or f"a table of {kind.__name__}'s fields"
 
 
@@ -115,11 +109,7 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("vae.channels vae.norm_groups", lambda channels, n: not any(c % n for c in channels), "groups divide channels"),
     ("vae.channels vae.halves_time", lambda a, b: len(a) >= max(len(b), 1), "each halving has its stage"),
     ("vae.blocks_per_stage", lambda n: n <= 16, "at most 16 blocks per stage (the released VAE has 2)"),
-    (
-        "vae.dimensions vae.halves_time",
-        lambda n, halves: n == 3 or n == 2 and not any(halves),
-        "3, or 2 in space alone",
-    ),
+    ("vae.dimensions vae.halves_time", lambda n, half: n == 3 or n == 2 and not any(half), "3, or 2 in space alone"),
     ("vae.image_channels", lambda n: n == 3, "images are red, green and blue"),
     ("qwen.num_layers", lambda n: n <= 128, "at most 128 layers (the 7B has 28)"),
     ("qwen.dim qwen.num_heads", lambda dim, n: dim % (2 * n) == 0, "a head has an even number of channels"),

@@ -223,7 +223,8 @@ def choose_size(
     if images is not None and height is None and width is None:
         area, divisor = sampling.image_area, config.side_divisor
         if sampling.sizes:
-            sizes = [nearest_shape(one.shape[0], one.shape[1], sampling.sizes) for one in images]
+            ratios = [one.shape[1] / one.shape[0] for one in images]  # of the sizes the nearest, as in both references
+            sizes = [min(sampling.sizes, key=lambda size: abs(size[1] / size[0] - ratio)) for ratio in ratios]
         else:
             sizes = [video_io.keep_aspect_size(one.shape[0], one.shape[1], area, divisor) for one in images]
         if len(set(sizes)) > 1:
@@ -231,11 +232,6 @@ def choose_size(
         return sizes[0]
     height = sampling.height if height is None else height
     return whole("height", height), whole("width", sampling.width if width is None else width)
-
-
-def nearest_shape(height: int, width: int, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """That of `sizes`, (height, width) each, whose ratio of width to height is nearest, as in both references."""
-    return min(sizes, key=lambda size: abs(size[1] / size[0] - width / height))
 
 
 def check_size(config: PipelineConfig, height: int, width: int, num_frames: int) -> None:

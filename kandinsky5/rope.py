@@ -24,10 +24,7 @@ def build_angles(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
 
 
 def build_angles_3d(
-    grid: tuple[int, int, int],
-    axes: tuple[int, int, int],
-    scale: tuple[float, float, float],
-    device: torch.device,
+    grid: tuple[int, int, int], axes: tuple[int, int, int], scale: tuple[float, float, float], device: torch.device
 ) -> Tensor:
     """Angles of a (T, H, W) grid of tokens: per token those of its three positions, side by side.
 

@@ -277,23 +277,15 @@ def build_parser() -> cli.Parser:
     from kandinsky5.config import NANO_NAMES
 
     parser = cli.Parser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-    )
+    )  # fmt: skip
     add = parser.add_argument
-    add(
-        "prompt",
-        nargs="?",
-        help='what to show; long descriptions work best, up to 256 tokens (images: 512); "": anything',
-    )
+    add("prompt", nargs="?",
+        help='what to show; long descriptions work best, up to 256 tokens (images: 512); "": anything')  # fmt: skip
     add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
-    add(
-        "--image",
-        metavar="FILE",
-        help="first frame, or what to edit (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); for i2v and i2i",
-    )
+    add("--image", metavar="FILE",
+        help="first frame, or what to edit (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); for i2v and i2i")  # fmt: skip
     add("--expand", nargs="?", const=True, type=file(".txt"), metavar="FILE.txt",
         help="let Qwen write the prompt out in detail; by our instruction, or by yours with {} in it")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", help="what to avoid; no effect at --guidance 1")
@@ -318,11 +310,8 @@ def build_parser() -> cli.Parser:
     add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png",
         help="show the middle frame while sampling, in the terminal or in a file")  # fmt: skip
     add("--offload", choices=("model", "blocks"), help="keep on the device only the running model, or its block")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile, whose first video takes longer (default: on CUDA)",
-    )
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile, whose first video takes longer (default: on CUDA)")  # fmt: skip
     add("--tile-space", action=argparse.BooleanOptionalAction, help="VAE in tiles of 256 pixels: less memory")
     add("--quantize", choices=("int8",), help="weights of the DiT and Qwen in 8 bits: half the memory of bfloat16")
     add("--lora", action="append", dest="loras", type=cli.lora_file, metavar="FILE[:WEIGHT]",

@@ -80,12 +80,7 @@ class Computed(Stored):
 
     @classmethod
     def of(
-        cls,
-        stored: Stored,
-        shape: tuple[int, ...],
-        dtype: str,
-        pieces: Callable[[], Iterator[Tensor]],
-        kind: str = "",
+        cls, stored: Stored, shape: tuple[int, ...], dtype: str, pieces: Callable[[], Iterator[Tensor]], kind: str = ""
     ) -> "Computed":
         """One that is made of `stored`."""
         return cls(stored.path, stored.start, stored.stop, shape, dtype, pieces, kind)

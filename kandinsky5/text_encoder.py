@@ -132,11 +132,7 @@ class TextEncoder(nn.Module):
         return config.template, config.dropped_tokens
 
     def qwen_ids(
-        self,
-        prompt: str,
-        max_sequence_length: int,
-        one_frame: bool = False,
-        grids: Sequence[tuple[int, int]] = (),
+        self, prompt: str, max_sequence_length: int, one_frame: bool = False, grids: Sequence[tuple[int, int]] = ()
     ) -> list[int]:
         """Token ids of the template with the prompt in it, cut to `max_sequence_length` after the dropped ones.
 

@@ -65,13 +65,7 @@ def decode_pieces(vae: VAE | VAE2D, z: Tensor, tiling: Tiling, each: Each = map)
 
 
 def _tile_time(
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
-    size: int,
-    stride: int,
-    out_size: int,
-    out_stride: int,
-    each: Each = map,
+    run: Callable[[Tensor], Tensor], x: Tensor, size: int, stride: int, out_size: int, out_stride: int, each: Each = map
 ) -> Iterator[Tensor]:
     """Run over windows of x (B, C, T, H, W) of size + 1 frames, `stride` apart; yields what each adds.
 

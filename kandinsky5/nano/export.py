@@ -106,13 +106,15 @@ CARD = """\
 A small Kandinsky 5.0 Video: the released models' classes, {parameters:.1f} million parameters in the DiT.
 {what}
 
-- **Data**: clips drawn by `kandinsky5/nano/world.py`, {frames} frames of {height} × {width} at {fps} per second;
+- **Data**: clips drawn by `kandinsky5/nano/world.py`, {sampling.num_frames} frames of \
+{sampling.height} × {sampling.width} at {sampling.fps} per second;
   {colours} colours, {shapes} shapes, {motions} motions, {backgrounds} backgrounds, one object or two, captions in
   English and Russian. Of the {triples} triples of colour, shape and motion {held_out} never occur in training
   (`kandinsky5/nano/held_out.json`).
 - **Recipe**: {recipe}; seed {seed}.
 - **Trained**: {steps:,} steps in {hours:.1f} hours, {before}.{remark}
-- **Defaults**: {sampling_steps} steps, guidance {guidance:g}, shift {shift:g}{attention}.
+- **Defaults**: {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, \
+shift {sampling.shift:g}{attention}.
 - **Limits**: it knows only this world; prompts outside it fail silently.
 - **Licence**: MIT.
 
@@ -180,10 +182,7 @@ def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | N
         name=name,
         what=WHAT[name],
         parameters=sum(p.numel() for p in DiT(config.dit).parameters()) / 1e6,
-        frames=config.sampling.num_frames,
-        height=config.sampling.height,
-        width=config.sampling.width,
-        fps=config.sampling.fps,
+        sampling=config.sampling,
         colours=len(world.COLOURS),
         shapes=len(world.SHAPES),
         motions=len(world.MOTIONS),
@@ -197,9 +196,6 @@ def write_card(name: str, run: Path, before: str, folder: Path, judged: Path | N
         steps=steps,
         hours=seconds / 3600,
         before=before,
-        sampling_steps=config.sampling.num_inference_steps,
-        guidance=config.sampling.guidance_scale,
-        shift=config.sampling.shift,
         attention=attention,
         judged=describe_evaluation(name, judged, folder) if judged and judged.is_file() else "Not yet.\n",
     )

@@ -109,14 +109,9 @@ def _run_on_reals(run_blocks: Callable[..., Tensor], blocks: nn.ModuleList, x: T
 
 
 def attend_opaquely(
-    kernel: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    nabla: NablaConfig | None = None,
-    grid: tuple[int, int, int] | None = None,
-) -> Tensor:
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+    nabla: NablaConfig | None = None, grid: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """`kernels.attend_through`, all shapes as there, as one operation that the compiler calls and does not trace.
 
     What happens inside depends on sizes and, with NABLA, on data: traced, it would be compiled anew for each.

@@ -93,15 +93,9 @@ class FastVisualBlock(VisualBlock):
     """Norm and modulation in one pass, on a CPU."""
 
     def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        vec: Tensor,
-        rotations: Tensor,
-        text_mask: Tensor | None,
-        nabla: NablaConfig | None,
-        grid: tuple[int, int, int],
-    ) -> Tensor:
+        self, x: Tensor, text: Tensor, vec: Tensor, rotations: Tensor, text_mask: Tensor | None,
+        nabla: NablaConfig | None, grid: tuple[int, int, int],
+    ) -> Tensor:  # fmt: skip
         if not pays_in_one_pass(x):
             return super().forward(x, text, vec, rotations, text_mask, nabla, grid)
         (

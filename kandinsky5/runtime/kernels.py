@@ -31,6 +31,7 @@ SCORES = 2**20  # scores held at a time on a CPU: 2 MB in bf16, which stay in th
 TILE_PAIRS = 2**21  # tile pairs indexed per chunk in block_sparse_attention: 16 bytes per kept pair
 ON_GPU = 128, 32  # times as many of either on a GPU, where starting kernels costs: 0.3 GB of keys
 LONG = 512  # queries from which chunks pay; text stays below
+_compiler_missing = functools.cache(compiler_missing)  # for each block and step
 
 
 def install(model: nn.Module, kernel: str) -> None:
@@ -85,20 +86,15 @@ def choose_kernel(name: str, device: str, dtype: torch.dtype, length: int, has_m
 
 
 def attend_through(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    nabla: NablaConfig | None = None,
-    grid: tuple[int, int, int] | None = None,
-) -> Tensor:
+    name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+    nabla: NablaConfig | None = None, grid: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """`attend`, all shapes as there, through the kernel that `name` stands for."""
     block_map, compiles = None, True
     if nabla is not None:
         assert grid is not None and mask is None, "tiles need the grid of the tokens, and no model masks them"
         block_map = map_head_by_head(q, k, grid, nabla)  # (B, N, L/64, L/64)
-        compiles = _can_compile(q.device.type)
+        compiles = not _compiler_missing(q.device.type)
     kernel = choose_kernel(name, q.device.type, q.dtype, q.shape[2], block_map is not None, compiles)
     if block_map is not None:
         if kernel == "flex":
@@ -245,11 +241,6 @@ def flex_options(head_dim: int, itemsize: int, shared: int) -> dict[str, int | b
     stages = max(1, min(3, (shared // tile - 1) // 2))
     blocks = {"BLOCK_M": TILE, "BLOCK_N": TILE, "ROWS_GUARANTEED_SAFE": True, "fwd_IS_DIVISIBLE": True}
     return blocks | {"fwd_num_warps": 4, "fwd_num_stages": stages}
-
-
-@functools.cache
-def _can_compile(device: str) -> bool:
-    return compiler_missing(device) is None
 
 
 @functools.cache

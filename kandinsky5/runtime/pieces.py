@@ -30,15 +30,9 @@ class PiecewiseVisualBlock(VisualBlock):
     piece: int
 
     def forward(
-        self,
-        x: Tensor,  # (B, L, dim)
-        text: Tensor,  # (B, S, dim)
-        vec: Tensor,  # (B, vec_dim)
-        rotations: Tensor,  # (L, D/2) complex64
-        text_mask: Tensor | None,  # (B, S)
-        nabla: NablaConfig | None,
-        grid: tuple[int, int, int],  # (T, H, W) of tokens
-    ) -> Tensor:
+        self, x: Tensor, text: Tensor, vec: Tensor, rotations: Tensor, text_mask: Tensor | None,
+        nabla: NablaConfig | None, grid: tuple[int, int, int],
+    ) -> Tensor:  # fmt: skip
         modulation = self.modulation(vec)  # nine (B, 1, dim)
         head_dim = self.self_attention.head_dim
         q, k, v = (rearrange(torch.empty_like(x), "B L (N D) -> B N L D", D=head_dim) for _ in range(3))
@@ -77,9 +71,8 @@ class PiecewiseFinalLayer(FinalLayer):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         frames = max(1, self.piece // (x.shape[2] * x.shape[3]))
-        return torch.cat(
-            [super(PiecewiseFinalLayer, self).forward(some, vec) for some in x.split(frames, dim=1)], dim=1
-        )
+        forward = super().forward
+        return torch.cat([forward(some, vec) for some in x.split(frames, dim=1)], dim=1)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ class Clips:
     @property
     def digest(self) -> str:
         """SHA-256 of what is trained on: contents, cuts, sizes and captions; not of names."""
-        parts = sorted(repr((c.content, c.start, c.size, c.num_frames, c.fps, c.caption)) for c in self.clips)
+        parts = sorted(repr((*_identity(clip), clip.caption)) for clip in self.clips)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def encode(
@@ -97,27 +97,19 @@ class Clips:
         text_names = {t: cache / f"{_key(origin, text_encoder, t, self.config)}.safetensors" for t in texts}
         refusal = f"another process is encoding in {cache}: wait for it, or choose another folder"
         meet = launch.meet if ranks > 1 else lambda: None
-        own = slice(rank, None, ranks)
+        own, show = slice(rank, None, ranks), partial(screen.bar, show=progress)
         with locked(cache, refusal) if rank == 0 else contextlib.nullcontext():
             for left in cache.glob(".*.safetensors") if rank == 0 else ():  # half written by a run that was killed
                 left.unlink()
             meet()
             clips = list(zip(self.clips, clip_names, strict=True))[own]
-            with (
-                screen.bar(len(clips), "encoding clips", "clip", show=progress) as bar,
-                awake(vae),
-                torch.no_grad(),
-            ):
+            with show(len(clips), "encoding clips", "clip") as bar, awake(vae), torch.no_grad():
                 for clip, path in clips:
                     _keep(path, partial(encode_clip, vae, clip, self.config))
                     bar.update()
-            models = text_encoder.qwen, text_encoder.clip
-            with (
-                screen.bar(len(texts[own]), "encoding captions", "text", show=progress) as bar,
-                awake(*models),
-                torch.no_grad(),
-            ):
-                for text in texts[own]:
+            models, mine = (text_encoder.qwen, text_encoder.clip), texts[own]
+            with show(len(mine), "encoding captions", "text") as bar, awake(*models), torch.no_grad():
+                for text in mine:
                     _keep(text_names[text], partial(encode_caption, text_encoder, text))
                     bar.update()
             meet()

@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("checkpoint", help="converted checkpoint folder, or a bundled model such as nano")
     add("--prompts", required=True, type=Path, metavar="FILE", help="one per line")
     add("--image", metavar="FILE", help="first frame of all videos, for an i2v checkpoint")
-    add("--steps", type=int, metavar="N", help="default: the checkpoint's")
-    add("--guidance", type=float, metavar="W", help="likewise")
+    add("--steps", type=int, dest="num_inference_steps", metavar="N", help="default: the checkpoint's")
+    add("--guidance", type=float, dest="guidance_scale", metavar="W", help="likewise")
     add("--shift", type=float, metavar="S", help="likewise")
     add("--height", type=int, metavar="PX", help="likewise")
     add("--width", type=int, metavar="PX", help="likewise")
@@ -52,17 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     check_apart({"-o": options.output}, read)
     check_replaceable(options.output)
     pipe = Pipeline.load(options.checkpoint, options.device, options.dtype, offload=options.offload)
-    measured = measure_ratios(
-        pipe,
-        prompts,
-        image=options.image,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        shift=options.shift,
-        height=options.height,
-        width=options.width,
-        num_frames=options.num_frames,
-    )
+    names = ("image", "num_inference_steps", "guidance_scale", "shift", "height", "width", "num_frames")
+    settings = {name: getattr(options, name) for name in names}
+    measured = measure_ratios(pipe, prompts, **settings)
     save(measured, options.output)
     print(f"{options.output}: {measured.source}")
 
@@ -81,9 +73,7 @@ def measure_ratios(pipe: Pipeline, prompts: list[str], **settings) -> StepSkippi
     if steps < 2:
         raise ValueError(f"{steps} step: a ratio compares a step with the one before; measure with at least 2")
     passes = 2 if abs(guidance - 1) > 1e-6 else 1
-    ratios = []
-    for seed, prompt in enumerate(prompts):
-        ratios.append(_measure_one(pipe, passes, prompt=prompt, seed=seed, **settings))
+    ratios = [_measure_one(pipe, passes, prompt=prompt, seed=seed, **settings) for seed, prompt in enumerate(prompts)]
     means = torch.tensor(ratios).mean(dim=0)  # (passes × (steps − 1),); the passes alternate
     columns = [tuple(round(float(ratio), 5) for ratio in means[i::passes]) for i in range(passes)]
     source = f"measured with {pipe.config.name}, {steps} steps, guidance {guidance:g}, prompts: {len(prompts)}"
