@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("prompt", nargs="?")
     parser.add_argument("--checkpoint", default="nano")
-    parser.add_argument("--image")
+    parser.add_argument("--image", action=cli.Once)
     parser.add_argument("--negative-prompt")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)

@@ -179,6 +179,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
+class Once(argparse.Action):
+    """Stores the value; a second one, which would take the place of the first, is an ArgumentError."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if getattr(namespace, self.dest, None) is not None:
+            raise argparse.ArgumentError(self, "give one")
+        setattr(namespace, self.dest, value)
+
+
 def program(module: str) -> str:
     """What the usage of a command's help calls it: `kandinsky5 NAME` where it was started so."""
     return sys.argv[0] if sys.argv[0].startswith("kandinsky5 ") else f"python -m {module}"

@@ -99,6 +99,11 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("tasks", lambda tasks: {*tasks} in TASKS, "tasks are t2v, i2v or both, or t2i, or i2i"),
     ("tasks sampling.num_frames", lambda tasks, n: n == 1 or {*tasks} <= {"t2v", "i2v"}, "an image is one frame"),
     ("tasks dit.visual_cond", lambda tasks, cond: cond or "i2i" not in tasks, "editing has conditioning channels"),
+    (
+        "tasks vae.dimensions",
+        lambda tasks, n: n == (3 if {*tasks} <= {"t2v", "i2v"} else 2),
+        "images need FLUX.1's VAE, which has 2, videos HunyuanVideo's, which has 3",
+    ),
     ("dit.rope_axes", lambda axes: not any(n % 2 for n in axes), "channels rotate in pairs"),
     ("dit.dim dit.rope_axes", lambda dim, axes: dim % sum(axes) == 0, "the axes' sum, one head, divides dim"),
     ("dit.patch_size", lambda patch: patch[0] == 1 and max(patch) <= 64, "one frame, at most 64 latents a side"),

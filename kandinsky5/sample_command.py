@@ -284,7 +284,7 @@ def build_parser() -> cli.Parser:
     add("prompt", nargs="?",
         help='what to show; long descriptions work best, up to 256 tokens (images: 512); "": anything')  # fmt: skip
     add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
-    add("--image", metavar="FILE",
+    add("--image", action=cli.Once, metavar="FILE",
         help="first frame, or what to edit (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF); for i2v and i2i")  # fmt: skip
     add("--expand", nargs="?", const=True, type=file(".txt"), metavar="FILE.txt",
         help="let Qwen write the prompt out in detail; by our instruction, or by yours with {} in it")  # fmt: skip

@@ -38,6 +38,7 @@ def test_config_round_trip(config, tmp_path):
         ("text.template", "x" * 10**6 + "{}", "text.template"),
         ("text.template", "{} {}", "text.template"),
         ("tasks", ["t2v"] * 10**5, "tasks"),
+        ("vae", {"dimensions": 2, "halves_time": [False]}, "vae.dimensions 2"),
         ("base", "x" * 10**5, "base"),
     ],
 )

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import image_cases
 from image_golden import IMAGES, bfl_names, convert, load_pipeline, measure_error
 from kandinsky5 import Pipeline, pipeline, sampler, text_encoder, vae, vae2d, video_io
-from kandinsky5.config import PRESETS
+from kandinsky5.config import FLUX, PRESETS, VAEConfig
 from kandinsky5.extras import lora, preview
 from kandinsky5.request import Request
-from random_weights import relative_error
+from random_weights import relative_error, save_small_checkpoint
 from test_lora import random_lora
 from test_mutations import replace_code
-from weights_convert import from_official
+from weights_convert import from_diffusers, from_official, to_diffusers, write_native
 
 golden = functools.cache(load_pipeline)
 CASES = [("t2i", name) for name in image_cases.OURS if name != "i2i"] + [("i2i", "dit"), ("i2i", "i2i")]
@@ -162,6 +162,31 @@ def test_commands_write_an_image_and_replay_it(task, cli, tmp_path):
     assert code == 0 and video_io.read_image("out.png").shape == (32, 48, 3) and "1024x1024" in notes[0]
     assert cli("--replay", "out.png", "--checkpoint", folder, "--offload", "blocks", "-o", "again.png")[0] == 0
     assert video_io.read_image("again.png").equal(video_io.read_image("out.png"))
+
+
+@pytest.mark.parametrize("base", ["of images", "of videos"])
+def test_a_vae_of_the_other_kind_is_refused(base, tmp_path):
+    """Their latents have the same shape, so that it would only be seen in the images."""
+    images, videos = Path(convert("t2i").name), tmp_path / "videos"
+    save_small_checkpoint(videos)
+    to_diffusers(videos, tmp_path / "theirs", only="vae", progress=False)
+    folder, vae = (images / "native", tmp_path / "theirs") if base == "of images" else (videos, images / "theirs")
+    for change in (from_official, from_diffusers):
+        what = {"vae": vae / "vae"} if change is from_official else {"src": vae / "vae"}
+        with pytest.raises(ValueError, match="images need FLUX.1's VAE"):
+            change(dst=tmp_path / "new", only="vae", base=folder, progress=False, **what)
+    assert not (tmp_path / "new").exists()
+
+
+OTHERS = [("t2i-lite-sft", VAEConfig()), ("i2i-lite-sft", None), ("t2v-lite-sft-5s", FLUX)]
+
+
+@pytest.mark.parametrize("name, vae", OTHERS)
+def test_bare_files_of_released_sizes_are_for_what_the_dit_makes(name, vae):
+    """Whatever VAE is next to it: a wrong one is then refused."""
+    sizes = {"dit": PRESETS[name].dit} | ({"vae": vae} if vae else {})
+    sources = {model: write_native.Source(None, one, None) for model, one in sizes.items()}
+    assert write_native._guess_tasks(sources) == PRESETS[name].tasks
 
 
 def test_the_vae_is_read_under_its_makers_names(tmp_path):

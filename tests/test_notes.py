@@ -65,6 +65,13 @@ def test_the_note_is_one_short_line(noted, prompt):
     assert len(line) < 500 and line.endswith("\n") and line[:-1].isprintable()
 
 
+def test_a_prompt_that_names_a_file_is_noticed(tmp_path, capsys):
+    (tmp_path / "fox.jpg").touch()
+    for prompt, noticed in [(str(tmp_path / "fox.jpg"), True), ("a fox", False), ("x" * 100_000, False), ("\0", False)]:
+        notes.note_file_as_prompt(prompt)
+        assert ("--image" in capsys.readouterr().err) == noticed
+
+
 @pytest.mark.parametrize("folder, count", [(SHIPPED / "nano", 1), (SHIPPED / "elsewhere" / "nano", 0)])
 def test_only_bundled_models_are_held_to_nanos_words(monkeypatch, capsys, folder, count):
     monkeypatch.setattr(notes, "note_long_prompt", lambda *a: None)

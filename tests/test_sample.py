@@ -187,6 +187,7 @@ def test_the_default_name_is_numbered_a_given_one_overwritten(cli):
         ("--height 1600000000 --width 1600000000", "height 1600000000 16384"),
         ("--image ribbon.png", "ribbon.png 400000x1 50"),
         ("--image missing.png", "missing.png"),
+        ("--image image.png --image image.png", "--image one --help"),
         ("--image text.jpg", "text.jpg JPEG PNG WebP"),
         ("--image half.png", "half.png"),
         ("--image folder", "folder"),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converted import CONFIG, STEM, diffusers, is_same, names_in, native, tensors
+from image_golden import convert
 from kandinsky5.checkpoint import MODELS, OPTIONAL, SHIPPED, fingerprint, save_checkpoint
 from kandinsky5.config import PRESETS, SamplingConfig
 from kandinsky5.config_file import load_config, save_config
@@ -154,7 +155,8 @@ def test_nano_goes_to_diffusers_and_back_unchanged(tmp_path):
 
 
 def test_what_diffusers_cannot_hold_is_printed(tmp_path, capsys):
-    for name, src, printed in (("nano", "nano", True), ("small", native(), False)):
+    images = Path(convert("t2i").name) / "native"
+    for name, src, printed in (("nano", "nano", True), ("small", native(), False), ("images", images, False)):
         assert main(["to-diffusers", str(src), str(tmp_path / name), "--only", "clip", "--quiet"]) == 0
         assert ("prompt template" in capsys.readouterr().out) == printed
 

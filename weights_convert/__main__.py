@@ -7,7 +7,7 @@ import sys
 
 from kandinsky5 import cli
 from kandinsky5.checkpoint import MODELS
-from kandinsky5.config import NANO_NAMES, RELEASED_TEXT, PipelineConfig
+from kandinsky5.config import NANO_NAMES, PRESETS, PipelineConfig
 from kandinsky5.screen import printable
 from weights_convert import lora, merge
 from weights_convert.inspect import as_table, inspect
@@ -45,7 +45,7 @@ def run_to_diffusers(**options) -> None:
     """`to_diffusers`, likewise."""
     config = to_diffusers(**options)
     print(f"{printable(options['dst'])}: {config.name} in the Diffusers layout")
-    if config.text != RELEASED_TEXT:
+    if config.text not in {preset.text for preset in PRESETS.values()}:
         print(
             "Diffusers has no place for its prompt template: set it on their pipeline (docs/converting.md, Unreleased "
             "models in diffusers' pipelines)"
@@ -80,12 +80,12 @@ def print_config(config: PipelineConfig, options: dict) -> None:
         f"{printable(options['dst'])}: {config.name}, {' and '.join(config.tasks)}, {attention}; by default "
         f"{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}, shift {sampling.shift:g}"
     )
-    if not options["preset"] and config.name not in NANO_NAMES:
-        task_known = "src" in options  # the authors' bare files name neither task nor attention
-        like = ", ".join(presets_like(config, task_known)) or "none"
+    task_known = "src" in options  # the authors' bare files name neither task nor attention
+    like = presets_like(config, task_known)
+    if like and not options["preset"] and config.name not in NANO_NAMES:
         print(
-            f"Presets that fit, likeliest first: {like}. Releases differ in steps, guidance, shift and size: "
-            "convert with --preset NAME."
+            f"Presets that fit, likeliest first: {', '.join(like)}. Releases differ in steps, guidance, shift and "
+            "size: convert with --preset NAME."
         )
 
 

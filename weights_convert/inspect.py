@@ -194,7 +194,7 @@ def summary(row: dict) -> str:
         attention = attention if row["attention known"] else "attention unknown"
         return f"dim {sizes['dim']}, {sizes['num_text_blocks']} + {sizes['num_visual_blocks']} blocks, {attention}"
     if row["model"] == "vae":
-        return f"channels {', '.join(map(str, sizes['channels']))}"
+        return f"{sizes['dimensions']}-D, channels {', '.join(map(str, sizes['channels']))}"
     if row["model"] == "qwen_head":
         return f"dim {sizes['dim']}, {sizes['vocab_size']:,} words"
     return f"dim {sizes['dim']}, {sizes['num_layers']} layers"

@@ -20,11 +20,6 @@ def use_preset(config: PipelineConfig, preset: str, task_known: bool = True, vae
         raise ValueError(f"preset {preset} has another DiT than the checkpoint: {'; '.join(differences)}")
     if task_known and chosen.tasks != config.tasks:
         raise ValueError(f"preset {preset} is for {chosen.tasks[0]}, the checkpoint for {' and '.join(config.tasks)}")
-    if vae_known and chosen.vae.dimensions != config.vae.dimensions:
-        raise ValueError(
-            f"preset {preset} has a {chosen.vae.dimensions}-D VAE, the checkpoint a {config.vae.dimensions}-D one: "
-            "images need FLUX.1's, videos HunyuanVideo's"
-        )
     own = {name: getattr(config, name) for name in ("qwen", "qwen_vision", "clip", "tiling", "base")}
     return replace(chosen, vae=config.vae if vae_known else chosen.vae, **own)
 

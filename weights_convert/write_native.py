@@ -74,7 +74,7 @@ def from_diffusers(
     for model in models:
         tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
-    tasks = read_tasks(src) if whole else ("t2v",)
+    tasks = read_tasks(src) if whole else _guess_tasks(sources)
     sources |= read_vision(sources) if with_vision or _must_see(tasks, sources) else {}
     config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src, tasks)
     config = load_config(Path(base) / "config.json") if base else config
@@ -190,9 +190,12 @@ def _new_config(folder: Path, tasks: tuple[str, ...]) -> PipelineConfig:
 
 
 def _guess_tasks(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """What bare files are for, as far as their sizes show it: a 2-D VAE is of images, a DiT without conditioning
-    channels makes them from text alone."""
+    """What bare files are for, as far as their sizes show it: a DiT of a preset's sizes is for what that makes; a 2-D
+    VAE is of images, and another DiT without conditioning channels makes them from text alone."""
     dit, vae = (sources[model].sizes if model in sources else None for model in ("dit", "vae"))
+    for preset in PRESETS.values():
+        if isinstance(dit, DiTConfig) and replace(dit, nabla=None) == replace(preset.dit, nabla=None):
+            return preset.tasks
     if not isinstance(vae, VAEConfig) or vae.dimensions == 3:
         return ("t2v",)
     return ("i2i",) if isinstance(dit, DiTConfig) and dit.visual_cond else ("t2i",)

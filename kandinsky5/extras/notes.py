@@ -1,6 +1,7 @@
 """Lines on stderr about requests that can be met, but slowly, or are unlikely to give a good video."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ def show(request: Request, pipe: "Pipeline", folder: Path) -> None:
     note_other_shape(request, pipe.config)
     if folder.parent == SHIPPED:
         note_unknown_words(request.prompts[0], pipe.config.name)
+    note_file_as_prompt(request.prompts[0])
     note_long_prompt(request.prompts[0], pipe.text_encoder)
     device, nabla = pipe.device, pipe.config.dit.nabla is not None
     native, missing = is_native(torch.bfloat16, device), compiler_missing(device.type)
@@ -107,6 +109,12 @@ def note_unknown_words(prompt: str, model: str, most: int = 6) -> None:
             f"note: {model} does not know {', '.join(shown)}{more}, and draws something else instead; --help lists the "
             "colours, shapes, sizes and motions that it knows"
         )
+
+
+def note_file_as_prompt(prompt: str) -> None:
+    """Where a prompt is the name of a file."""
+    if os.path.isfile(prompt):
+        say("note: the prompt is the name of a file: an image goes behind --image, a file of prompts behind --prompts")
 
 
 def note_long_prompt(prompt: str, text_encoder: TextEncoder) -> None:
