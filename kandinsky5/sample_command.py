@@ -164,7 +164,7 @@ def load_pipeline(
     if many and not settings["shard"]:
         requested = requested or "1x1"
     guidance = next((job.request.guidance_scale for job in jobs if job.request.guided), 1.0)
-    config = replace(config, sampling=replace(config.sampling, guidance_scale=guidance))  # as it is asked for
+    config = replace(config, sampling=replace(config.sampling, guidance_scale=guidance))  # as requested
     ranks = parallel.find_ranks(requested or "auto", config, choose_device(settings["device"]), settings["shard"])
     assert ranks is not None
     if ranks.data > 1 and not many:
@@ -280,7 +280,7 @@ def build_parser() -> cli.Parser:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    add = parser.add_argument
+    add = parser.add_argument_group("what is made").add_argument
     add("prompt", nargs="?",
         help='what to show; long descriptions work best, up to 256 tokens (images: 512); "": anything')  # fmt: skip
     add("--checkpoint", metavar="DIR", help=f"converted checkpoint, or {', '.join(NANO_NAMES)} (default: nano)")
@@ -292,6 +292,11 @@ def build_parser() -> cli.Parser:
     add("--height", type=int, metavar="PX", help="a multiple of 16, with NABLA of 128")
     add("--width", type=int, metavar="PX", help="likewise; with --image both default to its shape")
     add("--num-frames", type=int, metavar="N", help="4k + 1; 121 are 5 seconds at 24 per second; 1: an image")
+    add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
+    add("--prompts", metavar="FILE", help="many: a .txt with one per line, or a .jsonl; -o is then a folder")
+    add("--replay", metavar="FILE", help="take the settings from a file of sample.py; other options win")
+
+    add = parser.add_argument_group("how it is sampled").add_argument
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="more are slower and finer")
     add("--guidance", type=float, dest="guidance_scale", metavar="W",
         help="classifier-free guidance scale; 1 disables it and halves the time; below 1 it is applied as it "
@@ -300,27 +305,28 @@ def build_parser() -> cli.Parser:
     add("--schedule", choices=("official", "diffusers"), help="spacing of the steps (default: official)")
     add("--step-skipping", nargs="?", const=True, type=file(".json"), metavar="RATIOS.json",
         help="about half the time, not quite the same video; by known ratios, or `kandinsky5 magcache`'s")  # fmt: skip
-    add("--seed", type=int, metavar="N", help="another seed, another video (default: 0)")
-    add("--fps", type=cli.frame_rate, metavar="N", help="frames per second, as 24 or 30000/1001; changes the speed")
-    add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
-    add("--enlarge", type=factor, metavar="N", help="repeat each pixel N × N times, for the small videos of nano")
+    add("--lora", action="append", dest="loras", type=cli.lora_file, metavar="FILE[:WEIGHT]",
+        help="adapt the model: a LoRA in any layout, with a weight if not 1; repeatable")  # fmt: skip
+    add("--no-trigger", action="store_false", dest="trigger", help="leave out the trigger phrases of LoRAs")
+
+    add = parser.add_argument_group("where it runs").add_argument
     add("--device", metavar="NAME", help="such as cuda:1 (default: auto, a GPU if there is one)")
     add("--dtype", choices=cli.DTYPES, help="of the models (default: auto, bfloat16 where the device computes in it)")
     add("--attention", choices=("auto", "sdpa", "chunked", "flex", "dense"), help="its kernel (default: auto)")
-    add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png",
-        help="show the middle frame while sampling, in the terminal or in a file")  # fmt: skip
     add("--offload", choices=("model", "blocks"), help="keep on the device only the running model, or its block")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile, whose first video takes longer (default: on CUDA)")  # fmt: skip
     add("--tile-space", action=argparse.BooleanOptionalAction, help="VAE in tiles of 256 pixels: less memory")
     add("--quantize", choices=("int8",), help="weights of the DiT and Qwen in 8 bits: half the memory of bfloat16")
-    add("--lora", action="append", dest="loras", type=cli.lora_file, metavar="FILE[:WEIGHT]",
-        help="adapt the model: a LoRA in any layout, with a weight if not 1; repeatable")  # fmt: skip
-    add("--no-trigger", action="store_false", dest="trigger", help="leave out the trigger phrases of LoRAs")
     add("--ranks", metavar="GxS", help="under torchrun: ranks for the passes of guidance x for the tokens of a pass")
     add("--shard", action="store_true", help="under torchrun: spread the weights of the DiT and Qwen over the ranks")
-    add("--prompts", metavar="FILE", help="many: a .txt with one per line, or a .jsonl; -o is then a folder")
-    add("--replay", metavar="FILE", help="take the settings from a file of sample.py; other options win")
+
+    add = parser.add_argument_group("what is written").add_argument
+    add("--preview", nargs="?", const=True, type=file(".png"), metavar="FILE.png",
+        help="show the middle frame while sampling, in the terminal or in a file")  # fmt: skip
+    add("--fps", type=cli.frame_rate, metavar="N", help="frames per second, as 24 or 30000/1001; changes the speed")
+    add("--quality", type=float, metavar="Q", help="of the file, 1 to 10 (default: 8)")
+    add("--enlarge", type=factor, metavar="N", help="repeat each pixel N × N times, for the small videos of nano")
     add("--no-metadata", action="store_false", dest="metadata", help="write no settings (the prompt!) into the file")
     add("-o", "--output", metavar="FILE", help=".mp4, or .png for one frame (default: out.mp4, or the next free name)")
     return parser

@@ -49,7 +49,7 @@ FAULTS = {
     "killed early": "rank 1 had not started",
     "killed": "rank 1 has ended while sampling",
     "raises": "rank 1: its fan has stopped",
-    "hangs": "waited in vain for rank 1 while sampling",
+    "hangs": "timed out waiting for rank 1 while sampling",
     "other checkpoint": "checkpoint of rank 1",
 }
 

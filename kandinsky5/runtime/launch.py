@@ -223,7 +223,7 @@ def find_culprit(error: BaseException, store: dist.Store) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return None
     named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "the others"
-    return f"error: rank {own} waited in vain for {named}{doing} ({printable(error, 100)}): start all again"
+    return f"error: rank {own} timed out waiting for {named}{doing} ({printable(error, 100)}): start all again"
 
 
 def has_ended(store: dist.Store, rank: int) -> bool:

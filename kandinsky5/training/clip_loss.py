@@ -26,7 +26,7 @@ BINS = 10  # of flow times, each with a loss of its own: that of a batch mostly 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a sample is told about itself, and how often."""
+    """What samples are conditioned on, and how often."""
 
     caption_dropout: float = 0.1  # share without its caption: guidance needs the velocity without a prompt
     first_frames: float = 0.0  # share that is given its first frame: image to video
@@ -38,7 +38,7 @@ def clip_loss(
 ) -> Loss:  # fmt: skip
     """The loss of `batch_size` clips, for `loop.train` with a recipe that accumulates as many batches.
 
-    The seed decides clips, samples of their latents, times, noise, and who is told what.
+    The seed decides clips, samples of their latents, times, noise and conditioning.
     rows (i, n): compute those of clips i, i + n, … alone, so scaled that the mean over the n parts is the loss of all.
     """
     empty, device, own = clips.empty(), next(dit.parameters()).device, slice(rows[0], None, rows[1])
@@ -53,8 +53,8 @@ def clip_loss(
         )
         features = drop_condition(drawn.features, dropped[own], empty)
         some = shape[1] > 1 and bool(given.any())  # an image has no other frame
-        told = (drawn.first_frame.to(device), given[own].to(device)) if some else ()
-        batch = flow_batch(dit, drawn.latents.to(device), t[own].to(device), noise[own].to(device), *told)
+        first = (drawn.first_frame.to(device), given[own].to(device)) if some else ()
+        batch = flow_batch(dit, drawn.latents.to(device), t[own].to(device), noise[own].to(device), *first)
         predicted = _predict(dit, clips.config, features, batch)
         mask = mask_given(batch_size, shape[1], given if some else None)
         elements = mask.sum() * math.prod(shape[2:]) / rows[1] if rows[1] > 1 else None
@@ -72,11 +72,11 @@ def held_out_loss(dit: DiT, held: Clips, conditioning: Conditioning, seed: int =
     device, found = next(dit.parameters()).device, []
     for i, (entry, text) in enumerate(zip(held.entries[:MOST_HELD_OUT], held.texts, strict=False)):
         random = None if held.means else generator([seed, i, 3])
-        latents, first = (x.to(device) for x in read_latents([entry], held.config, random))
+        latents, first_frame = (x.to(device) for x in read_latents([entry], held.config, random))
         predicts = partial(_predict, dit, held.config, read_features([text]))
         given = conditioning.first_frames == 1 and latents.shape[1] > 1
-        told = (first, torch.ones(1, dtype=torch.bool, device=device)) if given else ()
-        found.append(loss_by_flow_time(dit, predicts, latents, [seed, i, 4], *told))
+        first = (first_frame, torch.ones(1, dtype=torch.bool, device=device)) if given else ()
+        found.append(loss_by_flow_time(dit, predicts, latents, [seed, i, 4], *first))
     means = {name: float(f"{sum(one[name] for one in found) / len(found):.6g}") for name in found[0]}
     return {"loss": float(f"{sum(means.values()) / len(means):.6g}"), **means}
 
@@ -107,6 +107,6 @@ def loss_by_flow_time(
 def _predict(dit: DiT, config: PipelineConfig, features: TextFeatures, batch: FlowBatch) -> Tensor:
     """Velocity (B, T, h, w, 16) of a batch, in the positions that sampling has at its size."""
     device, space = batch.x.device, config.vae.space_factor
-    told = TextFeatures(features.text.to(device), features.lengths, features.pooled.to(device))
+    here = TextFeatures(features.text.to(device), features.lengths, features.pooled.to(device))
     scale = config.sampling.rope_scale or scale_for_size(batch.x.shape[2] * space, batch.x.shape[3] * space)
-    return predict(dit, batch.x, batch.t, told, scale)
+    return predict(dit, batch.x, batch.t, here, scale)

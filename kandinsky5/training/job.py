@@ -116,7 +116,7 @@ def check_watching(options: argparse.Namespace, config: PipelineConfig) -> None:
 
 
 def build_recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe of the options. Raises ValueError for numbers that make none."""
+    """The recipe of the options. Raises ValueError for invalid values."""
     if options.sample_every is None:
         options.sample_every = min(250, options.steps)
     usual = 1e-5 if options.full else 1e-4

@@ -73,33 +73,33 @@ def train(
         _interrupts(alone=ranks is None) as interrupts,
     ):
         total = recipe.cycles * recipe.steps
-        last = min(total, total if stop_after is None else stop_after)
-        start, saved, seconds_before = time.monotonic(), time.monotonic(), run.seconds
+        last = min(total, stop_after or total)
+        saved = time.monotonic()
+        begun = saved - run.seconds
         if run.step:
             screen.say(f"{folder} {'resumes from' if run.step < last else 'is finished at'} step {run.step:,}")
         with screen.bar(total, folder.name, "step", show=progress and first) as bar:
             bar.n = bar.initial = run.step
             while run.step < last:
-                own = _take_step(run, loss)
+                rows = _take_step(run, loss)
                 wishes = (bool(interrupts), time.monotonic() - saved > save_seconds)
-                rows, (stop, due) = spread.tell_all(own, wishes) if ranks else (list(own.values()), wishes)
-                run.rows += rows
+                rows_of_all, (stop, due) = spread.tell_all(rows, wishes, ranks)
+                run.rows += rows_of_all
                 bar.update()
                 if sample is not None and run.step % sample_every == 0:
                     values = sample(run.average, run.step) or {}
                     if first:
                         curves.append_row(folder / "samples.csv", {"step": run.step, **values})
-                if run.step % log_every == 0 or run.step == last:
-                    run.seconds = seconds_before + time.monotonic() - start
+                run.seconds = time.monotonic() - begun
+                logs = run.step % log_every == 0 or run.step == last
+                if logs:
                     bar.set_postfix(loss=f"{_log(run):.4f}", refresh=False)
-                    if due or run.step == last:
-                        state.save(run)
-                        if first:
-                            curves.plot_losses(folder / "loss.csv", folder / "loss.png")
-                        saved = time.monotonic()
-                if stop:
-                    run.seconds = seconds_before + time.monotonic() - start
+                if stop or logs and due or run.step == last:
                     state.save(run)
+                    saved = time.monotonic()
+                    if first and logs:
+                        curves.plot_losses(folder / "loss.csv", folder / "loss.png")
+                if stop:
                     raise launch.Stopped
     return run.average
 

@@ -64,15 +64,19 @@ def average_gradients(model: nn.Module) -> None:
         gradient /= dist.get_world_size()
 
 
-def tell_all(rows: dict[int, Row], wishes: tuple[bool, ...]) -> tuple[list[Row], tuple[bool, ...]]:
-    """The rows of all batches of a step, from those of this rank's by their numbers, and what any rank wishes.
+def tell_all(
+    rows: dict[int, Row], wishes: tuple[bool, ...], ranks: "Ranks | None"
+) -> tuple[list[Row], tuple[bool, ...]]:
+    """The rows of all batches of a step, from those of this rank by batch, and what any rank wishes.
 
     What all do together, such as saving, no rank may decide by its own clock.
     """
+    if ranks is None:
+        return list(rows.values()), wishes
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (rows, wishes))
-    numbers = sorted({number for one, _ in found for number in one})
-    means = [mean([one[n] for one, _ in found if n in one]) for n in numbers]
+    batches = sorted({batch for one, _ in found for batch in one})
+    means = [mean([one[batch] for one, _ in found if batch in one]) for batch in batches]
     return means, tuple(any(each) for each in zip(*(one for _, one in found), strict=True))
 
 
