@@ -14,6 +14,7 @@ import image_cases
 from image_golden import IMAGES, bfl_names, convert, load_pipeline, measure_error
 from kandinsky5 import Pipeline, pipeline, sampler, text_encoder, vae, vae2d, video_io
 from kandinsky5.config import FLUX, PRESETS, VAEConfig
+from kandinsky5.config_file import load_config
 from kandinsky5.extras import lora, preview
 from kandinsky5.request import Request
 from random_weights import relative_error, save_small_checkpoint
@@ -176,6 +177,14 @@ def test_a_vae_of_the_other_kind_is_refused(base, tmp_path):
         with pytest.raises(ValueError, match="images need FLUX.1's VAE"):
             change(dst=tmp_path / "new", only="vae", base=folder, progress=False, **what)
     assert not (tmp_path / "new").exists()
+
+
+def test_another_qwen_of_a_model_that_edits_sees_too(tmp_path):
+    folder = Path(convert("i2i").name)
+    parts = {"qwen": folder / "theirs" / "text_encoder", "qwen_tokenizer": folder / "theirs" / "tokenizer"}
+    config = from_official(tmp_path / "new", only="qwen", base=folder / "native", progress=False, **parts)
+    assert config == load_config(folder / "native" / "config.json") and config.qwen_vision
+    assert (tmp_path / "new" / "qwen_vision.safetensors").is_file()
 
 
 OTHERS = [("t2i-lite-sft", VAEConfig()), ("i2i-lite-sft", None), ("t2v-lite-sft-5s", FLUX)]

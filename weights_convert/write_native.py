@@ -75,12 +75,12 @@ def from_diffusers(
         tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
     tasks = read_tasks(src) if whole else _guess_tasks(sources)
-    sources |= read_vision(sources) if with_vision or _must_see(tasks, sources) else {}
     config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src, tasks)
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
         shift = config.sampling.shift if preset else read_shift(src / "scheduler" / "scheduler_config.json")
         config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
+    sources |= read_vision(sources) if with_vision or _must_see({*tasks, *config.tasks}, sources) else {}
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, whole, bool(base) or "vae" in sources) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
@@ -119,8 +119,8 @@ def from_official(
         )
     sources = {model: read_source(model, paths[model], tokenizers.get(model)) for model in models}
     tasks = find_preset(preset).tasks if preset else _guess_tasks(sources)
-    sources |= read_vision(sources) if with_vision or _must_see(tasks, sources) else {}
     config = load_config(Path(base) / "config.json") if base else _new_config(Path(dst), tasks)
+    sources |= read_vision(sources) if with_vision or _must_see({*tasks, *config.tasks}, sources) else {}
     config = _with_sizes(config, sources)
     config = use_preset(config, preset, False, bool(base) or "vae" in sources) if preset else config
     write_native(Path(dst), sources, config, base, Options(**options))
@@ -171,7 +171,7 @@ def read_vision(sources: Mapping[str, Source]) -> dict[str, Source]:
     return {"qwen_vision": tower, "qwen_head": Source(weights, sizes, None)}
 
 
-def _must_see(tasks: tuple[str, ...], sources: Mapping[str, Source]) -> bool:
+def _must_see(tasks: set[str], sources: Mapping[str, Source]) -> bool:
     """Whether Qwen is converted for a model that edits images, which it has to see."""
     return "i2i" in tasks and "qwen" in sources
 
