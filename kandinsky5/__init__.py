@@ -9,7 +9,13 @@
 A preset's name is in `PRESETS`; `pipe.dit`, `pipe.vae` and `pipe.text_encoder` are the models.
 """
 
+import sys
 from typing import TYPE_CHECKING
+
+from kandinsky5 import cli
+
+if cli.starts_here(sys.argv, sys.orig_argv):  # `python -m kandinsky5.…` imports PyTorch before its command begins
+    cli.await_run()
 
 if TYPE_CHECKING:
     from kandinsky5.config import PRESETS

@@ -127,6 +127,24 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written") ->
             signal.signal(number, handler)
 
 
+def starts_here(arguments: list[str], command: list[str]) -> bool:
+    """Whether Python is about to run one of our modules: sys.argv and sys.orig_argv of `python -m kandinsky5.…`."""
+    module = command[command.index("-m") + 1] if arguments[:1] == ["-m"] and "-m" in command else ""
+    return module.partition(".")[0] in ("kandinsky5", "weights_convert")
+
+
+def await_run() -> None:
+    """Until `run` begins, let Ctrl-C and SIGTERM end this process with the same line and code."""
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            say("interrupted: nothing was written")
+        os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
 def end(main: Callable[[], int | None]) -> NoReturn:
     """`run`, and the end of the process: what comes after is shutdown, which no signal needs to interrupt."""
     code = run(main)

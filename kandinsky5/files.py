@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import numbers
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kandinsky5.screen import printable
+from kandinsky5.screen import printable, shown
 
 LARGEST = 10_000_000  # bytes of a file that is read whole; the released models' configs and indices have 0.2 MB at most
 DEEPEST = 64  # levels of a JSON document; those that we read have five
@@ -212,6 +213,9 @@ def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quali
         raise ValueError(f"cannot write {path}: the name must end in .mp4, or in .png for one frame")
     if path.suffix.lower() == ".png" and num_frames > 1:
         raise ValueError(f"cannot write {num_frames} frames to {path}: a .png holds one (--num-frames 1), an .mp4 all")
+    for name, value in (("fps", fps), ("quality", quality)):
+        if not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} {shown(value)}: give a number")
     if not 1 <= fps <= 1000:
         raise ValueError(f"fps {fps} is not between 1 and 1000: choose one such as 24")
     if not 1 <= quality <= 10:

@@ -234,7 +234,7 @@ def _encode_mp4(path: Path, frames: np.ndarray, fps: float, quality: float, comm
     with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment is not None:
             container.metadata["comment"] = comment
-        rate = Fraction(fps).limit_denominator(1001)  # 23.976023976 -> 24000/1001
+        rate = Fraction(float(fps)).limit_denominator(1001)  # 23.976023976 -> 24000/1001
         # chromaloc=1: swscale puts colour in the middle of 2x2 pixels; H.264's default is their left side.
         # mbtree=0: x264's macroblock tree reads memory that it never wrote (bytes differ from run to run).
         options = {"crf": str(38 - 2 * quality), "x264-params": "chromaloc=1:mbtree=0"}

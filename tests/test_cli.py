@@ -85,6 +85,27 @@ def test_long_lines_are_cut():
     assert len(printable("x" * 10**6)) < 2000
 
 
+@pytest.mark.parametrize("command", [
+    "weights_convert", "kandinsky5 sample", "kandinsky5.extras.magcache", "kandinsky5.training.finetune",
+    "kandinsky5.nano.judge", "kandinsky5.runtime",
+])  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_pytorch_is_imported_cost_one_line(tmp_path, command, number):
+    text = f"import os, time\nos.kill(os.getpid(), {number.value})\ntime.sleep(5)\nraise ImportError"
+    (tmp_path / "torch.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    arguments = [sys.executable, "-m", *command.split(), *(["a fox"] if command.endswith("sample") else [])]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted: nothing was written\n")
+
+
+def test_no_other_program_gets_our_handlers():
+    assert cli.starts_here(["-m", "nano"], ["python", "-u", "-m", "weights_convert", "inspect", "nano"])
+    for command in (["python", "-m", "theirs", "kandinsky5"], ["python", "-m", "pytest"], ["python", "kandinsky5"]):
+        assert not cli.starts_here(["-m"] if "-m" in command else command[1:], command)
+    assert not cli.starts_here(["theirs.py"], ["python", "-m", "kandinsky5"])  # it runs already
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_handlers_are_restored_after_a_signal(capsys, number):
     before = signal.getsignal(number)

@@ -3,6 +3,8 @@
 A fixed seed and a few dozen mutations per kind by default; `pytest -m fuzz` makes a few thousand.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -11,24 +13,33 @@ import random
 import resource
 import signal
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import save
+from torch import nn
 
 from converted import diffusers
 from kandinsky5 import files, image_io, video_io
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config_file import load_config
-from kandinsky5.extras import magcache, replay
+from kandinsky5.extras import magcache, prompts, replay
 from kandinsky5.tensor_files import read_index, read_safetensors
 from kandinsky5.tokenizer import Tokenizer
+from kandinsky5.training import curves, job, state, state_folder
+from kandinsky5.training import data as clip_data
 from kandinsky5.training.folder import read_captions
-from weights_convert import lora, match, write_native
+from kandinsky5.training.footage import probe, read_frames
+from kandinsky5.training.recipe import Recipe
+from weights_convert import diffusers_files, lora, match, write_native
 from weights_convert.read import read_weights
 
 WORDS = [
@@ -90,12 +101,6 @@ def numbers(data: bytes, choose: random.Random) -> bytes:
             break
         at = at[key]
     return json.dumps(document).encode()
-
-
-def describe(path: Path) -> None:
-    """What the converter does with a DiT's weights and config before it writes."""
-    source = write_native.read_source("dit", path.parent)
-    match.describe_model("dit", source.sizes, "x")
 
 
 def encode(path: Path) -> None:
@@ -186,16 +191,141 @@ def replayed(path: Path) -> None:
     replay.read_settings(str(film), {"checkpoint": "nano"})
 
 
+# ---------------------------------------------------------------------------------------------- of many videos, of runs
+
+
+def inside(data: bytes, choose: random.Random) -> bytes:
+    """A zip of torch.save with its pickle mutated, and the right checksums."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, mutate(content, choose) if name.endswith("data.pkl") else content)
+    return file.getvalue()
+
+
+@functools.cache
+def run_state() -> bytes:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    weights = model.state_dict()
+    values = {"step": 1, "seconds": 1.0, "rows": [], "recipe": dataclasses.asdict(RECIPE), "began_with": ""}
+    file = io.BytesIO()
+    torch.save(values | {"model": weights, "average": weights, "optimizers": [optimizer.state_dict()]}, file)
+    return file.getvalue()
+
+
+RECIPE = Recipe(steps=4, dtype="float32")
+
+
+def resumed(path: Path) -> None:
+    """All that is read of a run's state."""
+    model = nn.Linear(3, 2)
+    state.load_recipe(path.parent)
+    state.load_average(nn.Linear(3, 2), path.parent)
+    state.resume(state.Run(path.parent, model, nn.Linear(3, 2), [torch.optim.AdamW(model.parameters())], RECIPE, ""))
+
+
+@functools.cache
+def state_of_ranks() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model/weight": torch.ones(2, 3)}, storage_writer=dcp.FileSystemWriter(f"{folder}/s"), no_dist=True)
+        return {path.name: path.read_bytes() for path in Path(folder, "s").iterdir()}
+
+
+def read_ranks(path: Path) -> None:
+    """A state of ranks with this file, and digests that fit."""
+    place = path.parent / "state-000001"
+    place.mkdir(exist_ok=True)
+    for name, data in (state_of_ranks() | {path.name: path.read_bytes()}).items():
+        (place / name).write_bytes(data)
+    (place / "values.pt").unlink(missing_ok=True)
+    digests = {file.name: state_folder.digest(file) for file in place.iterdir()}
+    torch.save({"step": 1, "seconds": 0, "groups": [], "digests": digests}, place / "values.pt")
+    state.load_average(nn.ParameterDict({"weight": torch.zeros(2, 3)}), path.parent)
+
+
+def begun(path: Path) -> None:
+    """What finetune makes of another run.json in its folder."""
+    options = argparse.Namespace(to=path.parent, rank=4, trigger="", sizes=[(64, 64)])
+    clips = argparse.Namespace(clips=(), digest="0")
+    job.begin(argparse.Namespace(options=options, folder=SHIPPED / "nano", clips=clips, ranks=None))
+
+
+@functools.cache
+def run_json() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        begun(Path(folder, "run.json"))
+        return Path(folder, "run.json").read_bytes()
+
+
+def entry() -> bytes:
+    tensors = {"text": torch.ones(2, 4), "pooled": torch.ones(4)}
+    return save(tensors, {"sha256": clip_data._checksum(tensors)})
+
+
+def cached(path: Path) -> None:
+    """A cached entry is read, or made again."""
+    refused = not clip_data._is_whole(path)
+    clip_data._keep(path, lambda: {"text": torch.ones(2, 4), "pooled": torch.ones(4)})
+    assert clip_data.read_features([path]).text.shape == (1, 2, 4)
+    if refused:
+        raise ValueError("made again")
+
+
+def footage_of(path: Path) -> None:
+    read_frames(probe(path), [0.0, 0.05], 16, 16)
+
+
+@functools.cache
+def sentences() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2, "model_prefix": f"{folder}/a"}
+        words = ["a red fox runs through snow", "two cats", "the moon rises over the sea", "24 fps"] * 5
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), **options)
+        return Path(folder, "a.model").read_bytes()
+
+
+def lora_config() -> bytes:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "rank_pattern": {"to_query": 2}, "alpha_pattern": {"x": 1}}
+    return json.dumps(config).encode()
+
+
+def read_lora(path: Path) -> None:
+    """A LoRA in PEFT's layout, with this file next to it."""
+    module = "base_model.model.visual_transformer_blocks.0.self_attention.to_query"
+    state = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(8, 2)}
+    path.with_name("adapter_model.safetensors").write_bytes(save(state))
+    lora.read(path.with_name("adapter_model.safetensors"))
+
+
+PROMPTS = b'{"prompt": "a fox", "seed": 3, "image": "a.png"}\n{"prompt": "a cat", "fps": 12.5, "steps": 2}\n'
+SCHEDULER = b'{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}'
+PREPARATION = b'{"min_pixels": 3136, "patch_size": 14, "size": {"longest_edge": 9}, "do_resize": true}'
+
+
+def their_config(model: str, folder: str) -> tuple[Callable[[], bytes], Callable[[Path], None]]:
+    """The config.json of a model in a Diffusers folder, and what the converter does with it."""
+
+    def read(path: Path) -> None:
+        weights = next((diffusers() / folder).glob("*.safetensors"))
+        with contextlib.suppress(FileExistsError):
+            (path.parent / weights.name).symlink_to(weights)
+        source = write_native.read_source(model, path.parent)
+        match.describe_model(model, source.sizes, "x")
+
+    return lambda: (diffusers() / folder / "config.json").read_bytes(), read
+
+
 def vocabulary() -> bytes:
     return (SHIPPED / "nano" / "clip_tokenizer" / "tokenizer.json").read_bytes()
 
 
 def ratios() -> bytes:
     return (magcache.FOLDER / "nano.json").read_bytes()
-
-
-def their_config() -> bytes:
-    return (diffusers() / "transformer" / "config.json").read_bytes()
 
 
 def our_config() -> bytes:
@@ -214,13 +344,34 @@ KINDS: dict[str, Case] = {
     "index": ("x.safetensors.index.json", small_index, mutate, read_index, 1),
     "config.json": ("config.json", our_config, mutate, load_config, 1),
     "values of config.json": ("config.json", our_config, numbers, load_config, 1),
-    "Diffusers config.json": ("config.json", their_config, numbers, describe, 4),
+    **{
+        f"Diffusers config.json of {model}": ("config.json", whole, numbers, read, 8)
+        for model, (whole, read) in {
+            model: their_config(model, folder) for model, folder in diffusers_files.FOLDERS.items()
+        }.items()
+    },
+    "scheduler_config.json": ("x.json", lambda: SCHEDULER, numbers, diffusers_files.read_shift, 1),
+    "preprocessor_config.json": (
+        "preprocessor_config.json",
+        lambda: PREPARATION,
+        numbers,
+        lambda path: diffusers_files.read_pixel_limits(path.parent),
+        1,
+    ),
+    "model_index.json": (
+        "model_index.json",
+        lambda: (diffusers() / "model_index.json").read_bytes(),
+        mutate,
+        lambda path: diffusers_files.read_tasks(path.parent),
+        1,
+    ),
     "ratios": ("x.json", ratios, mutate, magcache.load, 1),
     "values of ratios": ("x.json", ratios, numbers, magcache.load, 1),
     "JSON": ("x.json", small_index, mutate, files.read_json, 1),
     "tokenizer.json": ("tokenizer.json", vocabulary, mutate, encode, 8),
     "values of tokenizer.json": ("tokenizer.json", vocabulary, numbers, encode, 8),
     "merges.txt": ("merges.txt", merges, mutate, encode, 2),
+    "SentencePiece": ("a.model", sentences, mutate, encode, 8),
     **{
         f"{kind} image": ("image", functools.partial(image, kind), mutate, image_io.read_image, 2)
         for kind in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF")
@@ -230,14 +381,26 @@ KINDS: dict[str, Case] = {
     "packed TIFF": ("image", lambda: image("TIFF", compression="tiff_lzw"), mutate, image_io.read_image, 2),
     "BMP image": ("image", lambda: image("BMP"), mutate, image_io.read_image, 2),
     "video": ("film.mp4", lambda: film(".mp4"), mutate, video_io.read_video, 8),
+    "footage": ("film.mp4", lambda: film(".mp4"), mutate, footage_of, 8),
     "metadata of a video": ("film.mp4", lambda: film(".mp4"), mutate, video_io.read_metadata, 8),
     "metadata of a PNG": ("film.png", lambda: film(".png"), mutate, video_io.read_metadata, 2),
     "settings of a replay": ("settings", settings, numbers, replayed, 8),
     "LoRA": ("x.safetensors", adapter, header, lora.read, 1),
+    "LoRA's config": ("adapter_config.json", lora_config, numbers, read_lora, 2),
+    "prompts.jsonl": ("prompts.jsonl", lambda: PROMPTS, mutate, prompts.read, 1),
+    "prompts.txt": ("prompts.txt", lambda: "a fox\nкот\n".encode(), mutate, prompts.read, 1),
+    "state of a run": ("state.pt", run_state, mutate, resumed, 8),
+    "pickle of a state": ("state.pt", run_state, inside, resumed, 8),
+    "metadata of ranks": (".metadata", lambda: state_of_ranks()[".metadata"], mutate, read_ranks, 8),
+    "tensors of ranks": ("__0_0.distcp", lambda: state_of_ranks()["__0_0.distcp"], mutate, read_ranks, 8),
+    "run.json": ("run.json", run_json, numbers, begun, 8),
+    "log": ("loss.csv", lambda: b"step,loss\n1,0.5\n2,0.25\n", mutate, curves.read_rows, 1),
+    "cache of clips": ("x.safetensors", entry, mutate, cached, 2),
     "fp8 and scales": ("x.safetensors", fp8, header, read_values, 1),
     "captions.csv": ("captions.csv", lambda: b'file,text\na.mp4,a fox\nb.mp4,"a, b"\n', mutate, captions, 1),
     "captions.jsonl": ("captions.jsonl", lambda: CAPTIONS, mutate, captions, 1),
     "pickle in a zip": ("x.pt", pickle, mutate, read_values, 1),
+    "pickle of tensors": ("x.pt", pickle, inside, read_values, 2),
     "old pickle": ("x.pt", lambda: pickle(_use_new_zipfile_serialization=False), mutate, read_values, 1),
 }
 
@@ -252,8 +415,6 @@ def fuzz(kind: str, count: int, folder: Path) -> int:
     choose, refused = random.Random(f"{kind} 1"), 0
     original, before = content(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     handler = signal.signal(signal.SIGPROF, hang)
-    if name == "config.json" and read is describe:
-        (folder / "x.safetensors").symlink_to(diffusers() / "transformer" / "diffusion_pytorch_model.safetensors")
     if name == "merges.txt":
         tokens = json.loads(vocabulary())["model"]["vocab"]
         (folder / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")

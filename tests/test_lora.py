@@ -104,6 +104,15 @@ def test_a_weight_is_one_finite_number(dit, weight):
     assert {update.weight for _, update in made.updates()} == {0.5}
 
 
+def test_the_callers_default_dtype_makes_no_other_lora(dit):
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = lora.create(dit, 2, 2.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
+
+
 def test_what_is_no_lora_or_loaded_already_is_refused(dit):
     made = lora.add(dit, random_lora(dit))
     with pytest.raises(ValueError, match="loaded already"):

@@ -472,6 +472,17 @@ def test_another_image_at_the_same_place_is_another_video():
     assert prompts.name_video(settings, "nano", False) != first
 
 
+def test_names_have_only_letters_that_the_file_system_takes(monkeypatch):
+    names = {}
+    for encoding in ("utf-8", "ascii", "cp1251"):
+        monkeypatch.setattr(sys, "getfilesystemencoding", lambda encoding=encoding: encoding)
+        names[encoding] = [prompts.name_video({"prompt": text}, "nano", False) for text in ("кот и a fox", "猫")]
+        assert all(name.encode(encoding) for name in names[encoding])
+    (fox, cat), ascii_names, _ = names.values()
+    assert fox.startswith("кот-и-a-fox-") and cat.startswith("猫-")
+    assert ascii_names == [fox.replace("кот-и-", ""), cat.replace("猫", "video")]
+
+
 def test_many_prompts_each_with_its_own_settings(cli):
     lines = ['{"prompt": "a fox", "num_frames": 1}', '{"prompt": "a fox", "seed": 4, "num_frames": 1, "steps": 1}']
     Path("two.jsonl").write_text("\n".join(lines))

@@ -47,6 +47,25 @@ def test_training_shows_its_progress_at_once(tmp_path, capsys):
         train(nn.Linear(1, 1), loss, Recipe(steps=5, dtype="float32"), tmp_path)
 
 
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float64), ("meta", torch.float32)])
+def test_the_callers_defaults_change_nothing(tmp_path, device, dtype):
+    def run(folder):
+        model = nn.Linear(2, 1, device="cpu", dtype=torch.float32)
+        nn.init.constant_(model.weight, 1.0)
+        nn.init.zeros_(model.bias)
+        loss = lambda seed: (model(torch.rand(3, 2, generator=generator(seed))).square().mean(), {})  # noqa: E731
+        return train(model, loss, Recipe(steps=4, dtype="float32"), tmp_path / folder, progress=False)
+
+    plain = run("plain")
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            other = run("other")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_weights(plain, other) and {p.dtype for p in other.parameters()} == {torch.float32}
+
+
 def test_rows_logged_after_the_last_save_are_dropped(tmp_path):
     tiny_run(tmp_path, stop_after=4)
     curves.append_row(tmp_path / "loss.csv", {"step": 6, "loss": 123.0})

@@ -257,6 +257,15 @@ def test_other_frames_are_refused_in_one_line(tmp_path, frames):
     assert is_one_line(error.value)
 
 
+@pytest.mark.parametrize("name", ["fps", "quality"])
+@pytest.mark.parametrize("value", ["24", None, [24], np.nan])
+def test_a_rate_and_a_quality_are_numbers(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        write_video(tmp_path / "out.mp4", frames_of(1), **{name: value})
+    write_video(tmp_path / "out.mp4", frames_of(2), fps=np.float32(12), quality=np.int64(3))
+    assert read_video(tmp_path / "out.mp4")[1] == 12
+
+
 def test_settings_survive_tags_in_capitals(tmp_path):
     """As in Matroska, which writes COMMENT."""
     write_video(tmp_path / "out.mp4", frames_of(2), metadata=SETTINGS)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kandinsky5.checkpoint import save_weights, without_weights
 from kandinsky5.config import DiTConfig
 from kandinsky5.dit import DiT, Float32Linear
+from kandinsky5.runtime.device import plain_defaults
 from kandinsky5.runtime.offload import find_place
 from kandinsky5.screen import listed, shown
 
@@ -92,6 +93,7 @@ def fingerprint(lora: LoRA) -> str:
     return digest.hexdigest()
 
 
+@plain_defaults()
 def create(dit: DiT, rank: int, alpha: float, modules: str = MODULES) -> LoRA:
     """A new LoRA in float32, to be trained: A random, B zero, so that it changes nothing yet.
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,7 +81,9 @@ def name_video(settings: dict[str, Any], origin: str, one_frame: bool) -> str:
 
     origin: the fingerprints of checkpoint and LoRAs.
     """
-    words = re.sub(r"\W+", "-", settings["prompt"].lower()).strip("-")[:40].strip("-") or "video"
+    encoding = sys.getfilesystemencoding()  # not every locale has all letters
+    words = settings["prompt"].lower().encode(encoding, "ignore").decode(encoding)
+    words = re.sub(r"\W+", "-", words).strip("-")[:40].strip("-") or "video"
     known = {name: value for name, value in settings.items() if name not in HOW_ONLY}
     if known.get("image"):
         known["image"] = hashlib.sha256(Path(known["image"]).read_bytes()).hexdigest()  # wherever it lies

@@ -25,6 +25,7 @@ from kandinsky5 import screen
 from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
 from kandinsky5.runtime import launch
+from kandinsky5.runtime.device import plain_defaults
 from kandinsky5.training import curves, spread, state
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.recipe import Recipe, build_optimizers, freeze, learning_rate, prepare_step
@@ -37,6 +38,7 @@ Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 MOST_SKIPPED = 20  # steps in a row without a finite gradient, after which a run ends
 
 
+@plain_defaults()
 def train(
     model: Model,
     loss: Loss,

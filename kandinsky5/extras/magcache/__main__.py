@@ -21,6 +21,7 @@ from kandinsky5 import cli
 from kandinsky5.extras.magcache import StepSkipping
 from kandinsky5.files import check_apart, check_replaceable, read_utf8, write_text
 from kandinsky5.pipeline import Pipeline
+from kandinsky5.runtime.device import plain_defaults
 from kandinsky5.runtime.offload import MODES
 
 MOST_PROMPTS = 1000  # each costs a whole generation
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{options.output}: {measured.source}")
 
 
+@plain_defaults()
 @torch.no_grad()
 def measure_ratios(pipe: Pipeline, prompts: list[str], **settings) -> StepSkipping:
     """The mean ratios over a video from each prompt, with `settings` of the pipeline's call.
