@@ -25,7 +25,7 @@ from kandinsky5.runtime import fast, kernels, memory
 from kandinsky5.runtime.compile import check_compile, compile_models
 from kandinsky5.runtime.device import choose_device, choose_dtype, plain_defaults
 from kandinsky5.runtime.heap import keep_freed_memory
-from kandinsky5.runtime.loading import find_ranks, load_models
+from kandinsky5.runtime.loading import load_models
 from kandinsky5.runtime.offload import awake, check_mode, find_place
 from kandinsky5.sampler import (
     Callback,
@@ -54,13 +54,9 @@ class Pipeline:
     """The models of one checkpoint, ready to sample: `.dit`, `.vae`, `.text_encoder`, and their `.config`."""
 
     def __init__(
-        self,
-        config: PipelineConfig,
-        dit: DiT,
-        vae: VAE | VAE2D,
-        text_encoder: TextEncoder,
+        self, config: PipelineConfig, dit: DiT, vae: VAE | VAE2D, text_encoder: TextEncoder,
         ranks: "Ranks | None" = None,
-    ):
+    ):  # fmt: skip
         self.config, self.ranks = config, ranks
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.loras: list = []  # of extras.lora.LoRA, by load_lora
@@ -94,7 +90,10 @@ class Pipeline:
         check_models_fit(config)
         if tile_space:
             config = replace(config, tiling=replace(config.tiling, space=True))
-        ranks = find_ranks(ranks, config, device)
+        if ranks is not None:
+            from kandinsky5.runtime import parallel  # importing it takes half a second
+
+            ranks = parallel.find_ranks(ranks, config, device)
         sharded = ranks is not None and ranks.shard
         compile = check_compile(compile, device, sharded)
         check_mode(offload, sharded)

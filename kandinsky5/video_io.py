@@ -12,7 +12,6 @@ import struct
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -148,15 +147,15 @@ def write_video(
     # ASCII JSON (\u043a for к), so that no tag or tool on the way can spoil it
     comment = None if metadata is None else json.dumps(metadata)
     try:
-        with _writing(Path(path)) as temporary:
+        with replacing(path) as temporary:
             if temporary.suffix.lower() == ".png":
                 temporary.write_bytes(_encode_png(frames[0], comment, compress))
             else:
                 _encode_mp4(temporary, frames, fps, quality, comment)
-    except OSError as error:
-        if not keep:
-            raise
-        raise OSError(f"{error}; the frames are in {keep_frames(path, frames)}") from error
+    except (OSError, av.FFmpegError) as error:  # a full disk among them
+        reason = getattr(error, "strerror", None) or error
+        kept = f"; the frames are in {keep_frames(path, frames)}" if keep else ""
+        raise OSError(f"cannot write {path} ({reason}): free space or name another file{kept}") from error
 
 
 def _as_frames(frames: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -273,17 +272,3 @@ def _encode_png(rgb: np.ndarray, comment: str | None, compress: bool) -> bytes:
     chunk = struct.pack(">I", len(body)) + b"tEXt" + body + struct.pack(">I", zlib.crc32(b"tEXt" + body))
     header = 8 + 25  # bytes of the signature and of the IHDR chunk, which must come first
     return png[:header] + chunk + png[header:]
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """`replacing`, whose errors say what to do."""
-    try:
-        with replacing(path) as temporary:
-            yield temporary
-    except (OSError, av.FFmpegError) as error:  # a full disk among them
-        raise OSError(f"cannot write {path} ({_reason(error)}): free space or name another file") from error
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

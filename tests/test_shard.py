@@ -16,8 +16,7 @@ from kandinsky5 import Pipeline, checkpoint
 from kandinsky5.dit import DiT, Float32Linear
 from kandinsky5.runtime import memory, shard
 from kandinsky5.runtime.compile import check_compile
-from kandinsky5.runtime.loading import find_ranks
-from kandinsky5.runtime.parallel import Ranks
+from kandinsky5.runtime.parallel import Ranks, find_ranks
 from kandinsky5.runtime.quantize import to_int8
 from random_weights import SMALL, SMALL_DIT, relative_error, save_small_checkpoint
 from ranks import on_ranks

@@ -229,7 +229,7 @@ def test_damaged_and_half_written_entries_are_encoded_again(pipe, clips, tmp_pat
 def test_full_disk_is_said(pipe, tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "clips", 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 100})())
-    with pytest.raises(OSError, match="room"):
+    with pytest.raises(OSError, match="free some disk space"):
         encode(folder, pipe, tmp_path / "a")
     assert list((tmp_path / "a").iterdir()) == []
 

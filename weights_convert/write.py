@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky5.files import check_inside, make_folder, new_folder, parse_json, replacing, write_json
+from kandinsky5.files import check_free_space, check_inside, make_folder, new_folder, parse_json, replacing, write_json
 from kandinsky5.screen import Forgiving, listed, printable, say
 from kandinsky5.tensor_files import DTYPES, Stored, Weights, read_safetensors
 
@@ -82,7 +82,7 @@ def write_folder(
     with new_folder(destination, resume=options.resume) as folder, progress_bar(total, options) as bar:
         done = {file for file in shards if is_written(folder / file, *shards[file], bar.update)}
         clear(folder, keep=done)
-        check_free_space(folder, sum(size for file, size in sizes.items() if file not in done))
+        check_free_space(folder.parent, sum(size for file, size in sizes.items() if file not in done))
         fill(folder)
         for file, (part, names) in shards.items():
             if file not in done:
@@ -259,15 +259,6 @@ def write_all(file, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    """ValueError if the disk has no room for `needed` bytes and a little more."""
-    free = shutil.disk_usage(folder).free
-    if needed + 2**20 > free:
-        raise ValueError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB: make room"
-        )
 
 
 def link(path: Path, place: Path) -> None:

@@ -7,7 +7,6 @@ written anew each time. A sample is given its first frame in 30 % of the cases, 
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from kandinsky5 import screen, video_io
 from kandinsky5.dit import DiT
-from kandinsky5.files import make_folder, write_text
+from kandinsky5.files import check_free_space, make_folder, write_text
 from kandinsky5.nano.captions import LANGUAGES, write_caption
 from kandinsky5.nano.single_frame import single_frame
 from kandinsky5.nano.world import Scene, draw_scene, sample_scene
@@ -121,7 +120,8 @@ class ClipStore:
         bar = screen.bar(missing, "drawing and encoding", "clip", show=missing > self.CHUNK)  # a chunk is quick
         try:
             while self.count < available:
-                self._check_free_space()
+                # The file is sparse: on a full disk, writing would kill the process.
+                check_free_space(self.count_file.parent, max(self.CHUNK * self.records[0].nbytes, 2**24))
                 rows = range(self.count, self.count + self.CHUNK)
                 self.records[rows.start : rows.stop] = self._encode([self.scene(i) for i in rows])
                 self.count += self.CHUNK
@@ -147,13 +147,6 @@ class ClipStore:
                 f"the latents in {path.parent} are of another world, VAE, number of frames or precision: choose "
                 "another folder for clips, or the VAE of these; or remove it, and they will be drawn and encoded again"
             )
-
-    def _check_free_space(self) -> None:
-        """The file has its full length from the start but is sparse: on a full disk, writing would kill the process."""
-        folder = self.count_file.parent
-        free = shutil.disk_usage(folder).free
-        if free < max(self.CHUNK * self.records[0].nbytes, 2**24):
-            raise OSError(f"{folder} has {free / 1e6:.0f} MB free, too little for more clips: free some disk space")
 
     def _read_count(self) -> int:
         return json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0

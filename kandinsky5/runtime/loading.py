@@ -33,18 +33,6 @@ CLASSES: dict[str, Callable[..., nn.Module]] = {
 SHARED = ("dit", "qwen")  # the large ones
 
 
-def find_ranks(ranks: "str | Ranks | None", config: PipelineConfig, device: torch.device) -> "Ranks | None":
-    """The processes that share a video, as `parallel.find_ranks` says; None stays None. They must use that device."""
-    if ranks is None:
-        return None
-    from kandinsky5.runtime import parallel  # importing it takes half a second
-
-    found = parallel.find_ranks(ranks, config, device)
-    if found and found.device.type != device.type:
-        raise ValueError(f"ranks on {found.device}, models on {device}: give Ranks device={device.type!r} too")
-    return found
-
-
 def build_models(config: PipelineConfig) -> dict[str, Any]:
     """A checkpoint's models by name, in the order of `checkpoint.models_of`."""
     return {name: CLASSES[name](getattr(config, name)) for name in checkpoint.models_of(config)}

@@ -9,7 +9,6 @@ the same command resumes after a kill, and what is there already is verified. Af
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kandinsky5 import screen, vae_tiling, video_io
+from kandinsky5.checkpoint import save_weights
 from kandinsky5.config import PipelineConfig
-from kandinsky5.files import locked, make_folder, replacing
+from kandinsky5.files import check_free_space, locked, make_folder
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.offload import awake, find_place
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -208,14 +207,8 @@ def _keep(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
     if path.is_file() and _is_whole(path):
         return
     tensors = compute()
-    size = sum(t.nbytes for t in tensors.values())
-    if shutil.disk_usage(path.parent).free < size + 2**20:
-        raise OSError(f"{path.parent} has no room for {size:,} more bytes: free some disk space")
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"sha256": _checksum(tensors)})  # one value: their order is not fixed
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path} ({error}): free some disk space") from error
+    check_free_space(path.parent, sum(t.nbytes for t in tensors.values()))
+    save_weights(tensors, path, {"sha256": _checksum(tensors)})
 
 
 def _is_whole(path: Path) -> bool:
