@@ -123,14 +123,9 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 
 
 def write_video(
-    path: str | Path,
-    frames: torch.Tensor | np.ndarray,
-    fps: float = 24,
-    quality: float = 8,
-    metadata: dict[str, object] | None = None,
-    compress: bool = True,
-    keep: bool = False,
-) -> None:
+    path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 24, quality: float = 8,
+    metadata: dict[str, object] | None = None, compress: bool = True, keep: bool = False,
+) -> None:  # fmt: skip
     """Write RGB frames (F, H, W, 3) as an H.264 mp4, or one frame as a PNG if the path ends in .png.
 
     frames: uint8, or floats in [0, 1]; also a batch of one, as a pipeline returns it.

@@ -19,14 +19,9 @@ INT8 = ("dit", "qwen")  # the models that --dtype int8 quantises  # the models t
 
 
 def build_part(
-    model: str,
-    sizes: ModelConfig,
-    weights: Weights,
-    name_there: Callable[[str], str],
-    name_here: Callable[[str], str],
-    stem: str,
-    options: Options,
-) -> Part:
+    model: str, sizes: ModelConfig, weights: Weights, name_there: Callable[[str], str],
+    name_here: Callable[[str], str], stem: str, options: Options,
+) -> Part:  # fmt: skip
     """Match every tensor of our model with one of the source. The two functions turn our name of a tensor into its name
     in the source and in the output. ValueError that lists tensors that are missing, unknown or of another shape.
     """

@@ -48,14 +48,9 @@ class Source(NamedTuple):
 
 
 def from_diffusers(
-    src: str | Path,
-    dst: str | Path,
-    preset: str | None = None,
-    only: str | None = None,
-    base: str | Path | None = None,
-    with_vision: bool = False,
-    **options,
-) -> PipelineConfig:
+    src: str | Path, dst: str | Path, preset: str | None = None, only: str | None = None,
+    base: str | Path | None = None, with_vision: bool = False, **options,
+) -> PipelineConfig:  # fmt: skip
     """Write the native checkpoint folder `dst` from `src`, a folder in the Diffusers layout (`save_pretrained`).
 
     preset: sample with its steps, guidance, shift, size and rope_scale by default; else with those of `SamplingConfig`.
@@ -88,19 +83,11 @@ def from_diffusers(
 
 
 def from_official(
-    dst: str | Path,
-    dit: str | Path | None = None,
-    vae: str | Path | None = None,
-    qwen: str | Path | None = None,
-    clip: str | Path | None = None,
-    preset: str | None = None,
-    only: str | None = None,
-    base: str | Path | None = None,
-    qwen_tokenizer: str | Path | None = None,
-    clip_tokenizer: str | Path | None = None,
-    with_vision: bool = False,
-    **options,
-) -> PipelineConfig:
+    dst: str | Path, dit: str | Path | None = None, vae: str | Path | None = None, qwen: str | Path | None = None,
+    clip: str | Path | None = None, preset: str | None = None, only: str | None = None,
+    base: str | Path | None = None, qwen_tokenizer: str | Path | None = None,
+    clip_tokenizer: str | Path | None = None, with_vision: bool = False, **options,
+) -> PipelineConfig:  # fmt: skip
     """Write the native checkpoint folder `dst` from the files that the authors' code reads.
 
     dit: one safetensors file; vae: Tencent's pytorch_model.pt, FLUX.1's ae.safetensors or a Diffusers folder; qwen,

@@ -41,16 +41,9 @@ def draw_videos(scenes: list[Scene], num_frames: int = 17, size: int = 64) -> Te
 
 @torch.no_grad()
 def draw_batch(
-    seed: list[int],
-    dit: DiT,
-    clips: "ClipStore",
-    available: int,
-    text_encoder: TextEncoder,
-    empty: TextFeatures,
-    sample_times: Callable[[int, torch.Generator], Tensor],
-    batch_size: int,
-    prompt_dropped: float = PROMPT_DROPPED,
-) -> tuple[FlowBatch, TextFeatures]:
+    seed: list[int], dit: DiT, clips: "ClipStore", available: int, text_encoder: TextEncoder, empty: TextFeatures,
+    sample_times: Callable[[int, torch.Generator], Tensor], batch_size: int, prompt_dropped: float = PROMPT_DROPPED,
+) -> tuple[FlowBatch, TextFeatures]:  # fmt: skip
     """A batch and its text features; they depend only on `seed` and on the number of clips available by then.
 
     B = batch_size clips of those below `available`, at times (B,); a share `prompt_dropped` of them has the features of

@@ -61,14 +61,9 @@ ANSWERS = (
 
 
 def evaluate(
-    pipe,
-    name: str,
-    num_prompts: int,
-    batch_size: int = 8,
-    canvas: tuple[int, int] = CANVAS,
-    seed: int = JUDGE_SEED,
+    pipe, name: str, num_prompts: int, batch_size: int = 8, canvas: tuple[int, int] = CANVAS, seed: int = JUDGE_SEED,
     **options,
-) -> Iterator[dict]:
+) -> Iterator[dict]:  # fmt: skip
     """Generate the clips of one set of SETS and judge them.
 
     pipe: a `Pipeline`, called with its own size; canvas: of the scenes, which must fit that size; options: what else

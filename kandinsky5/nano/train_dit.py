@@ -68,14 +68,9 @@ def _parse() -> tuple[argparse.Namespace, Recipe, FlowTimes]:
 
 
 def clip_loss(
-    dit: DiT,
-    clips: ClipStore,
-    text_encoder: TextEncoder,
-    times: FlowTimes,
-    rope_scale: tuple[float, float, float] | None,
-    clips_at_first: int,
-    batch_size: int,
-) -> Loss:
+    dit: DiT, clips: ClipStore, text_encoder: TextEncoder, times: FlowTimes,
+    rope_scale: tuple[float, float, float] | None, clips_at_first: int, batch_size: int,
+) -> Loss:  # fmt: skip
     """For `train`: the loss of a batch of clips; one more clip can be drawn at each step."""
     assert rope_scale, rope_scale
     empty = text_encoder.encode([""])

@@ -40,14 +40,9 @@ def build_models(config: PipelineConfig) -> dict[str, Any]:
 
 @during("loading the weights")
 def load_models(
-    folder: Path,
-    config: PipelineConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    offload: str | None = None,
-    quantize: str | None = None,
-    ranks: "Ranks | None" = None,
-) -> dict[str, Any]:
+    folder: Path, config: PipelineConfig, device: torch.device, dtype: torch.dtype, offload: str | None = None,
+    quantize: str | None = None, ranks: "Ranks | None" = None,
+) -> dict[str, Any]:  # fmt: skip
     """The same with the weights in `folder` or its base, those of DiT and Qwen spread if `ranks` are to share them.
 
     Raises ValueError if config.json does not fit them.

@@ -127,14 +127,9 @@ def release(device: torch.device) -> None:
 
 
 def check_decoding(
-    config: PipelineConfig,
-    shape: tuple[int, ...],
-    weights: Iterable[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    output_type: str,
-    offloaded: bool,
-) -> int:
+    config: PipelineConfig, shape: tuple[int, ...], weights: Iterable[Tensor], device: torch.device,
+    dtype: torch.dtype, output_type: str, offloaded: bool,
+) -> int:  # fmt: skip
     """Bytes needed on the device to decode latents (B, T, h, w, 16). Raises ValueError where they are not free there.
 
     weights: the VAE's; those that rest (`offload.py`) are still to come. offloaded: whether the other models rest too.

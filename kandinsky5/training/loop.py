@@ -40,19 +40,11 @@ MOST_SKIPPED = 20  # steps in a row without a finite gradient, after which a run
 
 @plain_defaults()
 def train(
-    model: Model,
-    loss: Loss,
-    recipe: Recipe,
-    folder: str | Path,
-    sample: Callable[[Model, int], dict[str, float] | None] | None = None,
-    sample_every: int = 1000,
-    log_every: int = 20,
-    save_seconds: float = 60,
-    stop_after: int | None = None,
-    progress: bool = True,
-    ranks: "Ranks | None" = None,
-    average: Model | None = None,
-) -> Model:
+    model: Model, loss: Loss, recipe: Recipe, folder: str | Path,
+    sample: Callable[[Model, int], dict[str, float] | None] | None = None, sample_every: int = 1000,
+    log_every: int = 20, save_seconds: float = 60, stop_after: int | None = None, progress: bool = True,
+    ranks: "Ranks | None" = None, average: Model | None = None,
+) -> Model:  # fmt: skip
     """Train `model` in place; return a copy of it with the averaged weights, or itself if there is no average.
 
     loss: seed → a scalar, and values for the log; its only randomness is derived from the seed.
