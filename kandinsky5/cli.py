@@ -190,7 +190,10 @@ def _let_go(stream: TextIO | None) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ValueErrors, for `run` to print."""
+    """An ArgumentParser whose mistakes are ValueErrors, for `run` to print, and whose description keeps its lines."""
+
+    def __init__(self, *names: Any, **options: Any):
+        super().__init__(*names, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
     def error(self, message: str):
         """Raises ValueError."""

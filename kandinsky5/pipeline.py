@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kandinsky5 import checkpoint, vae_tiling, video_io
+from kandinsky5 import checkpoint, sampler, vae_tiling, video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.config_file import check_models_fit, load_config
 from kandinsky5.dit import DiT
@@ -27,16 +27,7 @@ from kandinsky5.runtime.device import choose_device, choose_dtype, plain_default
 from kandinsky5.runtime.heap import keep_freed_memory
 from kandinsky5.runtime.loading import load_models
 from kandinsky5.runtime.offload import awake, check_mode, find_place
-from kandinsky5.sampler import (
-    Callback,
-    build_condition,
-    check_finite,
-    check_like,
-    euler_sample,
-    guided_velocity,
-    normalise_first_frames,
-    watch_steps,
-)
+from kandinsky5.sampler import Callback, euler_sample
 from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.tokenizer import Tokenizer
@@ -258,7 +249,7 @@ class Pipeline:
         """Noise (B, T, h, w, 16) → latents, the same in float32, on the device. image: what `encode_image` gives."""
         device, dtype = find_place(self.dit)
         config, noise = self.config, noise.to(device)
-        condition = build_condition(noise, image, config.dit.input_channels - noise.shape[-1], config.edits)
+        condition = sampler.build_condition(noise, image, config.dit.input_channels - noise.shape[-1], config.edits)
         first_frame = None if config.edits else image
         # With guidance a step asks for 2B velocities, in one pass or in two of B, which masks less padding.
         plan = memory.plan_steps(self.config.dit, self.dit, tuple(noise.shape), request.guided, self.ranks)
@@ -275,7 +266,7 @@ class Pipeline:
             if not request.guided:
                 return predicted
             conditional, unconditional = predicted.chunk(2)
-            return guided_velocity(conditional, unconditional, request.guidance_scale)
+            return sampler.guided_velocity(conditional, unconditional, request.guidance_scale)
 
         dit = self.dit
         if skips:
@@ -285,11 +276,11 @@ class Pipeline:
         note = str(plan) + f", {sum(map(all, request.skips))} skipped" * bool(request.skips)
         progressed = bar(request.steps, "sampling", "step", note, show=progress)
         with progressed, awake(self.dit), keep_freed_memory(device), plan.applied(self.dit):
-            after_step = watch_steps(request.steps, callback, progressed.update)
+            after_step = sampler.watch_steps(request.steps, callback, progressed.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
-        check_like(latents, noise, "the solver")
+        sampler.check_like(latents, noise, "the solver")
         if first_frame is not None and config.sampling.normalise_first_frames:
-            latents = normalise_first_frames(latents)
+            latents = sampler.normalise_first_frames(latents)
         return latents
 
     def predict(
@@ -322,7 +313,7 @@ class Pipeline:
         with progressed, awake(self.vae), memory.during("decoding"):
             for one in z.split(1):  # all at once would take as many times the memory
                 for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling, each):  # (1, 3, f, H, W)
-                    check_finite(piece, "the decoded frames")
+                    sampler.check_finite(piece, "the decoded frames")
                     pieces.append(_to_cpu(to_output(piece)))
                     progressed.update(piece.shape[2])
         return torch.cat(pieces, dim=1)[0].unflatten(0, (len(z), num_frames))  # (B, F, H, W, 3)

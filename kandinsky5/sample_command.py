@@ -276,10 +276,7 @@ def build_parser() -> cli.Parser:
     """All options of sample.py. Only those that are given are in what it returns."""
     from kandinsky5.config import NANO_NAMES
 
-    parser = cli.Parser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    parser = cli.Parser(usage=argparse.SUPPRESS, description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("what is made").add_argument
     add("prompt", nargs="?",
         help='what to show; long descriptions work best, up to 256 tokens (images: 512); "": anything')  # fmt: skip

@@ -88,8 +88,7 @@ class TextEncoder(nn.Module):
         """
         device, dropped = self.qwen.embedding.weight.device, self.template(one_frame)[1]
         most = max_sequence_length or self.config.max_tokens
-        seen = self.see(images or [])
-        grids = [[grid] for _, grid in seen] or [[] for _ in prompts]
+        tokens, grids = self.see(images or [], len(prompts))  # (M, 3584)
         ids = [self.qwen_ids(prompt, most, one_frame, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         lengths = torch.tensor([len(i) for i in ids], device="cpu") - dropped
         # A prompt that begins with a line break changes the template's last token, so its prefix is a bit shorter.
@@ -100,7 +99,6 @@ class TextEncoder(nn.Module):
         rest = pad_sequence([torch.tensor(i[common:], device=device) for i in ids], batch_first=True)
         places = [build_positions(i, self.image_token, grid).T[common:] for i, grid in zip(ids, grids, strict=True)]
         positions = pad_sequence(places, batch_first=True).mT.to(device)  # (B, 3, S)
-        tokens = torch.cat([tokens for tokens, _ in seen]) if seen else None  # (M, 3584)
         text = self.qwen(rest, cache=cache, positions=positions, images=tokens)[:, dropped - common :]  # (B, S, 3584)
         pooled = self.clip(torch.tensor([self.clip_ids(prompt) for prompt in prompts], device=device))
         return TextFeatures(text, lengths, pooled)
@@ -110,10 +108,9 @@ class TextEncoder(nn.Module):
         """The id that stands for a token of an image."""
         return self.qwen.config.image_token
 
-    def see(self, images: list[Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
-        """Each image, uint8 (H, W, 3), as the tokens (M, 3584) that Qwen reads, and their rows and columns.
-
-        Raises ValueError where the checkpoint has no vision tower.
+    def see(self, images: Sequence[Tensor], count: int) -> tuple[Tensor | None, list[list[tuple[int, int]]]]:
+        """The images of `count` texts, uint8 (H, W, 3), one each or none, as the tokens that Qwen reads, (M, 3584), and
+        for each text the rows and columns of its own. Raises ValueError where the checkpoint has no vision tower.
         """
         seen: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         for image in images:
@@ -122,7 +119,9 @@ class TextEncoder(nn.Module):
             if id(image) not in seen:  # an image often goes with several texts
                 pixels = prepare_image(image, self.vision.config).to(self.vision.patch_embedder.weight)  # (3, H', W')
                 seen[id(image)] = self.vision(pixels), (pixels.shape[1] // TOKEN, pixels.shape[2] // TOKEN)
-        return [seen[id(image)] for image in images]
+        found = [seen[id(image)] for image in images]
+        tokens = torch.cat([tokens for tokens, _ in found]) if found else None
+        return tokens, [[grid] for _, grid in found] or [[] for _ in range(count)]
 
     def template(self, one_frame: bool = False) -> tuple[str, int]:
         """What Qwen reads, with the prompt at {}, and how many of its tokens precede the prompt."""

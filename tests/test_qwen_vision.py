@@ -115,7 +115,7 @@ def test_features_with_images_are_those_of_one_pass(encoder):
     """The template's beginning goes through once for all, a prompt has its own image, and padding is not seen."""
     features = encoder.encode(PROMPTS, images=PHOTOS)
     for i, (prompt, photo) in enumerate(zip(PROMPTS, PHOTOS, strict=True)):
-        tokens, grid = encoder.see([photo])[0]
+        tokens, ((grid,),) = encoder.see([photo], 1)
         ids = encoder.qwen_ids(prompt, 256, grids=[grid])
         positions = build_positions(ids, encoder.image_token, [grid])[None]
         whole = encoder.qwen(torch.tensor([ids]), positions=positions, images=tokens)[0, 3:]

@@ -110,6 +110,7 @@ VAE = {
 # FLUX.1's 2-D one: the same modules under their plain names, as no wrapper pads them, and no quant convs.
 VAE2D = {ours: theirs.removesuffix(".conv") for ours, theirs in VAE.items() if "quant_conv" not in ours}
 
+SWIGLU = {"gate": "gate_proj", "linear_in": "up_proj", "linear_out": "down_proj"}
 QWEN_BLOCK = {
     "attention_norm": "input_layernorm",
     "attention.to_q": "self_attn.q_proj",
@@ -117,9 +118,7 @@ QWEN_BLOCK = {
     "attention.to_v": "self_attn.v_proj",
     "attention.to_out": "self_attn.o_proj",
     "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.linear_in": "mlp.up_proj",
-    "feed_forward.linear_out": "mlp.down_proj",
+    **under("feed_forward", "mlp", SWIGLU),
 }
 QWEN = {
     "embedding": "model.embed_tokens",
@@ -132,9 +131,7 @@ QWEN_VISION_BLOCK = {
     "attention.to_qkv": "attn.qkv",
     "attention.to_out": "attn.proj",
     "feed_forward_norm": "norm2",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.linear_in": "mlp.up_proj",
-    "feed_forward.linear_out": "mlp.down_proj",
+    **under("feed_forward", "mlp", SWIGLU),
 }
 QWEN_VISION = {
     "patch_embedder": "visual.patch_embed.proj",

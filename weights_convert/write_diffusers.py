@@ -10,18 +10,8 @@ from kandinsky5.config_file import load_config, save_config
 from kandinsky5.files import write_json
 from kandinsky5.screen import say
 from kandinsky5.tensor_files import Computed
-from weights_convert import tables
-from weights_convert.diffusers_files import (
-    FOLDERS,
-    NATIVE_CONFIG,
-    STEMS,
-    TOKENIZERS,
-    copy_tokenizer,
-    write_model_index,
-    write_preprocessor_config,
-    write_scheduler,
-    write_tokenizer_config,
-)
+from weights_convert import diffusers_files, tables
+from weights_convert.diffusers_files import FOLDERS, NATIVE_CONFIG, STEMS, TOKENIZERS
 from weights_convert.match import build_part, chosen, join_parts
 from weights_convert.read import read_weights
 from weights_convert.sizes import kind_of, to_their_config
@@ -74,13 +64,13 @@ def to_diffusers(
             write_json(folder / FOLDERS[model] / "config.json", theirs)
             tokenizer = folders.get(f"{model}_tokenizer", src) / f"{model}_tokenizer"
             if model in TOKENIZERS and not base and tokenizer.is_dir():
-                copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
-                write_tokenizer_config(model, folder / TOKENIZERS[model])
+                diffusers_files.copy_tokenizer(tokenizer, folder / TOKENIZERS[model])
+                diffusers_files.write_tokenizer_config(model, folder / TOKENIZERS[model])
                 if model == "qwen" and config.qwen_vision:
-                    write_preprocessor_config(config.qwen_vision, folder / TOKENIZERS[model])
+                    diffusers_files.write_preprocessor_config(config.qwen_vision, folder / TOKENIZERS[model])
         if base or not only:
-            write_scheduler(config.sampling.shift, folder / "scheduler" / "scheduler_config.json")
-            write_model_index(config.tasks, folder / "model_index.json", base)
+            diffusers_files.write_scheduler(config.sampling.shift, folder / "scheduler" / "scheduler_config.json")
+            diffusers_files.write_model_index(config.tasks, folder / "model_index.json", base)
             save_config(config, folder / NATIVE_CONFIG)
 
     write_folder(dst, parts, write_small_files, linked, settings)

@@ -22,16 +22,8 @@ from kandinsky5.files import check_inside, read_json
 from kandinsky5.screen import printable, say
 from kandinsky5.tensor_files import Weights
 from kandinsky5.tokenizer import find_files
-from weights_convert import tables
-from weights_convert.diffusers_files import (
-    FOLDERS,
-    NATIVE_CONFIG,
-    TOKENIZERS,
-    copy_tokenizer,
-    read_pixel_limits,
-    read_shift,
-    read_tasks,
-)
+from weights_convert import diffusers_files, tables
+from weights_convert.diffusers_files import FOLDERS, NATIVE_CONFIG, TOKENIZERS
 from weights_convert.match import INT8, build_part, chosen, tell_dropped
 from weights_convert.presets import use_preset
 from weights_convert.read import find_config, read_weights
@@ -69,11 +61,13 @@ def from_diffusers(
     for model in models:
         tokenizer = check_inside(src / TOKENIZERS[model], src) if whole and model in TOKENIZERS else None
         sources[model] = read_source(model, src / FOLDERS[model] if whole else src, tokenizer)
-    tasks = read_tasks(src) if whole else _guess_tasks(sources)
+    tasks = diffusers_files.read_tasks(src) if whole else _guess_tasks(sources)
     config = load_config(src / NATIVE_CONFIG) if (src / NATIVE_CONFIG).is_file() else _new_config(src, tasks)
     config = load_config(Path(base) / "config.json") if base else config
     if whole and "dit" in models:  # task and shift are the DiT's
-        shift = config.sampling.shift if preset else read_shift(src / "scheduler" / "scheduler_config.json")
+        shift = (
+            config.sampling.shift if preset else diffusers_files.read_shift(src / "scheduler" / "scheduler_config.json")
+        )
         config = replace(config, tasks=tasks, sampling=replace(config.sampling, shift=shift))
     sources |= read_vision(sources) if with_vision or _must_see({*tasks, *config.tasks}, sources) else {}
     config = _with_sizes(config, sources)
@@ -149,7 +143,7 @@ def read_vision(sources: Mapping[str, Source]) -> dict[str, Source]:
     vision = read_value(dict, theirs.get("vision_config") or {}, "vision_config", where)
     if vision.get("depth") == 0:  # as `to_diffusers` writes it where the native folder had none
         raise ValueError(f"{where} has no vision tower: take a released Qwen, or leave --with-vision out")
-    vision = vision | read_pixel_limits(tokenizer or weights.source.parent)
+    vision = vision | diffusers_files.read_pixel_limits(tokenizer or weights.source.parent)
     if theirs.get("tie_word_embeddings") and "lm_head.weight" not in weights.tensors:
         head = {"lm_head.weight": weights.tensors["model.embed_tokens.weight"]}
         weights = weights._replace(tensors=weights.tensors | head)
@@ -227,7 +221,7 @@ def write_native(
     def write_small_files(folder: Path) -> None:
         save_config(config, folder / "config.json")
         for model, tokenizer in tokenizers.items():
-            copy_tokenizer(tokenizer, folder / f"{model}_tokenizer")
+            diffusers_files.copy_tokenizer(tokenizer, folder / f"{model}_tokenizer")
 
     for model, source in sources.items():
         if model in MODELS and not (model == "qwen" and config.qwen_vision):

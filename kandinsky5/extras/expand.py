@@ -146,8 +146,7 @@ def read_chats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Chats, each with its image uint8 (H, W, 3) if there are any, as `qwen.generate` takes them, padded on the left:
     ids (B, S), mask (B, S), positions (B, 3, S), image tokens (M, dim)."""
-    seen = text_encoder.see(list(images))
-    grids = [[grid] for _, grid in seen] or [[] for _ in texts]
+    tokens, grids = text_encoder.see(images, len(texts))
     rows = [
         text_encoder.place_images(text_encoder.qwen_tokenizer.encode(text), grid)
         for text, grid in zip(texts, grids, strict=True)
@@ -158,7 +157,6 @@ def read_chats(
     mask = torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]
     positions = torch.stack([F.pad(place, (pad, 0)) for place, pad in zip(places, pads, strict=True)])
     device = text_encoder.qwen.embedding.weight.device
-    tokens = torch.cat([tokens for tokens, _ in seen]) if seen else None
     return ids.to(device), mask.to(device), positions.to(device), tokens
 
 

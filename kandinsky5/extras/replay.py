@@ -41,6 +41,7 @@ FROM_CHECKPOINT = (
     "rope_scale",
 )  # fmt: skip
 USUAL: dict[str, Any] = {"step_skipping": False, "attention": "auto", "tile_space": False, "quality": 8.0}
+OF_REQUEST = ("height", "width", "num_frames", "guidance_scale", "shift", "schedule", "rope_scale")
 HOW = (  # settings that are not the request's
     "step_skipping", "fps", "quality", "attention", "tile_space", "quantize", "enlarge", "trigger", "expanded_from",
     "instruction_sha256",
@@ -108,15 +109,9 @@ def describe(
         **how,
         prompt=request.prompts[0],
         negative_prompt=request.negative_prompts[0],
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
         num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        shift=request.shift,
-        schedule=request.schedule,
-        rope_scale=request.rope_scale,
         seed=request.seeds[0],
+        **{name: getattr(request, name) for name in OF_REQUEST},
         image=shown["image"] and _portable(shown["image"]),
         image_sha256=image and _sha256(image),
         checkpoint=_portable(shown["checkpoint"]),

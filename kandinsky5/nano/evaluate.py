@@ -225,8 +225,7 @@ def main(arguments: list[str] | None = None, load: Callable | None = None) -> No
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options. Raises ValueError for invalid ones."""
-    name, style = cli.program("kandinsky5.nano.judge"), argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser(name, description=__doc__, formatter_class=style)
+    parser = cli.Parser(cli.program("kandinsky5.nano.judge"), description=__doc__)
     add = parser.add_argument
     add("checkpoint", help="checkpoint folder, or preset such as nano")
     add("--prompts", type=cli.positive, default=300, metavar="N", help="clips per set (default: 300)")

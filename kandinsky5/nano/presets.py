@@ -2,17 +2,8 @@
 
 from dataclasses import replace
 
-from kandinsky5.config import (
-    CLIPConfig,
-    DiTConfig,
-    NablaConfig,
-    PipelineConfig,
-    QwenConfig,
-    SamplingConfig,
-    TextConfig,
-    Tiling,
-    VAEConfig,
-)
+from kandinsky5 import config
+from kandinsky5.config import PipelineConfig, SamplingConfig, Tiling
 
 TEMPLATE = """\
 <|im_start|>system
@@ -21,12 +12,14 @@ Describe the video.<|im_end|>
 {}<|im_end|>"""
 
 # The VAE's latents have mean 0 and standard deviation 1 channel by channel: train_vae.standardise.
-VAE = VAEConfig(channels=(16, 32, 48, 48), blocks_per_stage=1, norm_groups=8, scaling_factor=1.0)
-QWEN = QwenConfig(vocab_size=1280, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ff_dim=256, rope_theta=1e4)
-CLIP = CLIPConfig(vocab_size=1280, dim=128, num_layers=2, num_heads=4, ff_dim=256, start_token=0, end_token=1)
-TEXT = TextConfig(template=TEMPLATE, dropped_tokens=12)
+VAE = config.VAEConfig(channels=(16, 32, 48, 48), blocks_per_stage=1, norm_groups=8, scaling_factor=1.0)
+QWEN = config.QwenConfig(
+    vocab_size=1280, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ff_dim=256, rope_theta=1e4
+)
+CLIP = config.CLIPConfig(vocab_size=1280, dim=128, num_layers=2, num_heads=4, ff_dim=256, start_token=0, end_token=1)
+TEXT = config.TextConfig(template=TEMPLATE, dropped_tokens=12)
 # Four models of this size, one VAE and the text encoders fill the 30 MB that the bundled weights may take.
-DIT = DiTConfig(
+DIT = config.DiTConfig(
     dim=192, ff_dim=384, time_dim=40, num_text_blocks=1, num_visual_blocks=5, rope_axes=(8, 12, 12),
     text_dim=QWEN.dim, pooled_dim=CLIP.dim,
 )  # fmt: skip
@@ -49,7 +42,7 @@ DISTILLED = replace(
 LONG = replace(
     NANO,
     name="nano-10s",
-    dit=replace(DIT, nabla=NablaConfig(P=0.6, window=(3, 1, 1))),
+    dit=replace(DIT, nabla=config.NablaConfig(P=0.6, window=(3, 1, 1))),
     sampling=replace(SAMPLING, height=128, width=128, num_frames=33, image_area=128 * 128, rope_scale=(2.0, 2.0, 2.0)),
 )
 PRESETS = {preset.name: preset for preset in (NANO, NOCFG, DISTILLED, LONG)}

@@ -7,7 +7,6 @@
 Nothing is loaded. The estimates are on the safe side; docs/memory.md says how they are made.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,7 @@ from kandinsky5.screen import printable
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command line. Raises ValueError for an unknown preset, folder or size."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser(cli.program("kandinsky5.runtime"), description=__doc__, formatter_class=style)
+    parser = cli.Parser(cli.program("kandinsky5.runtime"), description=__doc__)
     add = parser.add_argument
     add("preset", metavar="PRESET", help=f"{next(iter(PRESETS))}, …, {NANO_NAMES[0]}, or a converted checkpoint")
     add("--quantize", choices=("int8",), help="weights of the DiT and Qwen in 8 bits")

@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -184,11 +185,16 @@ def draw_curves(options: Namespace) -> None:
         write_events(options.to / f"{name}.csv", options.to / "events" / name)
 
 
-def load_float32(job: Job) -> DiT:
-    """The checkpoint's DiT with all weights in float32, in memory of their own."""
+def build_empty(job: Job) -> tuple[DiT, Path]:
+    """The checkpoint's DiT without its weights, and the folder that they are in."""
     with checkpoint.without_weights():
         dit = DiT(job.config.dit)
-    place = checkpoint.find_part(job.folder, "dit", job.config.base)
+    return dit, checkpoint.find_part(job.folder, "dit", job.config.base)
+
+
+def load_float32(job: Job) -> DiT:
+    """The checkpoint's DiT with all weights in float32, in memory of their own."""
+    dit, place = build_empty(job)
     checkpoint.load_weights(dit, place, "dit", "cpu", torch.float32)
     for parameter in dit.parameters():
         parameter.data = parameter.data.float().clone()
@@ -201,19 +207,16 @@ def load_shards(job: Job, device: torch.device, dtype: torch.dtype) -> DiT:
 
     from kandinsky5.runtime import shard
 
-    with checkpoint.without_weights():
-        dit = DiT(job.config.dit)
-    place = checkpoint.find_part(job.folder, "dit", job.config.base)
+    dit, place = build_empty(job)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shard.load_shards(dit, place, "dit", device, dtype, mesh, writable=True)
     kernels.install(dit, job.options.attention)
     return dit
 
 
-def gather(dit: DiT) -> DiT:
+def gather(job: Job, dit: DiT) -> DiT:
     """A sharded DiT in one piece on the CPU of the first rank, and without values on the others."""
-    with checkpoint.without_weights():
-        whole = DiT(dit.config)
+    whole, _ = build_empty(job)
     place = "cpu" if dist.get_rank() == 0 else "meta"
     whole.load_state_dict({name: spread.whole(x).to(place) for name, x in dit.state_dict().items()}, assign=True)
     return whole
@@ -225,7 +228,7 @@ def finish(job: Job, model: nn.Module) -> None:
     if options.stop_after and options.stop_after < options.steps:
         return
     if options.shard and isinstance(model, DiT):
-        model = gather(model)
+        model = gather(job, model)
     if spread.is_first(job.ranks):
         draw_curves(options)
         report.write_results(job, model)

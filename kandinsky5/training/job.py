@@ -205,10 +205,7 @@ def _as_json(value: Any) -> Any:
 
 def build_parser(description: str | None) -> cli.Parser:
     """All options."""
-    parser = cli.Parser(
-        cli.program("kandinsky5.training.finetune"), description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = cli.Parser(cli.program("kandinsky5.training.finetune"), description=description)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="native checkpoint folder, or nano")
     add("--clips", type=Path, required=True, metavar="DIR", help="videos and images with captions")

@@ -8,7 +8,6 @@ guidance, shift and size default to the checkpoint's: measure again for others t
 than memory is measured with --offload, as it is sampled.
 """
 
-import argparse
 import dataclasses
 import json
 from collections import deque
@@ -29,8 +28,7 @@ MOST_PROMPTS = 1000  # each costs a whole generation
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command line. Raises ValueError or OSError if there are no prompts or the output cannot be written."""
-    name, style = cli.program("kandinsky5.extras.magcache"), argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser(name, description=__doc__, formatter_class=style)
+    parser = cli.Parser(cli.program("kandinsky5.extras.magcache"), description=__doc__)
     add = parser.add_argument
     add("checkpoint", help="converted checkpoint folder, or a bundled model such as nano")
     add("--prompts", required=True, type=Path, metavar="FILE", help="one per line")
