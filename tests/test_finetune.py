@@ -1,12 +1,12 @@
 """Fine-tuning from a folder of clips: what is trained, exactly resumed, held out, written, and refused."""
 
-import contextlib
 import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -133,7 +133,7 @@ def test_frozen_weights_have_neither_gradients_nor_state(run, monkeypatch):
 
 def test_offloaded_blocks_train_the_same(run):
     plain = run("--checkpointing", to="plain")
-    blocks = run("--checkpointing", "--offload", "blocks", to="blocks")
+    blocks = run("--offload", "blocks", to="blocks")
     assert (plain / "lora.safetensors").read_bytes() == (blocks / "lora.safetensors").read_bytes()
 
 
@@ -162,6 +162,7 @@ def test_clips_that_do_not_fit_are_said(run, capsys, monkeypatch, free, encoding
         (["--modules", "nothing"], "matches no"),
         (["--full", "--modules", "nothing"], "matches no"),
         (["--full", "--quantize", "int8"], "leave out --quantize"),
+        (["--offload", "blocks", "--no-checkpointing"], "--no-checkpointing"),
         (["--full", "--alpha", "2", "--offload", "blocks"], "leave out --alpha, --offload"),
         (["--learning-rate", "0"], "--learning-rate is above 0"),
         (["--steps", "0"], "--steps: .0."),
@@ -293,31 +294,42 @@ def test_a_lora_is_no_checkpoint_to_start_from(run, clips, tmp_path, capsys):
     assert "is a LoRA and no checkpoint" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+SLOWLY = """
+import functools, sys, time
+from kandinsky5.training import curves, data, finetune
+curves.plot_losses = lambda *paths: None
+checksum = data._checksum
+data._checksum = lambda tensors: time.sleep(0.1) or checksum(tensors)  # of each entry of the cache
+finetune.train = functools.partial(finetune.train, save_seconds=0)  # with each row of the log
+sys.exit(finetune.main())
+"""
+
+
 @pytest.mark.stages
 def test_killed_at_random_moments_it_ends_at_the_same_bytes(checkpoint, clips, tmp_path):
-    """SIGKILL at 20 moments of encoding and training, SIGTERM at five; each run starts where the last one saved."""
-    line = "import functools, sys; from kandinsky5.training import finetune as f; print('begin', flush=True); "
-    line += "f.train = functools.partial(f.train, save_seconds=0); sys.exit(f.main())"  # saves with each row of the log
-    options = ["--steps", "600", "--rank", "4", "--accumulate", "2", "--dtype", "float32"]
+    """SIGKILL in 20 runs, SIGTERM in five, each a moment after a new entry of the cache, or after a new state."""
+    options = ["--steps", "500", "--rank", "4", "--accumulate", "2", "--dtype", "float32"]
 
-    def run(to, seconds=None, how=signal.SIGKILL):
-        command = [sys.executable, "-c", line, checkpoint, "--clips", clips, "--to", tmp_path / to, *options]
+    def begin(to):
+        command = [sys.executable, "-c", SLOWLY, checkpoint, "--clips", clips, "--to", tmp_path / to, *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([str(c) for c in command], env=environment, **pipes)
-        assert process.stdout.readline() == b"begin\n"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        if process.poll() is None:
-            process.send_signal(how)
-        process.communicate()
-        return process.returncode
+        return subprocess.Popen([str(c) for c in command], env=environment, stderr=subprocess.DEVNULL)
 
-    random = np.random.default_rng(0)
+    def seen(pattern):
+        return {(path, path.stat().st_mtime_ns) for path in (tmp_path / "parts").glob(pattern)}
+
+    random, unfinished = np.random.default_rng(0), 0
     for i in range(25):
-        how = signal.SIGTERM if i % 5 == 4 else signal.SIGKILL
-        assert run("parts", random.uniform(0.1, 1.5), how) == (130 if how == signal.SIGTERM else -how)
-    assert run("parts") == run("whole") == 0
+        pattern = "cache/[!.]*" if i < 8 else "state.pt"
+        how, before, process = signal.SIGTERM if i % 5 == 4 else signal.SIGKILL, seen(pattern), begin("parts")
+        while process.poll() is None and seen(pattern) <= before:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        process.send_signal(how)
+        assert process.wait() == (130 if how == signal.SIGTERM else -how)
+        unfinished += len(seen("cache/[!.]*")) < 2 * len(WORDS) + 1
+    assert 5 <= unfinished <= 8 and 0 < state.load_progress(tmp_path / "parts")[0] < 500
+    assert [begin(to).wait() for to in ("parts", "whole")] == [0, 0]
     files = [tmp_path / to / "lora.safetensors" for to in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
 

@@ -91,8 +91,11 @@ def prepare(options: argparse.Namespace) -> Job:
     conditioning = Conditioning(
         options.caption_dropout, share if options.first_frames is None else options.first_frames
     )
+    streamed = options.offload == "blocks"
     if options.checkpointing is None:
-        options.checkpointing = config.dit.dim >= LARGE
+        options.checkpointing = config.dit.dim >= LARGE or streamed
+    if streamed and not options.checkpointing:
+        raise ValueError("--no-checkpointing: with --offload blocks a block is computed again for its gradient")
     for name, place in (("to", options.to), ("cache", options.cache)):
         if place and is_read(place.resolve(), options.clips.resolve()):
             raise ValueError(f"--{name} {place} is in --clips {options.clips}, which is all read: name another folder")
@@ -259,7 +262,8 @@ def _add_how(group) -> None:
     add("--ema", type=float, default=0.0, metavar="X", help="decay of averaged weights, such as 0.99 (default: none)")
     add("--seed", type=int, default=0, metavar="N", help="of weights, data, times and noise (default: 0)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="compute activations twice: less memory, a third more work (default: for released models)")  # fmt: skip
+        help="compute activations twice: less memory, a third more work (default: for released models and "
+        "--offload blocks)")  # fmt: skip
     add("--offload", choices=("model", "blocks"), help="of the frozen DiT keep on the device all, or only one block")
     add("--quantize", choices=("int8",), help="round the frozen DiT to 8 bits: half its memory")
     add("--device", default="auto", metavar="NAME", help="such as cuda:1 (default: auto)")
