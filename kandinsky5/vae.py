@@ -2,9 +2,11 @@
 
 Every convolution looks only at its own and earlier frames, and the first frame stands alone: 4k + 1 frames
 become k + 1. The GroupNorms run over time, though, so that the whole is neither strictly causal nor exactly
-tileable; `vae_tiling.py` cuts the work up all the same, as the references do.
+tileable; `vae_tiling.py` cuts the work up all the same, as the references do. With other `Layers` the same encoder
+and decoder are those of images (vae2d.py); shapes are written for videos.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,10 +41,10 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         moments = 2 * config.latent_channels
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, VIDEO)
         self.quant_conv = nn.Conv3d(moments, moments, kernel_size=1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, kernel_size=1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, VIDEO)
 
     def encode(self, video: Tensor) -> Posterior:
         """video (B, 3, F, H, W) in [−1, 1], F = 4k + 1 → Posterior of (B, 16, k + 1, H/8, W/8), unscaled."""
@@ -60,23 +62,23 @@ class VAE(nn.Module):
 class Encoder(nn.Module):
     """video (B, 3, F, H, W) → (B, 32, T, h, w)."""
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig, layers: "Layers"):
         super().__init__()
         first, last, groups = config.channels[0], config.channels[-1], config.norm_groups
-        self.conv_in = CausalConv3d(config.image_channels, first)
+        self.conv_in = layers.conv(config.image_channels, first)
         self.stages = nn.ModuleList()
         channels = first
         for stage, out_channels in enumerate(config.channels):
             blocks = nn.Sequential()
             for _ in range(config.blocks_per_stage):
-                blocks.append(ResidualBlock(channels, out_channels, groups))
+                blocks.append(ResidualBlock(channels, out_channels, groups, layers))
                 channels = out_channels
             if stage < len(config.halves_time):
-                blocks.append(Downsample(channels, halve_time=config.halves_time[stage]))
+                blocks.append(layers.downsample(channels, config.halves_time[stage]))
             self.stages.append(blocks)
-        self.mid = Mid(last, groups)
+        self.mid = Mid(last, groups, layers)
         self.norm_out = GroupNorm(groups, last)
-        self.conv_out = CausalConv3d(last, 2 * config.latent_channels)
+        self.conv_out = layers.conv(last, 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (B, 128, F, H, W)
@@ -89,24 +91,24 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, 16, T, h, w) → video (B, 3, F, H, W)."""
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig, layers: "Layers"):
         super().__init__()
         first, last, groups = config.channels[0], config.channels[-1], config.norm_groups
-        self.conv_in = CausalConv3d(config.latent_channels, last)
-        self.mid = Mid(last, groups)
+        self.conv_in = layers.conv(config.latent_channels, last)
+        self.mid = Mid(last, groups, layers)
         self.stages = nn.ModuleList()
         channels = last
         for stage, out_channels in enumerate(reversed(config.channels)):
             blocks = nn.Sequential()
             for _ in range(config.blocks_per_stage + 1):
-                blocks.append(ResidualBlock(channels, out_channels, groups))
+                blocks.append(ResidualBlock(channels, out_channels, groups, layers))
                 channels = out_channels
             if stage < len(config.halves_time):
                 # The order of the encoder, not its mirror image: space alone comes first here too.
-                blocks.append(Upsample(channels, double_time=config.halves_time[stage]))
+                blocks.append(layers.upsample(channels, config.halves_time[stage]))
             self.stages.append(blocks)
         self.norm_out = GroupNorm(groups, first)
-        self.conv_out = CausalConv3d(first, config.image_channels)
+        self.conv_out = layers.conv(first, config.image_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))  # (B, 512, T, h, w)
@@ -118,11 +120,11 @@ class Decoder(nn.Module):
 class Mid(nn.Module):
     """Residual block, attention, residual block: (B, C, T, H, W) → the same."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int, layers: "Layers"):
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, groups)
-        self.attention = CausalAttention(channels, groups)
-        self.block_2 = ResidualBlock(channels, channels, groups)
+        self.block_1 = ResidualBlock(channels, channels, groups, layers)
+        self.attention = layers.attention(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups, layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attention(self.block_1(x)))
@@ -131,14 +133,14 @@ class Mid(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, twice, plus the input: (B, C, T, H, W) → (B, C', T, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int, layers: "Layers"):
         super().__init__()
         self.norm_1 = GroupNorm(groups, in_channels)
-        self.conv_1 = CausalConv3d(in_channels, out_channels)
+        self.conv_1 = layers.conv(in_channels, out_channels)
         self.norm_2 = GroupNorm(groups, out_channels)
-        self.conv_2 = CausalConv3d(out_channels, out_channels)
+        self.conv_2 = layers.conv(out_channels, out_channels)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.shortcut = nn.Identity() if same else layers.pointwise(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv_1(F.silu(self.norm_1(x)))
@@ -231,3 +233,16 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, groups: int, channels: int):
         super().__init__(groups, channels, eps=1e-6)
+
+
+class Layers(NamedTuple):
+    """The layers in which a VAE of videos and one of images (vae2d.py) differ; all else they share."""
+
+    conv: Callable[[int, int], nn.Module]  # 3 pixels along each axis: channels in, channels out
+    pointwise: Callable[..., nn.Module]  # PyTorch's conv, for single pixels
+    attention: Callable[[int, int], nn.Module]  # channels, groups
+    downsample: Callable[[int, bool], nn.Module]  # channels, whether time is halved
+    upsample: Callable[[int, bool], nn.Module]  # channels, whether time is doubled
+
+
+VIDEO = Layers(CausalConv3d, nn.Conv3d, CausalAttention, Downsample, Upsample)

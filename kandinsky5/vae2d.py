@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5.config import VAEConfig
-from kandinsky5.vae import VAE, GroupNorm, Posterior
+from kandinsky5.vae import VAE, Decoder, Encoder, GroupNorm, Layers, Posterior
 
 
 def build_vae(config: VAEConfig) -> "VAE | VAE2D":
@@ -21,13 +21,13 @@ def build_vae(config: VAEConfig) -> "VAE | VAE2D":
 
 
 class VAE2D(nn.Module):
-    """Encoder and decoder in one piece; see `VAEConfig` for the sizes."""
+    """Encoder and decoder in one piece; see `VAEConfig` for the sizes. Inside, a frame is an image (B, C, H, W)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, IMAGE)
+        self.decoder = Decoder(config, IMAGE)
 
     def encode(self, video: Tensor) -> Posterior:
         """video (B, 3, F, H, W) in [−1, 1] → Posterior of (B, 16, F, H/8, W/8), unscaled."""
@@ -46,94 +46,6 @@ def frame_by_frame(run: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
     """`run`, which maps images (B, C, H, W), on every frame of a video (B, C, F, H, W)."""
     images = run(rearrange(video, "B C F H W -> (B F) C H W"))
     return rearrange(images, "(B F) C H W -> B C F H W", B=len(video))
-
-
-class Encoder(nn.Module):
-    """image (B, 3, H, W) → (B, 32, h, w)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        first, last, groups = config.channels[0], config.channels[-1], config.norm_groups
-        self.conv_in = Conv(config.image_channels, first)
-        self.stages = nn.ModuleList()
-        channels = first
-        for stage, out_channels in enumerate(config.channels):
-            blocks = nn.Sequential()
-            for _ in range(config.blocks_per_stage):
-                blocks.append(ResidualBlock(channels, out_channels, groups))
-                channels = out_channels
-            if stage < len(config.halves_time):
-                blocks.append(Downsample(channels))
-            self.stages.append(blocks)
-        self.mid = Mid(last, groups)
-        self.norm_out = GroupNorm(groups, last)
-        self.conv_out = Conv(last, 2 * config.latent_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # (B, 128, H, W)
-        for stage in self.stages:
-            x = stage(x)  # (B, 128, H/2, W/2), (B, 256, H/4, W/4), (B, 512, h, w), the same
-        x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 32, h, w)
-
-
-class Decoder(nn.Module):
-    """z (B, 16, h, w) → image (B, 3, H, W)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        first, last, groups = config.channels[0], config.channels[-1], config.norm_groups
-        self.conv_in = Conv(config.latent_channels, last)
-        self.mid = Mid(last, groups)
-        self.stages = nn.ModuleList()
-        channels = last
-        for stage, out_channels in enumerate(reversed(config.channels)):
-            blocks = nn.Sequential()
-            for _ in range(config.blocks_per_stage + 1):
-                blocks.append(ResidualBlock(channels, out_channels, groups))
-                channels = out_channels
-            if stage < len(config.halves_time):
-                blocks.append(Upsample(channels))
-            self.stages.append(blocks)
-        self.norm_out = GroupNorm(groups, first)
-        self.conv_out = Conv(first, config.image_channels)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))  # (B, 512, h, w)
-        for stage in self.stages:
-            x = stage(x)  # (B, 512, 2h, 2w), (B, 512, 4h, 4w), (B, 256, H, W), (B, 128, H, W)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
-
-
-class Mid(nn.Module):
-    """Residual block, attention, residual block: (B, C, H, W) → the same."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, groups)
-        self.attention = ImageAttention(channels, groups)
-        self.block_2 = ResidualBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attention(self.block_1(x)))
-
-
-class ResidualBlock(nn.Module):
-    """Norm, SiLU, conv, twice, plus the input: (B, C, H, W) → (B, C', H, W)."""
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__()
-        self.norm_1 = GroupNorm(groups, in_channels)
-        self.conv_1 = Conv(in_channels, out_channels)
-        self.norm_2 = GroupNorm(groups, out_channels)
-        self.conv_2 = Conv(out_channels, out_channels)
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_1(F.silu(self.norm_1(x)))
-        y = self.conv_2(F.silu(self.norm_2(y)))
-        return self.shortcut(x) + y
 
 
 class ImageAttention(nn.Module):
@@ -180,3 +92,8 @@ class Conv(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+IMAGE = Layers(
+    Conv, nn.Conv2d, ImageAttention, lambda channels, _: Downsample(channels), lambda channels, _: Upsample(channels)
+)

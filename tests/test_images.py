@@ -36,7 +36,7 @@ MUTATIONS: list[tuple[str, str, Callable, str, str]] = [  # name, case, function
     ("zeros all around before a strided conv", "vae_encode",
      vae2d.Downsample.forward, "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))"),
     ("attention without its input", "vae_decode", vae2d.ImageAttention.forward, "x + rearrange", "rearrange"),
-    ("norm without SiLU", "vae_decode", vae2d.ResidualBlock.forward, "F.silu(self.norm_2(y))", "self.norm_2(y)"),
+    ("norm without SiLU", "vae_decode", vae.ResidualBlock.forward, "F.silu(self.norm_2(y))", "self.norm_2(y)"),
     ("log-variance before the mean", "vae_encode", vae.Posterior.from_moments, "mean, logvar =", "logvar, mean ="),
     ("shift_factor taken off when encoding", "i2i",
      pipeline.Pipeline.encode_image, "z * self.config.vae.scaling_factor",

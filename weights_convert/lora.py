@@ -37,18 +37,12 @@ THEIR_METADATA = "lora_adapter_metadata"  # diffusers' key in the header
 OURS = {theirs: ours for ours, theirs in tables.DIT.items()}
 FLAT = {theirs.replace(".", "_"): ours for theirs, ours in OURS.items()}
 MOST_MODULES = 2048  # Pro has some 800 Linears
-PLAIN: dict[
-    str, tuple
-] = {  # fields of a LoraConfig that would change what is computed, and values with which they do not
-    "peft_type": ("LORA",),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (False,),
-    "kasa_config": (),
-    "layer_replication": (),
+# Fields of a LoraConfig that would change what is computed, and the values with which they do not.
+PLAIN: dict[str, tuple] = {
+    "peft_type": ("LORA",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
+    "use_bdlora": (False,), "kasa_config": (), "layer_replication": (),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the weights of the model too
-}
+}  # fmt: skip
 LONGEST_TRIGGER = 1000  # characters: a phrase, not a text
 FORMAT = ("format", "sha256", "alpha", THEIR_METADATA)  # of the metadata, what a layout says for itself
 

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from kandinsky5.config import DiTConfig, NablaConfig
 from kandinsky5.dit import DiT, FinalLayer, Float32Linear, TextBlock, VisualBlock, add_gated
 from kandinsky5.runtime import fast_vae
+from kandinsky5.vae2d import VAE2D
 
 WIDENED = 2**20  # weights that a Float32Linear widens at a time on a CPU: they stay in the cache
 
 
 def install(*models: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give the modules of DiTs and VAEs the forms that are faster on this device, in place."""
+    """Give the modules of DiTs and of VAEs of videos the forms that are faster on this device, in place."""
     for model in models:
-        swap(model, ANYWHERE | (ON_CPU if torch.device(device).type == "cpu" else {}))
+        if not isinstance(model, VAE2D):
+            swap(model, ANYWHERE | (ON_CPU if torch.device(device).type == "cpu" else {}))
 
 
 def remove(*models: nn.Module) -> None:
