@@ -129,8 +129,7 @@ def find_ranks(
 ) -> Ranks | None:
     """The ranks of a text such as "auto" or "2x4", for a model of this config; None for one process alone.
 
-    Raises ValueError for a text that does not fit the model, without processes that have been joined, and for ranks of
-    another kind of device.
+    Raises ValueError for ranks that do not fit the model, its device, or the processes that have been joined.
     """
     if isinstance(ranks, Ranks) and ranks.device.type != device.type:
         raise ValueError(f"ranks on {ranks.device}, models on {device}: give Ranks device={device.type!r} too")
