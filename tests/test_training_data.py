@@ -226,6 +226,15 @@ def test_damaged_and_half_written_entries_are_encoded_again(pipe, clips, tmp_pat
         assert content(tmp_path / "a") == before
 
 
+def test_damage_that_encoding_finds_is_said_with_a_remedy(pipe, tmp_path):
+    folder = make_folder(tmp_path / "clips", 1)
+    found = Clips.open(folder, pipe.config, ClipSettings.of(pipe.config))
+    (folder / "0.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="0.mp4 is damaged.*--skip-damaged"):
+        found.encode(pipe.vae, pipe.text_encoder, tmp_path / "cache", "these weights")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_full_disk_is_said(pipe, tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "clips", 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 100})())

@@ -103,7 +103,7 @@ def test_damaged_files_are_skipped_only_on_request(tmp_path):
     (tmp_path / "b.mp4").write_bytes(whole[:-400])
     with pytest.raises(ValueError, match="b.mp4"):
         find_clips(tmp_path, settings(), decode=True)
-    found = find_clips(tmp_path, settings(skip_damaged=True), decode=True)
+    found = find_clips(tmp_path, settings(skip_damaged=True))
     assert [clip.file for clip in found.clips] == ["a.mp4"] and [*found.left_out] == ["b.mp4"]
 
 

@@ -217,6 +217,17 @@ def saved(clips, tmp_path_factory):
     return folder
 
 
+def save_on_a_full_disk(clips, folder):
+    with mock.patch.object(torch, "save", side_effect=RuntimeError("unexpected pos")):
+        with pytest.raises(OSError, match="free some disk space"):
+            train(clips, folder, How(stop_after=1))
+
+
+def test_a_full_disk_leaves_no_half_of_a_state(clips, tmp_path):
+    on_ranks(1, save_on_a_full_disk, clips, tmp_path)
+    assert not list(tmp_path.glob("*state*"))
+
+
 def cut(data):
     return data[:-20]
 

@@ -28,7 +28,7 @@ from kandinsky5.files import check_free_space, locked, make_folder
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.offload import awake, find_place
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
-from kandinsky5.training.folder import Clip, ClipSettings, find_clips
+from kandinsky5.training.folder import REMEDY, Clip, ClipSettings, find_clips
 from kandinsky5.training.loop import generator
 from kandinsky5.vae import VAE, Posterior
 
@@ -178,7 +178,10 @@ class Clips:
 def encode_clip(vae: VAE, clip: Clip, config: PipelineConfig) -> dict[str, Tensor]:
     """Mean and log-variance (16, T, h, w) of a clip, and (16, 1, h, w) of its first frame alone, unscaled."""
     device, dtype = find_place(vae)
-    video = video_io.from_uint8(clip.read()[None]).to(device, dtype)  # (1, 3, F, H, W)
+    try:
+        video = video_io.from_uint8(clip.read()[None]).to(device, dtype)  # (1, 3, F, H, W)
+    except ValueError as error:
+        raise ValueError(f"{error}: {REMEDY}") from error
     whole = vae_tiling.encode(vae, video, config.tiling)
     first = vae_tiling.encode(vae, video[:, :, :1], config.tiling)
     parts = {"mean": whole.mean, "logvar": whole.logvar, "first_mean": first.mean, "first_logvar": first.logvar}

@@ -27,6 +27,7 @@ from kandinsky5.training.footage import IMAGES, VIDEOS, Footage, Unusable, neare
 
 TABLES = ("captions.jsonl", "captions.csv")
 CUTS = ("start", "middle", "random")
+REMEDY = "repair or remove it, or leave such files out with --skip-damaged"
 LONGEST_CAPTION = 100_000  # characters, as of a prompt
 LONGEST_TABLE = 2**28  # bytes of a captions file: a million long captions
 
@@ -99,8 +100,8 @@ class Found:
 def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progress: bool = True) -> Found:
     """All clips in `folder`. decode: read each once, so that damage is found now and not hours later.
 
-    Raises ValueError without a usable clip, for captions that are missing, empty, unreadable or of no file, and for
-    damaged files unless settings.skip_damaged.
+    Where damaged files are to be skipped, each is read anyway. Raises ValueError without a usable clip, for captions
+    that are missing, empty, unreadable or of no file, and for damaged files unless settings.skip_damaged.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name one with clips and their captions")
@@ -108,6 +109,7 @@ def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progr
     names = [name for name in files if Path(name).suffix.lower() in (*IMAGES, *VIDEOS)]
     captions = read_captions(folder, names, files)
     clips, left_out, damaged = [], {}, []
+    decode = decode or settings.skip_damaged
     doing = "reading clips" if decode else "looking through clips"
     with screen.bar(len(names), doing, "file", show=progress) as bar:
         for name in names:
@@ -124,7 +126,7 @@ def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progr
             bar.update()
     if damaged and not settings.skip_damaged:
         more = f" (and {len(damaged) - 1:,} more)" if len(damaged) > 1 else ""
-        raise ValueError(f"{damaged[0]}{more}: repair or remove it, or leave such files out with --skip-damaged")
+        raise ValueError(f"{damaged[0]}{more}: {REMEDY}")
     if not clips:
         reasons = f": {listed([f'{name} {why}' for name, why in left_out.items()], 3)}" if left_out else ""
         raise ValueError(f"{folder} has no usable clip{reasons}. It takes {', '.join((*VIDEOS, *IMAGES))}")

@@ -237,7 +237,7 @@ def _add_data(group) -> None:
     add("--fps", type=cli.frame_rate, metavar="N", help="at which clips are read (default: the checkpoint's)")
     add("--cut", choices=CUTS, default="start", help="where clips of longer videos come from (default: start)")
     add("--per-file", type=cli.positive, default=1, metavar="N", help="clips of a long video, at most (default: 1)")
-    add("--skip-damaged", action="store_true", help="leave damaged files out instead of stopping")
+    add("--skip-damaged", action="store_true", help="read all first, and leave damaged files out")
     add("--hold-out", type=parse_share, default=0.1, metavar="SHARE", help="of files not trained on (default: 10%%)")
     add("--cache", type=Path, metavar="DIR", help="of encoded clips; runs can share it (default: cache in --to)")
     add("--latents", choices=("sample", "mean"), default="sample",

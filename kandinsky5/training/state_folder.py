@@ -80,6 +80,9 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
             raise
         reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
         raise OSError(f"cannot write {place} ({reason}): free some disk space") from error
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # is there no more if all went well
 
 
 def digest(path: Path) -> str:
