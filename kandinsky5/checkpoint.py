@@ -88,13 +88,9 @@ class _NoFill(TorchFunctionMode):
 
 
 def load_weights(
-    model: nn.Module,
-    folder: Path,
-    name: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    model: nn.Module, folder: Path, name: str, device: torch.device | str, dtype: torch.dtype,
     weights: Weights | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast

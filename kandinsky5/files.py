@@ -194,9 +194,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Raise OSError if the disk of `folder` has no room for `needed` bytes and a little more."""
     free = shutil.disk_usage(folder).free
     if free < needed + 2**20:
-        raise OSError(
-            f"{folder} has {free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed: free some disk space"
-        )
+        raise OSError(f"{folder} has {free / 1e9:.3g} GB free and needs {needed / 1e9:.3g} GB: free some disk space")
 
 
 def check_replaceable(path: str | Path) -> None:

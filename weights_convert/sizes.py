@@ -93,11 +93,8 @@ CONFIGS = {
     "qwen_vision": QwenVisionConfig,
     "clip": CLIPConfig,
 }
-# What names the class to build.
+# What names the class to build, where that is no key of FIXED.
 CLASS_KEYS: dict[str, dict[str, str | list[str]]] = {
-    "dit": {"_class_name": "Kandinsky5Transformer3DModel"},
-    "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
-    "vae2d": {"_class_name": "AutoencoderKL"},
     "qwen": {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
     "clip": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
 }
@@ -253,9 +250,9 @@ def read_value(kind, value, key: str, where: str):
 
 def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -> dict:
     """The config.json that diffusers or transformers builds a model of these sizes from; vision: of a whole Qwen."""
-    config = {key: getattr(sizes, field) for field, key in KEYS[model].items()}
-    given = ("act_fn", "mid_block_add_attention", "hidden_act", "use_sliding_window")
-    config |= {key: FIXED[model][key][0] for key in given if key in FIXED[model]}
+    given = ("_class_name", "act_fn", "mid_block_add_attention", "hidden_act", "use_sliding_window")
+    config = {key: FIXED[model][key][0] for key in given if key in FIXED[model]}
+    config |= {key: getattr(sizes, field) for field, key in KEYS[model].items()}
     if model == "dit" and sizes.nabla:
         wT, wH, wW = sizes.nabla.window
         window = {"attention_wT": wT, "attention_wH": wH, "attention_wW": wW}
@@ -286,7 +283,7 @@ def to_their_config(model: str, sizes, vision: QwenVisionConfig | None = None) -
             "image_token_id": sizes.image_token,
             "tie_word_embeddings": vision is None,
         }
-    return {**CLASS_KEYS[model], **config}
+    return CLASS_KEYS.get(model, {}) | config
 
 
 def read_nabla(given: dict[str, Any], where: str) -> NablaConfig | None:

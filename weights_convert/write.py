@@ -50,12 +50,9 @@ class Part:
 
 
 def write_folder(
-    destination: Path,
-    parts: list[Part],
-    write_small_files: Callable[[Path], None],
-    linked: Mapping[str, Path],
+    destination: Path, parts: list[Part], write_small_files: Callable[[Path], None], linked: Mapping[str, Path],
     options: Options,
-) -> None:
+) -> None:  # fmt: skip
     """Write `parts` and what `write_small_files` adds; `linked` files, by their place, are shared and not copied.
 
     With options.resume, a complete `destination` is compared with what would be written, and stays. ValueError if it

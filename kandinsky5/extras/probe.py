@@ -43,12 +43,9 @@ MOST = 2**28  # elements that `weights` may return for one call: 1 GB
 
 @contextlib.contextmanager
 def record(
-    model: nn.Module,
-    *names: str,
-    keep: Callable[[Tensor], Tensor] = lambda output: output,
-    calls: Container[int] | None = None,
-    max_bytes: float = 2e9,
-) -> Iterator[Recording]:
+    model: nn.Module, *names: str, keep: Callable[[Tensor], Tensor] = lambda output: output,
+    calls: Container[int] | None = None, max_bytes: float = 2e9,
+) -> Iterator[Recording]:  # fmt: skip
     """Inside, what the modules `names` return is stored: {name: [of call 0, of call 1, …]}, copies on the CPU.
 
     keep: output → what to keep of it, such as a norm or some of the tokens. A module that returns several tensors
@@ -76,12 +73,9 @@ def record(
 
 @contextlib.contextmanager
 def record_attention(
-    model: nn.Module,
-    *names: str,
-    keep: Callable[..., Tensor | tuple[Tensor, ...]],
-    calls: Container[int] | None = None,
-    max_bytes: float = 2e9,
-) -> Iterator[Recording]:
+    model: nn.Module, *names: str, keep: Callable[..., Tensor | tuple[Tensor, ...]],
+    calls: Container[int] | None = None, max_bytes: float = 2e9,
+) -> Iterator[Recording]:  # fmt: skip
     """Inside, something is stored of every attention that the modules `names` compute: {name: [of call 0, …]}.
 
     names: of `dit.Attention` modules, such as "visual_blocks.*.self_attention".

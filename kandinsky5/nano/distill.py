@@ -30,13 +30,12 @@ from kandinsky5.training.flow import FlowBatch, drop_condition, flow_loss, predi
 from kandinsky5.training.modes import replaced, training_precision
 from kandinsky5.training.recipe import Recipe
 
+DISTILLATION = Recipe(steps=1000, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON)
 RECIPES = {
-    "nocfg": Recipe(steps=1000, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
-    "distilled": Recipe(steps=1000, learning_rate=3e-4, warmup=100, ema=0.995, weight_decay=0.0, muon=presets.MUON),
+    "nocfg": DISTILLATION,
+    "distilled": DISTILLATION,
     "long": Recipe(steps=3600, learning_rate=1e-3, warmup=100, constant=0.5, ema=0.998, muon=presets.MUON),
-    "sparse": Recipe(
-        steps=1800, learning_rate=3e-4, warmup=50, constant=0.3, ema=0.995, weight_decay=0.0, muon=presets.MUON
-    ),
+    "sparse": replace(DISTILLATION, steps=1800, warmup=50, constant=0.3),
 }
 CONFIGS = {"nocfg": presets.NOCFG, "distilled": presets.DISTILLED, "long": presets.LONG, "sparse": presets.LONG}
 TEACHER_STEPS = 3  # of the teacher, for one of the sixteen

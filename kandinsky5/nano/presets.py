@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from kandinsky5 import config
-from kandinsky5.config import PipelineConfig, SamplingConfig, Tiling
+from kandinsky5.config import PipelineConfig, QwenConfig, SamplingConfig, Tiling
 
 TEMPLATE = """\
 <|im_start|>system
@@ -13,9 +13,7 @@ Describe the video.<|im_end|>
 
 # The VAE's latents have mean 0 and standard deviation 1 channel by channel: train_vae.standardise.
 VAE = config.VAEConfig(channels=(16, 32, 48, 48), blocks_per_stage=1, norm_groups=8, scaling_factor=1.0)
-QWEN = config.QwenConfig(
-    vocab_size=1280, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ff_dim=256, rope_theta=1e4
-)
+QWEN = QwenConfig(vocab_size=1280, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ff_dim=256, rope_theta=1e4)
 CLIP = config.CLIPConfig(vocab_size=1280, dim=128, num_layers=2, num_heads=4, ff_dim=256, start_token=0, end_token=1)
 TEXT = config.TextConfig(template=TEMPLATE, dropped_tokens=12)
 # Four models of this size, one VAE and the text encoders fill the 30 MB that the bundled weights may take.

@@ -183,14 +183,6 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, pixel
     return np.clip(0.5 - DISTANCE[shape](x, y, radius) * pixels, 0, 1)
 
 
-def _circle(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    return np.sqrt(x * x + y * y) - radius
-
-
-def _square(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius
-
-
 def _triangle(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Equilateral, one corner up: its three sides are half the circumscribed radius from the centre."""
     return np.maximum(y, SIN_60 * np.abs(x) - 0.5 * y) - 0.5 * TRIANGLE_TIP * radius
@@ -219,8 +211,8 @@ DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT = 0.95, 1.35
 STAR_TIP, STAR_INNER = 1.5, 0.68  # from the centre to its five points, and to the five corners between them
 
 DISTANCE: dict[str, Callable] = {
-    "circle": _circle,
-    "square": _square,
+    "circle": lambda x, y, radius: np.sqrt(x * x + y * y) - radius,
+    "square": lambda x, y, radius: np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius,
     "triangle": _triangle,
     "diamond": _diamond,
     NEW_SHAPE: _star,

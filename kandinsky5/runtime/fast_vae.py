@@ -179,12 +179,9 @@ def _merge(weight: Tensor, dim: int, odd: bool) -> Tensor:
 
 
 def conv_normalised(
-    x: Tensor,
-    norm: nn.Module,
-    conv: nn.Module,
-    into: Tensor | None = None,
+    x: Tensor, norm: nn.Module, conv: nn.Module, into: Tensor | None = None,
     plus: Callable[[slice, slice], Tensor | None] = lambda some, frames: None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`conv(silu(norm(x)))`, a few frames at a time: (B, C, T, H, W) → (B, C', T, H, W).
 
     Normalised, padded and in the kernel's own layout, copies of a whole clip would be most of the memory that

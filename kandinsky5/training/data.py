@@ -57,13 +57,9 @@ class Clips:
 
     @classmethod
     def open(
-        cls,
-        folder: str | Path,
-        config: PipelineConfig,
-        settings: ClipSettings,
-        decode: bool = False,
+        cls, folder: str | Path, config: PipelineConfig, settings: ClipSettings, decode: bool = False,
         progress: bool = True,
-    ) -> "Clips":
+    ) -> "Clips":  # fmt: skip
         """The clips of `folder`; nothing is encoded yet. decode: read each once, to find damaged ones now.
 
         Raises ValueError as `find_clips`.

@@ -47,13 +47,9 @@ class ClipSettings:
 
     @classmethod
     def of(
-        cls,
-        config: PipelineConfig,
-        sizes: list[tuple[int, int]] | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        **options: Any,
-    ) -> "ClipSettings":
+        cls, config: PipelineConfig, sizes: list[tuple[int, int]] | None = None, num_frames: int | None = None,
+        fps: float | None = None, **options: Any,
+    ) -> "ClipSettings":  # fmt: skip
         """Those of a model, where None means its own: size and its transpose, number of frames, rate.
 
         Raises ValueError for an invalid size, length or cut.

@@ -88,9 +88,8 @@ def prepare(options: argparse.Namespace) -> Job:
     options.shift = config.sampling.shift if options.shift is None else options.shift
     recipe = build_recipe(options)
     share = 0.25 if len(config.tasks) > 1 else float("i2v" in config.tasks)
-    conditioning = Conditioning(
-        options.caption_dropout, share if options.first_frames is None else options.first_frames
-    )
+    share = share if options.first_frames is None else options.first_frames
+    conditioning = Conditioning(options.caption_dropout, share)
     streamed = options.offload == "blocks"
     if options.checkpointing is None:
         options.checkpointing = config.dit.dim >= LARGE or streamed
