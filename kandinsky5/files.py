@@ -1,6 +1,7 @@
 """Files: what others wrote is read within limits, and what we write is never half there."""
 
 import contextlib
+import hashlib
 import json
 import numbers
 import os
@@ -54,6 +55,12 @@ def read_bytes(path: str | Path, most: int = LARGEST) -> bytes:
     if size > most:
         raise ValueError(f"{path} has {size:,} bytes, and should have at most {most:,}")
     return Path(path).read_bytes()
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a regular file, in hex. Raises ValueError for another kind of file."""
+    with open(check_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str | Path, most: int = LARGEST) -> str:

@@ -3,6 +3,7 @@
 A terminal may be closed, full, or gone (`| head`), a service has none, and some code pages lack letters.
 """
 
+import contextlib
 import itertools
 import reprlib
 import sys
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+UNWRITABLE = (OSError, ValueError, AttributeError)  # what a stream raises that is full or gone, closed, or None
+
+
 class Forgiving:
     """A text stream that drops what it cannot write, and replaces letters that its encoding lacks; `None` drops all."""
 
@@ -22,26 +26,21 @@ class Forgiving:
 
     def write(self, text: str) -> int:
         """Write `text` if possible; returns its length."""
-        try:
+        with contextlib.suppress(*UNWRITABLE):
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError, AttributeError):  # full or gone; closed; None
-            pass
         return len(text)
 
     def flush(self) -> None:
         """Flush if possible."""
-        try:
+        with contextlib.suppress(*UNWRITABLE):
             self.stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
 
     def isatty(self) -> bool:
         """Whether this is a terminal."""
-        try:
+        with contextlib.suppress(*UNWRITABLE):
             return self.stream.isatty()
-        except (OSError, ValueError, AttributeError):
-            return False
+        return False
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -36,9 +36,9 @@ def main(fault: str, arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return digest(path)
 
-    digest = state_folder.digest
+    digest = state_folder.sha256
     if fault == "killed saving":
-        state_folder.digest = killed_saving
+        state_folder.sha256 = killed_saving
     loop._take_step, finetune.train = faulty, save_each_step
     return finetune.main(arguments)
 

@@ -243,7 +243,7 @@ def read_ranks(path: Path) -> None:
     for name, data in (state_of_ranks() | {path.name: path.read_bytes()}).items():
         (place / name).write_bytes(data)
     (place / "values.pt").unlink(missing_ok=True)
-    digests = {file.name: state_folder.digest(file) for file in place.iterdir()}
+    digests = {file.name: state_folder.sha256(file) for file in place.iterdir()}
     torch.save({"step": 1, "seconds": 0, "groups": [], "digests": digests}, place / "values.pt")
     state.load_average(nn.ParameterDict({"weight": torch.zeros(2, 3)}), path.parent)
 

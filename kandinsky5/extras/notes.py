@@ -3,7 +3,7 @@
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ import torch
 
 from kandinsky5.checkpoint import SHIPPED
 from kandinsky5.config import PipelineConfig
-from kandinsky5.extras.lora import LoRA
 from kandinsky5.nano.captions import split_words, vocabulary
 from kandinsky5.request import Request
 from kandinsky5.runtime.compile import is_compiled
@@ -48,7 +47,9 @@ def show(request: Request, pipe: "Pipeline", folder: Path) -> None:
     native, missing = is_native(torch.bfloat16, device), compiler_missing(device.type)
     for line in advise(device.type, native, pipe.dtype, is_compiled(pipe.dit), nabla, missing):
         say(f"note: {line}")
-    note_triggers(pipe.loras)
+    for one in pipe.loras:
+        if one.before_prompt:
+            say(printable(f"note: the LoRA {one.name} puts {one.trigger!r} before the prompt; --no-trigger does not"))
 
 
 def advise(
@@ -67,13 +68,6 @@ def advise(
         yield "the first step compiles the DiT's blocks, which takes a minute or more (--no-compile does without)"
     if device not in ("cpu", "cuda", "meta"):
         yield f"this code was never run on {device}: compare a video with one of --device cpu"
-
-
-def note_triggers(loras: Iterable[LoRA]) -> None:
-    """What LoRAs put before the prompt."""
-    for one in loras:
-        if one.before_prompt:
-            say(printable(f"note: the LoRA {one.name} puts {one.trigger!r} before the prompt; --no-trigger does not"))
 
 
 def note_other_size(request: Request, folder: Path, config: PipelineConfig) -> None:

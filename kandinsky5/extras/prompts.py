@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kandinsky5.files import make_folder, parse_json, read_utf8, replacing
+from kandinsky5.files import make_folder, parse_json, read_utf8, replacing, sha256
 from kandinsky5.request import MOST_VIDEOS
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.parallel import Ranks
@@ -86,7 +86,7 @@ def name_video(settings: dict[str, Any], origin: str, one_frame: bool) -> str:
     words = re.sub(r"\W+", "-", words).strip("-")[:40].strip("-") or "video"
     known = {name: value for name, value in settings.items() if name not in HOW_ONLY}
     if known.get("image"):
-        known["image"] = hashlib.sha256(Path(known["image"]).read_bytes()).hexdigest()  # wherever it lies
+        known["image"] = sha256(known["image"])  # wherever it lies
     digest = hashlib.sha256(json.dumps([known, origin], sort_keys=True, default=str).encode()).hexdigest()
     return f"{words}-{digest[:10]}.{'png' if one_frame else 'mp4'}"
 

@@ -11,7 +11,6 @@ line, `recorded` what the file says.
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.config import NANO_NAMES
 from kandinsky5.config_file import from_json, load_config
 from kandinsky5.extras import lora
-from kandinsky5.files import read_bytes
+from kandinsky5.files import sha256
 from kandinsky5.request import Request
 from kandinsky5.runtime.compile import is_compiled
 from kandinsky5.runtime.device import choose_device, is_native
@@ -113,7 +112,7 @@ def describe(
         seed=request.seeds[0],
         **{name: getattr(request, name) for name in OF_REQUEST},
         image=shown["image"] and _portable(shown["image"]),
-        image_sha256=image and _sha256(image),
+        image_sha256=image and sha256(image),
         checkpoint=_portable(shown["checkpoint"]),
         fingerprint=fingerprint(find_checkpoint(checkpoint)),
         model=pipe.config.name,
@@ -141,7 +140,7 @@ def read_settings(path: str, given: dict) -> dict:
     paths = {name: recorded[name] for name in ("image", "checkpoint") if name not in given}
     for name in ("image", "checkpoint"):
         recorded[name] = given[name] if name in given else _find(path, name, recorded)
-    if "image" not in given and recorded["image"] and _sha256(recorded["image"]) != recorded["image_sha256"]:
+    if "image" not in given and recorded["image"] and sha256(recorded["image"]) != recorded["image_sha256"]:
         raise ValueError(
             f"{recorded['image']} is not the image that {path} was made from: bring that back, or take this one with "
             "--image"
@@ -157,7 +156,9 @@ def read_settings(path: str, given: dict) -> dict:
             f"these for another video with --checkpoint {recorded['checkpoint']}"
         )
     if this != made_by:
-        _note_other_weights(path, made_by, this)
+        then, now = (f"{name} ({digest[:8]})" for name, digest in (made_by, this))
+        own = "; its own steps, guidance, shift and size hold" * (made_by[0] != this[0])
+        say(printable(f"note: {path} was made by {then}, this is {now}{own}"))
     if this[0] != made_by[0]:
         recorded = {name: value for name, value in recorded.items() if name not in FROM_CHECKPOINT}
     if given.keys() & {"height", "width"}:
@@ -203,7 +204,7 @@ def _places(path: str, recorded: str) -> list[Path]:
 def _is_recorded(found: Path, name: str, recorded: dict) -> bool:
     with contextlib.suppress(ValueError, OSError):  # damaged, or of another kind
         if name == "image":
-            return _sha256(found) == recorded["image_sha256"]
+            return sha256(found) == recorded["image_sha256"]
         return fingerprint(found) == recorded["fingerprint"]
     return False
 
@@ -219,13 +220,6 @@ def _read(path: str) -> dict:
         return dataclasses.asdict(from_json(Settings, known))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds damaged settings ({error}): give a file that sample.py wrote") from error
-
-
-def _note_other_weights(path: str, made_by: tuple[str, str], this: tuple[str, str]) -> None:
-    """made_by, this: name and fingerprint of a checkpoint."""
-    then, now = (f"{name} ({digest[:8]})" for name, digest in (made_by, this))
-    own = "; its own steps, guidance, shift and size hold" * (made_by[0] != this[0])
-    say(printable(f"note: {path} was made by {then}, this is {now}{own}"))
 
 
 def _show(path: str, recorded: dict, given: dict) -> None:
@@ -257,7 +251,3 @@ def _portable(path: str) -> str:
     if os.path.isabs(path) and os.path.commonpath([whole, here]) == os.sep:
         return os.path.basename(whole)
     return os.path.relpath(whole, here)
-
-
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(read_bytes(path, video_io.LARGEST_IMAGE)).hexdigest()

@@ -8,7 +8,6 @@ without a usable clip is left out, with a line that names it; damaged files stop
 """
 
 import csv
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from kandinsky5 import screen
 from kandinsky5.config import PipelineConfig
-from kandinsky5.files import parse_json, read_utf8
+from kandinsky5.files import parse_json, read_utf8, sha256
 from kandinsky5.request import check_size
 from kandinsky5.screen import listed, printable
 from kandinsky5.training.footage import IMAGES, VIDEOS, Footage, Unusable, nearest_size, probe, read_frames
@@ -131,9 +130,7 @@ def find_clips(folder: Path, settings: ClipSettings, decode: bool = False, progr
 
 def cut(path: Path, name: str, caption: str, settings: ClipSettings) -> Iterator[Clip]:
     """The clips of one file. Raises Unusable for one that has none, ValueError for a damaged one."""
-    footage = probe(path)
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    footage, content = probe(path), sha256(path)
     size = nearest_size(footage, settings.sizes)
     text = f"{settings.trigger} {caption}".strip()
     if not footage.times:

@@ -153,7 +153,7 @@ def memory(config: DiTConfig, tokens: float, recipe: Recipe, options: Namespace,
 def write_results(job: Job, model: nn.Module) -> None:
     """The LoRA or checkpoint, its card, and on the screen the command that samples with it."""
     options = job.options
-    said = {
+    facts = {
         "base": job.config.name,
         "base_fingerprint": checkpoint.fingerprint(job.folder),
         "steps": str(options.steps),
@@ -164,7 +164,7 @@ def write_results(job: Job, model: nn.Module) -> None:
     command = ["python", "sample.py", job.clips.clips[0].caption.removeprefix(options.trigger).strip()]
     if isinstance(model, lora.LoRA):
         out = options.to / "lora.safetensors"
-        lora.save(model, out, {**said, "rank": str(options.rank)})
+        lora.save(model, out, {**facts, "rank": str(options.rank)})
         if options.export:
             lora.export(out, options.to)
         command += ["--checkpoint", str(options.checkpoint), "--lora", str(out)]
@@ -176,7 +176,7 @@ def write_results(job: Job, model: nn.Module) -> None:
         command[2] = f"{options.trigger} {command[2]}".strip()
         command += ["--checkpoint", str(out)]
     command += size_options(job)
-    write_card(job, said, shlex.join(command))
+    write_card(job, facts, shlex.join(command))
     print(printable(f"{out}: {options.steps:,} steps on {len(job.clips.clips):,} clips. Sample with it:"))
     print(f"    {printable(shlex.join(command))}")
 
@@ -230,7 +230,7 @@ CARD = """\
 """
 
 
-def write_card(job: Job, said: dict[str, str], command: str) -> None:
+def write_card(job: Job, facts: dict[str, str], command: str) -> None:
     """The model card of a run, README.md in its folder."""
     clips, options = job.clips, job.options
     rows, samples = read_rows(options.to / "loss.csv"), read_rows(options.to / "samples.csv")
@@ -246,6 +246,6 @@ def write_card(job: Job, said: dict[str, str], command: str) -> None:
         held_out=f", held-out {held_out[-1]}" if held_out else "",
         trigger=printable(options.trigger, 200) or "none",
         command=command,
-        **{**said, "steps": f"{int(said['steps']):,}"},
+        **{**facts, "steps": f"{int(facts['steps']):,}"},
     )
     write_text(options.to / "README.md", text)

@@ -7,7 +7,6 @@
 It is written under another name and renamed when it is whole; then what came before is removed.
 """
 
-import hashlib
 import os
 import pickle
 import re
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kandinsky5.files import sha256
 from kandinsky5.runtime import launch
 
 NAME = "state-{:06d}"
@@ -66,7 +66,7 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
         digests: list[dict[str, str]] = [{}] * dist.get_world_size()
         own = [*partial.glob(f"__{rank}_*"), *([partial / ".metadata"] if rank == 0 else [])]
-        dist.all_gather_object(digests, {path.name: digest(path) for path in own})
+        dist.all_gather_object(digests, {path.name: sha256(path) for path in own})
         if rank == 0:
             torch.save(values | {"digests": dict(ChainMap(*digests))}, partial / "values.pt")
             for path in (partial / "values.pt", partial):
@@ -85,12 +85,6 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
             shutil.rmtree(partial, ignore_errors=True)  # is there no more if all went well
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device: torch.device | str) -> dict[str, Any]:
     """The values of a state, and the tensors whose names begin with one of `parts`, by name.
 
@@ -107,7 +101,7 @@ def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device
                 raise ValueError(damaged)
         values = torch.load(place / "values.pt", weights_only=True)
         digests: dict[str, str] = values.pop("digests")
-        if digest(place / ".metadata") != digests.pop(".metadata"):
+        if sha256(place / ".metadata") != digests.pop(".metadata"):
             raise ValueError(damaged)
         with open(place / ".metadata", "rb") as file:
             metadata = Unpickler(file).load()
@@ -121,7 +115,7 @@ def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device
                 tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
         if tensors:
             own = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
-            if any(digest(place / name) != digests[name] for name in sorted(digests)[own]):
+            if any(sha256(place / name) != digests[name] for name in sorted(digests)[own]):
                 raise ValueError(damaged)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
