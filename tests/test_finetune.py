@@ -26,6 +26,7 @@ from kandinsky5.training.finetune import finetune, main
 from kandinsky5.training.flow import FlowTimes
 from kandinsky5.training.folder import ClipSettings
 from kandinsky5.training.loop import generator, train
+from kandinsky5.training.modes import training_precision
 from kandinsky5.training.previews import Previews
 from kandinsky5.training.recipe import Recipe
 
@@ -264,12 +265,12 @@ def test_samples_next_to_each_other_have_one_shape(encoded, clips, tmp_path):
 
 
 def test_a_run_resumes_with_its_own_settings_only(run):
-    run("--stop-after", "1")
-    with pytest.raises(ValueError, match="began with --rank 4, not 5.*another --to"):
+    run("--stop-after", "1", "--first-frames", "0.5")
+    with pytest.raises(ValueError, match="began with --rank 4, not 5, .*--first-frames 0.5: .*another --to"):
         run("--rank", "5")
     with pytest.raises(ValueError, match="began with no --trigger, other clips or captions: "):
-        run("--trigger", "Foxy")
-    run("--export")
+        run("--trigger", "Foxy", "--first-frames", "0.5")
+    run("--export", "--first-frames", "0.5")
 
 
 def test_renamed_clips_would_come_in_another_order(run, clips, tmp_path):
@@ -409,25 +410,27 @@ def test_held_out_loss_is_the_same_every_time(encoded):
 # --- the step
 
 
-def test_a_step_of_a_lora_is_adamw_by_hand(encoded, tmp_path):
+@pytest.mark.parametrize("full", [False, True])
+def test_a_step_is_adamw_by_hand(encoded, tmp_path, full):
     pipe, clips = encoded
-    dit = pipe.dit.requires_grad_(False)
-    adapter = lora.add(dit, lora.create(dit, 2, 4.0, "to_q"), dtype=torch.float32)
-    for parameter in adapter.parameters():
-        torch.nn.init.normal_(parameter, generator=generator([1]))
-    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    model = dit = pipe.dit.requires_grad_(full)
+    if not full:
+        model = lora.add(dit, lora.create(dit, 2, 4.0, "to_q"), dtype=torch.float32)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, generator=generator([1]))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss = clip_loss(dit, clips, 2, FlowTimes(), Conditioning())
-    loss([5, 0, 0])[0].backward()
-    gradients = {name: p.grad.clone() for name, p in adapter.named_parameters()}
-    adapter.zero_grad()
+    with training_precision(dit):
+        loss([5, 0, 0])[0].backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
     recipe = Recipe(
         1, 1e-2, warmup=0, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1e-2, seed=5, dtype="float32", ema=0
     )
-    trained = train(adapter, loss, recipe, tmp_path, progress=False)
-    assert trained is adapter
+    assert train(model, loss, recipe, tmp_path, progress=False) is model
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    for name, parameter in adapter.named_parameters():
+    for name, parameter in model.named_parameters():
         gradient = gradients[name] * min(1, 1e-2 / (float(norm) + 1e-6))
-        moved = before[name] * (1 - 1e-2 * 0.1)
+        moved = before[name] * (1 - 1e-2 * 0.1 * (parameter.ndim > 1))  # vectors do not decay
         moved -= 1e-2 * gradient / (gradient.abs() + 1e-8)  # both averages, corrected, are those of one gradient
         torch.testing.assert_close(parameter.detach(), moved, rtol=1e-4, atol=1e-6)

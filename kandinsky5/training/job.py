@@ -193,7 +193,9 @@ def begin(job: Job) -> None:
 
 def _changed(name: str, before: Any, now: Any) -> str:
     option = f"--{name.replace('_', '-')}"
-    return f"no {option}" if before in (None, "") else f"{option} {printable(before, 40)}, not {printable(now, 40)}"
+    if before in (None, ""):
+        return f"no {option}"
+    return f"{option} {printable(before, 40)}" + ("" if now in (None, "") else f", not {printable(now, 40)}")
 
 
 def _as_json(value: Any) -> Any:
