@@ -92,6 +92,8 @@ TASKS = ({"t2v"}, {"i2v"}, {"t2v", "i2v"}, {"t2i"}, {"i2i"})  # what one checkpo
 MOST = 2**24  # of a whole number; products of a few of them are still sizes that PyTorch can say
 LONGEST = 10_000  # characters of a text, and eight values in a list: thirty times the released template
 
+OVERLAP = "tiles leave no gap, and each place lies in at most eight"
+
 # What else a configuration must be: the fields, whether they may be so, and the rule in words. Whole models are built
 # from these values before their tensors are looked at, so the limits are a few times what any released model has.
 RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
@@ -137,8 +139,8 @@ RULES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("sampling.width", lambda n: n <= 2**14, "at most 16,384 pixels (the encoder's limit)"),
     ("sampling.num_inference_steps", lambda n: n <= 10_000, "at most 10,000 steps"),
     ("sampling.fps", lambda n: n <= 1000, "at most 1,000 frames per second"),
-    ("tiling.frames tiling.frame_stride", lambda n, stride: stride <= n, "windows leave no gap"),
-    ("tiling.pixels tiling.pixel_stride", lambda n, stride: stride <= n, "tiles leave no gap"),
+    ("tiling.frames tiling.frame_stride", lambda n, stride: stride <= n <= 8 * stride, OVERLAP),
+    ("tiling.pixels tiling.pixel_stride", lambda n, stride: stride <= n <= 8 * stride, OVERLAP),
     (
         "vae.halves_time tiling.time tiling.frames tiling.frame_stride",
         lambda halves, time, *n: not time or not any(k % 2 ** sum(halves) for k in n),

@@ -48,7 +48,7 @@ LOAD = ("device", "dtype", "attention", "offload", "compile", "tile_space", "qua
 
 def main(arguments: list[str] | None = None) -> int:
     """What sample.py does, with replays, previews and the rarer options. Raises ValueError or OSError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun
         from kandinsky5.runtime import launch
 
         return launch.together(lambda: sample(arguments), cli.explain)
@@ -148,7 +148,7 @@ def load_pipeline(
     from kandinsky5 import Pipeline
 
     how, requested = {name: settings[name] for name in LOAD}, settings["ranks"]
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         if requested or settings["shard"]:
             raise ValueError("--ranks and --shard are for several processes: start them with torchrun, or leave it out")
         return Pipeline.load(folder, **how)
@@ -225,6 +225,8 @@ def check_places(
         raise ValueError('no prompt: give one, python sample.py "a red fox runs through snow", or --replay FILE')
     named = given.pop("output", None)
     output = Path(named) if named else None
+    if empty := [name for name, file in (("--replay", replayed), ("--prompts", listed)) if file == ""]:
+        raise ValueError(f"{empty[0]}: give the name of a file")
     if listed and (given.get("prompt") is not None or replayed):
         raise ValueError("--prompts takes the place of a prompt and of --replay: give one of them")
     if listed and (output is None or output.is_file() or output.suffix.lower() in (".mp4", ".png")):

@@ -54,6 +54,8 @@ def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
 
 def limit_decoding(stream: av.VideoStream) -> None:
     """Make damage an error instead of a grey patch. ValueError for frames of more than LARGEST_DECODED pixels."""
+    if not stream.codec_context:
+        raise ValueError("its codec is not known here")
     if stream.width * stream.height > LARGEST_DECODED:
         most = LARGEST_DECODED / 1e6
         raise ValueError(f"its frames have {stream.width}x{stream.height} pixels, and may have {most:.0f} million")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 from kandinsky5 import cli
 from kandinsky5.runtime import memory
 from kandinsky5.screen import Forgiving, bar, printable, say
-from kandinsky5.training import job
+from kandinsky5.training import finetune, job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,6 +98,16 @@ def test_signals_while_pytorch_is_imported_cost_one_line(tmp_path, command, numb
     arguments = [sys.executable, "-m", *command.split(), *(["a fox"] if command.endswith("sample") else [])]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted: nothing was written\n")
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "", "2.0"])
+def test_a_number_of_processes_that_is_none_costs_one_line(monkeypatch, capsys, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    tuning = lambda: finetune.main(["nano", "--clips", "x", "--to", "y"])  # noqa: E731
+    for main in (tuning, lambda: cli.run(lambda: sample.main(["a"]))):
+        assert main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "WORLD_SIZE" in line
 
 
 def test_no_other_program_gets_our_handlers():

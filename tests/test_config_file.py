@@ -40,6 +40,8 @@ def test_config_round_trip(config, tmp_path):
         ("tasks", ["t2v"] * 10**5, "tasks"),
         ("vae", {"dimensions": 2, "halves_time": [False]}, "vae.dimensions 2"),
         ("base", "x" * 10**5, "base"),
+        ("tiling.pixel_stride", 8, "tiling.pixel_stride 8"),  # a thousand tiles of each place
+        ("tiling.frames", 4000, "tiling.frames 4000"),
     ],
 )
 def test_values_that_no_model_has_are_refused(field, value, words, tmp_path):

@@ -167,6 +167,18 @@ def test_weights_side_by_side_are_cut_out_again():
     assert all(views[name].equal(x) and views[name].dtype == x.dtype for name, x in tensors.items())
 
 
+def test_a_model_sleeps_when_the_last_that_wants_it_leaves(saved):
+    """As threads do that decode at once."""
+    pipe = Pipeline.load(saved, "cpu", torch.float32, offload="model")
+    one, two = offload.awake(pipe.vae), offload.awake(pipe.vae, pipe.dit)
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert not next(pipe.vae.parameters()).is_meta and not next(pipe.dit.parameters()).is_meta
+    two.__exit__(None, None, None)
+    assert next(pipe.vae.parameters()).is_meta and next(pipe.dit.parameters()).is_meta
+
+
 def test_after_an_error_all_rest_and_work_again(saved):
     pipe = Pipeline.load(saved, dtype=torch.float32, offload="blocks")
     hook = pipe.dit.visual_blocks[0].register_forward_hook(lambda *_: 1 / 0)

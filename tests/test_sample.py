@@ -437,6 +437,11 @@ def test_a_list_needs_a_folder_and_nothing_else(refused, wrong):
     refused(["--prompts", "two.txt", "--checkpoint", "small", *wrong], "--prompts")
 
 
+@pytest.mark.parametrize("option", ["--replay", "--prompts"])
+def test_a_file_has_a_name(refused, option):
+    refused([option, "", "-o", "x"], option)
+
+
 @pytest.mark.parametrize("option", [["--ranks", "1x2"], ["--shard"]])
 def test_ranks_need_torchrun(refused, option):
     refused(["a fox", "--checkpoint", "small", *option], "torchrun")

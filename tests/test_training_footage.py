@@ -87,6 +87,15 @@ def test_frames_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path,
         video_io.read_video(path)
 
 
+def test_a_codec_that_nobody_knows_is_left_out(tmp_path):
+    path = write(tmp_path / "a.mp4", flat([1, 2]))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(Unusable, match="codec"):
+        probe(path)
+    with pytest.raises(ValueError, match="codec"):
+        video_io.read_video(path)
+
+
 def test_pixels_that_make_a_frame_too_oblong_are_refused(tmp_path):
     path = write(tmp_path / "tall.mp4", flat([10, 20], 64, 64), square=Fraction(1, 60))
     with pytest.raises(Unusable, match="oblong"):

@@ -33,9 +33,7 @@ STOPPED = f"{RESUMES}; clips already drawn are kept"
 
 def run(main: Callable[[], None], stopped: str) -> int:
     """The exit code of a stage's command, on one process or on several under torchrun."""
-    if launch.is_one_of_many():
-        return cli.run(lambda: launch.together(main, cli.explain, stopped), stopped)
-    return cli.run(main, stopped)
+    return cli.run(lambda: launch.together(main, cli.explain, stopped), stopped)
 
 
 def train(model: nn.Module, loss: loop.Loss, recipe: Recipe, folder: Path, sample: Any = None, **options: Any) -> Any:

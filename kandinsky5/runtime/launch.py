@@ -49,8 +49,13 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun started. Raises ValueError where the variable is not torchrun's."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal():
+        raise ValueError(
+            f"WORLD_SIZE {text!r}: torchrun sets it to the number of processes; start with that, or unset it"
+        )
+    return int(text)
 
 
 def time_limit() -> float:
@@ -71,12 +76,13 @@ def together(
     main: Callable[[], int | None], explain: Callable[[BaseException], str | None],
     stopped: str = "nothing was written",
 ) -> int:  # fmt: skip
-    """Run `main` on all ranks and return its exit code; where one of them fails, end all with one line.
+    """Run `main`, on all ranks if there are several, and return its exit code; where one fails, end all with one line.
 
     Only rank 0 is heard: what the others print goes nowhere, but for the line of an error.
     explain: an error in one line, or None for a bug, which keeps its traceback; stopped: what an interruption leaves.
     """
-    assert is_one_of_many(), "for one process alone, call main"
+    if not is_one_of_many():
+        return main() or 0
     streams = sys.stdout, sys.stderr
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(os.getppid(), sys.stderr), daemon=True).start()

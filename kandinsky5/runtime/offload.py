@@ -16,6 +16,7 @@ they go.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -72,17 +73,30 @@ def find_place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 @contextlib.contextmanager
 def awake(*models: nn.Module) -> Iterator[None]:
-    """Inside, those of the models that rest are on their device; others are left alone."""
-    sleepers = [model for model in models if hasattr(model, "resting") and next(model.parameters()).is_meta]
+    """Inside, those of the models that rest are on their device, also where several threads want one; others are left
+    alone."""
+    woken = []
     try:
-        for model in sleepers:
-            model.load_state_dict(_fetch(model, {}), strict=False, assign=True)  # not strict: without streamed blocks
+        for model in models:
+            with one_at_a_time:
+                users = vars(model).get("users", 0)
+                if hasattr(model, "resting") and (users or next(model.parameters()).is_meta):
+                    if not users:  # not strict: without streamed blocks
+                        model.load_state_dict(_fetch(model, {}), strict=False, assign=True)
+                    vars(model)["users"] = users + 1
+                    woken.append(model)
         yield
     finally:
-        for model in sleepers:
-            if "stream" in vars(model):
-                vars(model)["stream"].end()
-            model.to("meta")
+        for model in woken:
+            with one_at_a_time:
+                vars(model)["users"] -= 1
+                if not vars(model)["users"]:
+                    if "stream" in vars(model):
+                        vars(model)["stream"].end()
+                    model.to("meta")
+
+
+one_at_a_time = threading.Lock()  # puts models to sleep or wakes them
 
 
 class Stream:

@@ -40,9 +40,7 @@ RESUMES = "run the same command to resume; what is encoded and saved is kept"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    if launch.is_one_of_many():
-        return cli.run(lambda: launch.together(lambda: finetune(arguments), cli.explain, RESUMES), stopped=RESUMES)
-    return cli.run(lambda: finetune(arguments), stopped=RESUMES)
+    return cli.run(lambda: launch.together(lambda: finetune(arguments), cli.explain, RESUMES), stopped=RESUMES)
 
 
 def finetune(arguments: list[str] | None = None) -> None:

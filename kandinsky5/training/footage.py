@@ -205,7 +205,7 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
             try:
                 video_io.limit_decoding(streams[0])
             except ValueError as error:
-                raise Unusable(f"is too large: {error}") from error
+                raise Unusable(f"cannot be decoded: {error}") from error
             yield container, streams[0]
     except av.FFmpegError as error:
         raise ValueError(f"{path} is damaged ({printable(error.strerror or error, 100)})") from error

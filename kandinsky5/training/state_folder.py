@@ -7,6 +7,7 @@
 It is written under another name and renamed when it is whole; then what came before is removed.
 """
 
+import io
 import os
 import pickle
 import re
@@ -103,8 +104,7 @@ def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device
         digests: dict[str, str] = values.pop("digests")
         if sha256(place / ".metadata") != digests.pop(".metadata"):
             raise ValueError(damaged)
-        with open(place / ".metadata", "rb") as file:
-            metadata = Unpickler(file).load()
+        metadata = Unpickler(io.BytesIO((place / ".metadata").read_bytes())).load()
         if not {stored.relative_path for stored in metadata.storage_data.values()} <= digests.keys():
             raise ValueError(damaged)
         tensors: dict[str, Any] = {}
@@ -119,16 +119,18 @@ def read(place: Path, like: Mapping[str, Tensor], parts: tuple[str, ...], device
                 raise ValueError(damaged)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(tensors, storage_reader=dcp.FileSystemReader(place), no_dist=True)
+                reader = dcp.FileSystemReader(place)
+                reader.read_metadata = lambda *_, **__: metadata  # type: ignore[method-assign]
+                dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (dcp.api.CheckpointException, OSError) as error:
         raise ValueError(damaged) from error
     return values | {"tensors": tensors}
 
 
-class Unpickler(pickle.Unpickler):
+class Unpickler(pickle._Unpickler):
     """Reads .metadata, in which `torch.distributed.checkpoint` itself would run any code: only what describes tensors.
 
-    After it the library may read the file again.
+    It is the unpickler in Python, as the one in C reserves gigabytes for a memo of five bytes.
     """
 
     def find_class(self, module: str, name: str) -> Any:
