@@ -268,7 +268,7 @@ def loading(options: Options) -> Sides:
         def ours() -> nn.Module:
             with torch.device("meta"):
                 dit = DiT(config)
-            return checkpoint.load_weights(dit, folder / "ours", "dit", options.device, BF16)
+            return checkpoint.load_weights(dit, checkpoint.find_weights(folder / "ours", "dit"), options.device, BF16)
 
         def theirs() -> nn.Module:
             loaded = Kandinsky5Transformer3DModel.from_pretrained(folder / "theirs", torch_dtype=BF16)

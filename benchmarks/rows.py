@@ -237,11 +237,11 @@ def streaming(side: str, tiny: bool, folder: Path) -> Work:
         save_file({name: x.bfloat16() for name, x in state.items()}, file)
     with torch.device("meta"):
         dit = DiT(config)
+    weights = checkpoint.find_weights(file.parent, "dit")
     if side == "theirs":
-        checkpoint.load_weights(dit, file.parent, "dit", "cpu", torch.bfloat16)
+        checkpoint.load_weights(dit, weights, "cpu", torch.bfloat16)
     else:
-        weights = checkpoint.map_weights(dit, file.parent, "dit", torch.bfloat16)
-        offload.rest(dit, weights, torch.device("cpu"), "blocks")
+        offload.rest(dit, checkpoint.map_weights(dit, weights, torch.bfloat16), torch.device("cpu"), "blocks")
     fast.install(dit)
     kernels.install(dit, "auto")
 
@@ -393,7 +393,7 @@ def load_dit(side: str, tiny: bool, folder: Path) -> Work:
             return call_their_dit(dit, config, **inputs)
         with torch.device("meta"):
             dit = DiT(config)
-        checkpoint.load_weights(dit, folder / "ours", "dit", "cpu", torch.bfloat16)
+        checkpoint.load_weights(dit, checkpoint.find_weights(folder / "ours", "dit"), "cpu", torch.bfloat16)
         fast.install(dit)
         kernels.install(dit, "auto")
         return dit(**inputs, rope_scale=ROPE_SCALE)

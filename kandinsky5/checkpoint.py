@@ -87,21 +87,17 @@ class _NoFill(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(
-    model: nn.Module, folder: Path, name: str, device: torch.device | str, dtype: torch.dtype,
-    weights: Weights | None = None,
-) -> nn.Module:  # fmt: skip
-    """Fill `model`, built on the meta device, from `folder/name.safetensors`; returns it in eval mode.
+def load_weights(model: nn.Module, weights: Weights, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Fill `model`, built on the meta device, with what `find_weights` found; returns it in eval mode.
 
     The model says which tensors there must be, of which shape, and which of them stay in float32 when it is cast
     to dtype; these stay in half precision if they are stored so. On the CPU, tensors that have the right precision
-    are views of the mapped file. weights: where the tensors are, if they are not simply the file's. Raises ValueError,
-    with the tensors' names and both shapes, if file and model differ.
+    are views of the mapped file. Raises ValueError, with the tensors' names and both shapes, if file and model differ.
     """
-    model, weights = model.to(dtype), weights or find_weights(folder, name)
-    expected, device = model.state_dict(), torch.device(device)
+    expected, device = model.to(dtype).state_dict(), torch.device(device)
     check_fit(weights, expected)
     if device.type != "meta":
+        name = weights.source.name.partition(".")[0]
         shown = {"desc": f"loading {name}", "unit": "tensor", "delay": 1, "leave": False, "total": len(expected)}
         views = tqdm(map_tensors(weights.tensors, writable=device.type == "cpu"), file=Forgiving(sys.stderr), **shown)
         state = {n: cast(view, expected[n].dtype, dtype).to(device) for n, view in views}
@@ -109,15 +105,12 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def map_weights(
-    model: nn.Module, folder: Path, name: str, dtype: torch.dtype, weights: Weights | None = None
-) -> dict[str, Tensor]:
+def map_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
     """Prepare `model` for these weights as `load_weights` does, but return them: views of the mapped files as they are.
 
     The views can only be read, so files may be larger than the memory of the machine. Writing to one ends the process.
     """
     model.to(dtype).eval().requires_grad_(False)
-    weights = weights or find_weights(folder, name)
     check_fit(weights, model.state_dict())
     views = dict(map_tensors({n: weights.tensors[n] for n in model.state_dict()}, writable=False))
     state = {n: cast(views[n].to("meta"), t.dtype, dtype) for n, t in model.state_dict().items()}
@@ -135,8 +128,12 @@ def cast(stored: Tensor, own: torch.dtype, dtype: torch.dtype) -> Tensor:
     return stored if own != dtype and stored.itemsize == 2 else stored.to(own)
 
 
-def find_weights(folder: Path, name: str) -> Weights:
-    """Where the tensors of `folder/name.safetensors`, or of its shards, lie; ValueError if they are not complete."""
+def find_weights(folder: Path, name: str, base: str | None = None) -> Weights:
+    """Where the tensors of `name.safetensors`, or of its shards, lie, in a checkpoint's folder or its `base`.
+
+    Raises ValueError if they are not complete.
+    """
+    folder = find_part(folder, name, base)
     index = folder / f"{name}.safetensors.index.json"
     return read_index(index) if index.is_file() else read_safetensors(folder / f"{name}.safetensors")
 
@@ -171,7 +168,7 @@ def fingerprint(folder: Path, names: Collection[str] | None = None) -> str:
     with contextlib.ExitStack() as stack:
         open_once = functools.cache(lambda path: stack.enter_context(open(path, "rb")))
         for name in names:
-            for tensor_name, stored in sorted(find_weights(find_part(folder, name, config.base), name).tensors.items()):
+            for tensor_name, stored in sorted(find_weights(folder, name, config.base).tensors.items()):
                 file = open_once(stored.path)
                 file.seek(stored.start)
                 start = file.read(min(stored.nbytes, 2**14))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kandinsky5 import Pipeline
-from kandinsky5.checkpoint import load_weights, map_weights
+from kandinsky5.checkpoint import find_weights, load_weights, map_weights
 from kandinsky5.config import LITE, DiTConfig
 from kandinsky5.dit import DiT
 from kandinsky5.runtime import offload
@@ -96,7 +96,7 @@ def test_cast_weights_take_turns_in_two_places(tmp_path):
     save_file(DiT(config).state_dict(), tmp_path / "dit.safetensors")
     with torch.device("meta"):
         dit = DiT(config)
-    offload.rest(dit, map_weights(dit, tmp_path, "dit", torch.bfloat16), CPU, "blocks")
+    offload.rest(dit, map_weights(dit, find_weights(tmp_path, "dit"), torch.bfloat16), CPU, "blocks")
     places = []
     for block in dit.visual_blocks:
         block.register_forward_pre_hook(lambda block, _: places.append(block.feed_forward.linear_in.weight.data_ptr()))
@@ -202,7 +202,7 @@ def test_mapped_weights_equal_the_file_and_are_read_only(saved, tmp_path):
     file = Path(shutil.copy(saved / "dit.safetensors", tmp_path))
     with torch.device("meta"):
         dit = DiT(SMALL_DIT)
-    views = map_weights(dit, tmp_path, "dit", torch.bfloat16)
+    views = map_weights(dit, find_weights(tmp_path, "dit"), torch.bfloat16)
     with open("/proc/self/maps") as maps:
         assert {line.split()[1] for line in maps if str(file) in line} == {"r--s"}
     stored = load_file(file)
@@ -224,11 +224,11 @@ def test_a_file_larger_than_the_memory_is_only_mapped_to_be_read(tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + rows * 2**20)
     linear = torch.nn.Linear(2**19, rows, bias=False, device="meta")
-    weight = map_weights(linear, tmp_path, "large", torch.bfloat16)["weight"]
+    weight = map_weights(linear, find_weights(tmp_path, "large"), torch.bfloat16)["weight"]
     assert weight.shape == (rows, 2**19) and not weight[-1].any()
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "1":
         with pytest.raises(ValueError, match="cannot be mapped.*use --offload model or blocks"):
-            load_weights(linear, tmp_path, "large", "cpu", torch.bfloat16)
+            load_weights(linear, find_weights(tmp_path, "large"), "cpu", torch.bfloat16)
 
 
 # --- a DiT in less memory than it has weights
@@ -249,10 +249,11 @@ from kandinsky5.dit import DiT
 config = json.loads(Path(folder, "dit.json").read_text())
 with torch.device("meta"):
     dit = DiT(DiTConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}))
+weights = checkpoint.find_weights(Path(folder), "dit")
 if mode == "none":
-    checkpoint.load_weights(dit, Path(folder), "dit", "cpu", getattr(torch, dtype))
+    checkpoint.load_weights(dit, weights, "cpu", getattr(torch, dtype))
 else:
-    weights = checkpoint.map_weights(dit, Path(folder), "dit", getattr(torch, dtype))
+    weights = checkpoint.map_weights(dit, weights, getattr(torch, dtype))
     offload.rest(dit, weights, torch.device("cpu"), mode)
 kernels.install(dit, "auto")
 peak, seconds = {"RssAnon": 0, "VmData": 0}, []

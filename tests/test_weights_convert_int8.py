@@ -35,7 +35,7 @@ def load_int8(folder, name="dit", model=None):
         with without_weights():
             model = DiT(load_config(folder / "config.json").dit)
     weights = prepare(model, find_weights(folder, name), None)
-    return load_weights(model, folder, name, "cpu", torch.float32, weights)
+    return load_weights(model, weights, "cpu", torch.float32)
 
 
 # --- ours

@@ -55,7 +55,7 @@ def merge_lora(
         one.set_weight(weight)
         for name, update in one.updates():
             updates.setdefault(f"{name}.weight", []).append(update)
-    weights = find_weights(find_part(folder, "dit", config.base), "dit")
+    weights = find_weights(folder, "dit", config.base)
     part = build_part(weights, updates, [f"{Path(file).name}:{weight:g}" for file, weight in loras])
     linked: dict[str, Path] = {}
     for name in [*models_of(config)[1:], *(f"{model}_tokenizer" for model in TOKENIZERS)]:

@@ -50,14 +50,13 @@ def load_models(
     with checkpoint.without_weights():
         models = build_models(config)
     for name, model in models.items():
-        place = checkpoint.find_part(folder, name, config.base)
-        weights = prepare(model, checkpoint.find_weights(place, name), quantize)
+        weights = prepare(model, checkpoint.find_weights(folder, name, config.base), quantize)
         if ranks and ranks.shard and name in SHARED:
             from kandinsky5.runtime.shard import load_shards
 
-            load_shards(model, place, name, device, dtype, ranks.team, weights)
+            load_shards(model, weights, device, dtype, ranks.team)
         elif offload:
-            rest(model, checkpoint.map_weights(model, place, name, dtype, weights), device, offload)
+            rest(model, checkpoint.map_weights(model, weights, dtype), device, offload)
         else:
-            checkpoint.load_weights(model, place, name, device, dtype, weights)
+            checkpoint.load_weights(model, weights, device, dtype)
     return models

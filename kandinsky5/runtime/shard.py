@@ -6,7 +6,6 @@ Layers that compute in float32 whatever the others do are groups of their own, a
 """
 
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,14 +44,14 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def load_shards(
-    model: nn.Module, folder: Path, name: str, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh,
-    weights: Weights | None = None, writable: bool = False,
+    model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh,
+    writable: bool = False,
 ) -> nn.Module:  # fmt: skip
     """`checkpoint.load_weights`, but each rank of `mesh` reads only its rows of each weight, and keeps only these.
 
     writable: copy them, for training; else they may stay views of the file, where a write ends the process.
     """
-    views = map_weights(model, folder, name, dtype, weights)
+    views = map_weights(model, weights, dtype)
     shard(model, mesh)
     state = {}
     for key, target in model.state_dict().items():

@@ -12,7 +12,6 @@ import dataclasses
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
 from kandinsky5.runtime import kernels, launch, offload
 from kandinsky5.screen import say
+from kandinsky5.tensor_files import Weights
 from kandinsky5.training import report, spread
 from kandinsky5.training.clip_loss import clip_loss, held_out_loss
 from kandinsky5.training.curves import plot_by_flow_time, write_events
@@ -183,17 +183,17 @@ def draw_curves(options: Namespace) -> None:
         write_events(options.to / f"{name}.csv", options.to / "events" / name)
 
 
-def build_empty(job: Job) -> tuple[DiT, Path]:
-    """The checkpoint's DiT without its weights, and the folder that they are in."""
+def build_empty(job: Job) -> tuple[DiT, Weights]:
+    """The checkpoint's DiT without its weights, and where they are."""
     with checkpoint.without_weights():
         dit = DiT(job.config.dit)
-    return dit, checkpoint.find_part(job.folder, "dit", job.config.base)
+    return dit, checkpoint.find_weights(job.folder, "dit", job.config.base)
 
 
 def load_float32(job: Job) -> DiT:
     """The checkpoint's DiT with all weights in float32, in memory of their own."""
-    dit, place = build_empty(job)
-    checkpoint.load_weights(dit, place, "dit", "cpu", torch.float32)
+    dit, weights = build_empty(job)
+    checkpoint.load_weights(dit, weights, "cpu", torch.float32)
     for parameter in dit.parameters():
         parameter.data = parameter.data.float().clone()
     return dit
@@ -205,9 +205,9 @@ def load_shards(job: Job, device: torch.device, dtype: torch.dtype) -> DiT:
 
     from kandinsky5.runtime import shard
 
-    dit, place = build_empty(job)
+    dit, weights = build_empty(job)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shard.load_shards(dit, place, "dit", device, dtype, mesh, writable=True)
+    shard.load_shards(dit, weights, device, dtype, mesh, writable=True)
     kernels.install(dit, job.options.attention)
     return dit
 

@@ -203,8 +203,7 @@ def size_options(job: Job) -> list[str]:
 def save_whole(out: Path, job: Job, dit: DiT) -> None:
     """A checkpoint folder with this DiT, in the precision of the one it came from, which lends the other models."""
     folder, config = job.folder, job.config
-    place = checkpoint.find_part(folder, "dit", config.base)
-    stored = checkpoint.find_weights(place, "dit").tensors
+    stored = checkpoint.find_weights(folder, "dit", config.base).tensors
     for name, parameter in dit.named_parameters():
         parameter.data = parameter.data.to(DTYPES[stored[name].dtype])
     others = folder / config.base if config.base else folder

@@ -47,7 +47,7 @@ def ours(theirs, tmp_path_factory) -> tuple[PipelineConfig, Qwen, QwenVision, Qw
         models = {"qwen": Qwen(config.qwen), "qwen_vision": QwenVision(config.qwen_vision)}
         models["qwen_head"] = QwenHead(config.qwen)
     for name, model in models.items():
-        checkpoint.load_weights(model, Path(made), name, "cpu", torch.float32)
+        checkpoint.load_weights(model, checkpoint.find_weights(Path(made), name), "cpu", torch.float32)
     return config, *models.values(), made
 
 
