@@ -27,7 +27,12 @@ from kandinsky5.tensor_files import FLOATS, Stored, Weights
 from weights_convert import tables
 from weights_convert.read import read_weights
 
-LAYOUTS = ("native", "official", "diffusers", "kohya")
+LAYOUTS = {  # what A and B of a module are called in each
+    "native": ("{}.A", "{}.B"),
+    "official": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight"),
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+}
 FACTORS = {"lora_A": "A", "lora_B": "B", "lora_down": "A", "lora_up": "B"}
 PEFT = re.compile(r"(?:base_model\.model\.|transformer\.|diffusion_model\.)?(.+)\.(lora_A|lora_B)(?:\.\w+)?\.weight")
 KOHYA = re.compile(r"lora_unet_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
@@ -252,24 +257,17 @@ def convert(src: str | Path, dst: str | Path, to: str) -> File:
 
 def write(file: File, dst: Path, layout: str) -> None:
     """One of LAYOUTS; "official" is a folder of two files."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r}: choose {', '.join(LAYOUTS)}")
     theirs = {ours: tables.theirs("dit", f"{ours}.weight").removesuffix(".weight") for ours in file.pairs}
     metadata, state = {"format": "pt", **file.metadata}, dict[str, Tensor]()
     for ours, (A, B, alpha) in file.pairs.items():
-        if layout == "native":
-            state |= {f"{ours}.A": A, f"{ours}.B": B}
-        elif layout == "official":
-            start = f"base_model.model.{theirs[ours]}"
-            state |= {f"{start}.lora_A.default.weight": A, f"{start}.lora_B.default.weight": B}
-        elif layout == "diffusers":
-            start = f"transformer.{theirs[ours]}"
-            state |= {f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}
-        elif layout == "kohya":
-            start = f"lora_unet_{theirs[ours].replace('.', '_')}"
-            state |= {f"{start}.lora_down.weight": A, f"{start}.lora_up.weight": B}
+        module = ours if layout == "native" else theirs[ours]
+        if layout == "kohya":
+            module = module.replace(".", "_")
             single = torch.tensor(alpha, dtype=torch.float32)
-            state[f"{start}.alpha"] = single if float(single) == alpha else single.double().fill_(alpha)
-        else:
-            raise ValueError(f"layout {layout!r}: choose {', '.join(LAYOUTS)}")
+            state[f"lora_unet_{module}.alpha"] = single if float(single) == alpha else single.double().fill_(alpha)
+        state |= {name.format(module): factor for name, factor in zip(LAYOUTS[layout], (A, B), strict=True)}
     config = build_peft_config({theirs[ours]: pair for ours, pair in file.pairs.items()})
     if layout == "native":
         metadata |= describe_alphas({ours: pair.alpha for ours, pair in file.pairs.items()})

@@ -27,11 +27,8 @@ from kandinsky5.runtime.parallel import Ranks
 from kandinsky5.screen import printable, say, shown
 
 LARGEST = 2**24  # bytes of such a file
-SETTINGS = {  # of a line, and what the command calls them
-    "prompt": "prompt", "negative_prompt": "negative_prompt", "image": "image", "height": "height", "width": "width",
-    "num_frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale", "shift": "shift",
-    "schedule": "schedule", "seed": "seed", "fps": "fps",
-}  # fmt: skip
+SAME = "prompt negative_prompt image height width num_frames shift schedule seed fps".split()
+SETTINGS = {name: name for name in SAME} | {"steps": "num_inference_steps", "guidance": "guidance_scale"}  # of a line
 HOW_ONLY = ("device", "compile", "offload", "metadata", "ranks", "shard")  # options that do not change a video
 
 
