@@ -29,6 +29,15 @@ from kandinsky5.training.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize("runs", ["my runs", "my (runs)", "*"])
+def test_a_folder_of_runs_may_have_any_name(runs):
+    make = ["make", "--dry-run", "nano", "PYTHON=python", f"RUNS={runs}"]
+    commands = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    folders = [words[words.index("--folder") + 1] for words in map(shlex.split, commands) if "--folder" in words]
+    assert len(folders) > 5 and all(folder.startswith(f"{runs}/") for folder in folders)
+
+
 @pytest.mark.stages
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="curves need the extra `train`")

@@ -59,6 +59,19 @@ def test_what_has_no_near_word_is_named_alone(noted):
     assert "not know fox, beach, and" in noted("a fox on a beach")
 
 
+@pytest.mark.parametrize("words, cut", [(40, ""), (74, ""), (85, "CLIP reads 75"), (300, "are read")])
+def test_a_prompt_that_clip_or_qwen_cuts_is_noted(capsys, words, cut):
+    """Of a stand-in that has a token for each word, and reads 100 of them by Qwen and 77 by CLIP."""
+    encode = SimpleNamespace(encode=str.split)
+    encoder = SimpleNamespace(
+        qwen_ids=lambda text, most: text.split(), config=SimpleNamespace(max_tokens=100), clip_tokenizer=encode,
+        clip=SimpleNamespace(config=SimpleNamespace(max_positions=77)),
+    )  # fmt: skip
+    notes.note_long_prompt("fox " * words, encoder)
+    shown = capsys.readouterr().err
+    assert shown.count("note:") == bool(cut) and cut in shown
+
+
 @pytest.mark.parametrize("prompt", [" ".join(map(str, range(20_000))), "x" * 100_000, "\x1b]0;title\x07 a fox\nb"])
 def test_the_note_is_one_short_line(noted, prompt):
     line = noted(prompt)

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from converted import STEM, diffusers, native, tensors
 from kandinsky5.config import PRESETS
@@ -61,3 +63,18 @@ def test_names_in_the_table_are_printable(tmp_path, capsys):
     folder = shutil.copytree(diffusers() / "transformer", tmp_path / "a\x1b[31mb")
     assert main(["inspect", str(folder)]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_lora_with_thousands_of_notes_is_shown_in_a_few_lines(tmp_path, capsys):
+    A, B = torch.ones(2, 8), torch.ones(8, 2)
+    modules = [f"visual_blocks.{i}.self_attention.to_q" for i in range(50)]
+    alphas = json.dumps({module: i + 1 for i, module in enumerate(modules)})
+    notes = {"alpha": alphas, **{f"note {i}": "x" for i in range(5000)}}
+    save_file(
+        {f"{m}.{half}": x.clone() for m in modules for half, x in (("A", A), ("B", B))},
+        tmp_path / "a.safetensors",
+        notes,
+    )
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 40 and max(map(len, lines)) < 300 and "4,980" in lines[-1]

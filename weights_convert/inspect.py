@@ -28,6 +28,7 @@ MARKS = {
     "qwen_head": "weight",
 }
 
+MOST_LINES = 20  # of a LoRA's metadata; ours has ten
 # Next to model/, where the authors' download script puts the other three.
 OFFICIAL_FOLDERS = ("vae", "text_encoder", "text_encoder2")
 
@@ -174,7 +175,7 @@ def as_table(report: dict) -> str:
 
 def describe_lora(path: str, found: dict) -> str:
     """What a LoRA is, for people."""
-    rank, alpha = (" or ".join(f"{value:g}" for value in found[name]) for name in ("rank", "alpha"))
+    rank, alpha = (listed([f"{value:g}" for value in found[name]]) for name in ("rank", "alpha"))
     lines = [
         f"{path}: LoRA, {found['names']} layout",
         f"rank {rank}, alpha {alpha}; {found['modules']} modules, {found['parameters'] / 1e6:,.1f} M parameters "
@@ -183,7 +184,10 @@ def describe_lora(path: str, found: dict) -> str:
         f"trigger: {printable(found['trigger'], 200) or 'none'}",
     ]
     others = {key: text for key, text in found["metadata"].items() if key != "trigger"}
-    return "\n".join([*lines, *(f"{printable(key, 50)}: {printable(text, 200)}" for key, text in others.items())])
+    some = list(others.items())[:MOST_LINES]
+    lines += [f"{printable(key, 50)}: {printable(text, 200)}" for key, text in some]
+    more = len(others) - len(some)
+    return "\n".join([*lines, *([f"and {more:,} more of its metadata: --json shows all"] if more else [])])
 
 
 def summary(row: dict) -> str:
