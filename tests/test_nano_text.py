@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from torch import nn
 
 from kandinsky5.checkpoint import SHIPPED
-from kandinsky5.nano import presets, train_text
+from kandinsky5.nano import presets, stages, train_text
 from kandinsky5.nano.captions import Caption, write_caption
 from kandinsky5.nano.train_text import conversation, same_claims, tokens_about
 from kandinsky5.nano.world import sample_scene
@@ -77,7 +77,7 @@ def test_qwen_predicts_the_next_token_not_the_current_one(monkeypatch, tmp_path)
     folder = SHIPPED / "nano" / "qwen_tokenizer"
     shutil.copytree(folder, tmp_path / folder.name)
     monkeypatch.setattr(train_text, "LanguageModel", Repeats)
-    monkeypatch.setattr(train_text, "train", functools.partial(train, stop_after=1, progress=False))
+    monkeypatch.setattr(stages, "train", functools.partial(train, stop_after=1, progress=False))
     train_text.train_qwen(tmp_path)
     (row,) = read_rows(tmp_path / "qwen" / "loss.csv")
     assert float(row["next_token"]) > 20 and float(row["answer_accuracy"]) < 0.1
