@@ -8,7 +8,7 @@ import itertools
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -58,6 +58,15 @@ def bar(total: int, desc: str, unit: str, postfix: str | None = None, show: bool
 def say(line: str) -> None:
     """Print one line on stderr."""
     print(line, file=Forgiving(sys.stderr), flush=True)
+
+
+@contextlib.contextmanager
+def showing(what: str) -> Iterator[None]:
+    """Inside, what cannot be read or written to show `what` costs a line and not the work that it shows."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        say(f"note: there is no {what} ({printable(error, 200)})")
 
 
 def printable(text: object, most: int = 1500) -> str:

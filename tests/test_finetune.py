@@ -85,6 +85,16 @@ def test_a_lora_is_trained_and_samples(run, checkpoint, capsys):
     assert not pipe("a fox", num_inference_steps=1, progress=False).equal(plain)
 
 
+def test_what_is_only_shown_costs_no_run(run, tmp_path, monkeypatch, capsys):
+    """Neither samples nor plots can be written, where folders and files of these names are in the way."""
+    (tmp_path / "run" / "held_out.png").mkdir(parents=True)
+    (tmp_path / "run" / "samples").touch()
+    monkeypatch.setattr(curves, "plot_losses", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    assert (run("--sample-every", "2") / "lora.safetensors").is_file()
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in ("step_000002", "step_000004", "disk full"))
+
+
 @pytest.mark.parametrize("how", [["--ema", "0.9"], ["--full", "--modules", r"visual_blocks\.0"]])
 def test_a_resumed_run_equals_an_unbroken_one(run, how):
     """With a cache, buckets, accumulation and gradient checkpointing."""

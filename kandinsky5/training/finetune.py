@@ -21,7 +21,7 @@ from kandinsky5 import Pipeline, checkpoint, cli
 from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
 from kandinsky5.runtime import kernels, launch, offload
-from kandinsky5.screen import say
+from kandinsky5.screen import say, showing
 from kandinsky5.tensor_files import Weights
 from kandinsky5.training import report, spread
 from kandinsky5.training.clip_loss import clip_loss, held_out_loss
@@ -178,9 +178,10 @@ def validate(dit: DiT, job: Job, held: Clips) -> dict[str, float]:
 
 def draw_curves(options: Namespace) -> None:
     """held_out.png, the loss of held-out clips by flow time, and TensorBoard's events if requested."""
-    plot_by_flow_time(options.to / "samples.csv", options.to / "held_out.png")
-    for name in ("loss", "samples") if options.tensorboard else ():
-        write_events(options.to / f"{name}.csv", options.to / "events" / name)
+    with showing("plot or event of the losses"):
+        plot_by_flow_time(options.to / "samples.csv", options.to / "held_out.png")
+        for name in ("loss", "samples") if options.tensorboard else ():
+            write_events(options.to / f"{name}.csv", options.to / "events" / name)
 
 
 def build_empty(job: Job) -> tuple[DiT, Weights]:

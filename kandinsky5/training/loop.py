@@ -92,7 +92,8 @@ def train(
                     state.save(run)
                     saved = time.monotonic()
                     if first and logs:
-                        curves.plot_losses(folder / "loss.csv", folder / "loss.png")
+                        with screen.showing("plot of the loss"):
+                            curves.plot_losses(folder / "loss.csv", folder / "loss.png")
                 if stop:
                     raise launch.Stopped
     return run.average

@@ -13,6 +13,7 @@ from kandinsky5 import video_io
 from kandinsky5.dit import DiT
 from kandinsky5.files import make_folder, read_utf8
 from kandinsky5.request import Request
+from kandinsky5.screen import showing
 from kandinsky5.text_encoder import TextFeatures
 from kandinsky5.training.data import Clips
 from kandinsky5.training.folder import Clip
@@ -74,13 +75,13 @@ class Previews:
             self.pipe.dit = own
         if not self.writes:
             return
-        make_folder(self.folder)
-        name = self.folder / f"step_{step:06d}"
-        rows = [torch.cat(row, dim=2) for row in (self.base, videos)]
-        if len(videos[0]) > 1:
-            video_io.write_video(name.with_suffix(".mp4"), torch.cat(rows, dim=1), self.pipe.config.sampling.fps)
+        name, rows = self.folder / f"step_{step:06d}", [torch.cat(row, dim=2) for row in (self.base, videos)]
         sheet = torch.cat([pick_frames(video) for pair in zip(self.base, videos, strict=True) for video in pair])
-        video_io.write_video(name.with_suffix(".png"), sheet[None])
+        with showing(f"{name.name}.mp4 and .png"):
+            make_folder(self.folder)
+            if len(videos[0]) > 1:
+                video_io.write_video(name.with_suffix(".mp4"), torch.cat(rows, dim=1), self.pipe.config.sampling.fps)
+            video_io.write_video(name.with_suffix(".png"), sheet[None])
 
     @torch.no_grad()
     def _sample(self) -> list[Tensor]:
