@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks", "tests", "tests/
 
 import torch  # noqa: E402
 from both_sides import build_theirs  # noqa: E402
-from rows import TINY_DIT, TINY_QWEN, TINY_VAE, call_their_dit, dit_flop, dit_inputs  # noqa: E402
+from rows import TINY_DIT, TINY_QWEN, TINY_VAE, dit_flop, dit_inputs  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from kandinsky5 import checkpoint, vae_tiling  # noqa: E402
@@ -167,7 +167,7 @@ def dit_step(preset: str) -> Callable[[Options], contextlib.AbstractContextManag
         ours = draw(DiT, config, options.device)
         for block in ours.visual_blocks if config.nabla else ():
             block.self_attention.q_norm.weight.fill_(5.3)
-        theirs = build_theirs("dit", config, ours.state_dict())
+        theirs = build_theirs("dit", config, ours.state_dict()).to(options.device)  # its tables of angles
         fast.install(ours)
         kernels.install(ours, "auto")
         if options.compiled:
@@ -181,9 +181,31 @@ def dit_step(preset: str) -> Callable[[Options], contextlib.AbstractContextManag
         print(f"    {100 * kept:.0f} % of the tiles", flush=True)
         flop = dit_flop(config, grid, kept)
         scale = PRESETS[preset].sampling.rope_scale or (1.0, 1.0, 1.0)
-        yield lambda: ours(**given, rope_scale=scale), lambda: call_their_dit(theirs, config, **given), flop
+        yield lambda: ours(**given, rope_scale=scale), their_step(theirs, config, given), flop
 
     return row
+
+
+def their_step(dit: nn.Module, config: DiTConfig, given: dict[str, Tensor]) -> Work:
+    """A forward of diffusers' transformer, with what its pipeline makes once per video made here."""
+    from diffusers import Kandinsky5T2VPipeline
+
+    x, text, sparse = given["x"], given["text"], None
+    T, H, W = x.shape[1], x.shape[2] // 2, x.shape[3] // 2
+    if config.nabla:
+        dit.set_attention_backend("flex")
+        window = Kandinsky5T2VPipeline.fast_sta_nabla(T, H // 8, W // 8, *config.nabla.window, device=x.device)
+        sparse = {"sta_mask": window[None, None], "P": config.nabla.P, "to_fractal": True}
+    arguments = {
+        "hidden_states": x,
+        "encoder_hidden_states": text,
+        "pooled_projections": given["pooled"],
+        "timestep": 1000 * given["t"],
+        "visual_rope_pos": [torch.arange(n, device=x.device) for n in (T, H, W)],
+        "text_rope_pos": torch.arange(text.shape[1], device=x.device),
+        "sparse_params": sparse,
+    }
+    return lambda: dit(**arguments)
 
 
 def share_of_tiles(dit: nn.Module, config: DiTConfig, given: dict[str, Tensor]) -> float:
@@ -233,6 +255,7 @@ def decode(height: int, width: int) -> Callable[[Options], contextlib.AbstractCo
         config, size = (TINY_VAE, (2, 4, 6)) if options.tiny else (VAEConfig(), (5, height // 8, width // 8))
         ours = draw(VAE, config, options.device)
         theirs = build_theirs("vae", config, ours.state_dict())
+        theirs.use_framewise_decoding = False  # it would cut this window in two
         fast.install(ours)
         if options.compiled:
             compile_models(draw(DiT, TINY_DIT, options.device), ours)

@@ -1,5 +1,6 @@
 """Every kernel against the definition of attention."""
 
+import itertools
 import threading
 from dataclasses import replace
 
@@ -221,14 +222,19 @@ def test_flex_equals_dense():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiled_flex_is_given_tiles_and_mask(trained, monkeypatch):
-    """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU."""
+    """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU.
+
+    Of gradients some kernels refuse tiles below 128, and there tokens may end, or rows be masked, inside of a block.
+    """
     given = {}
     monkeypatch.setattr(module, "_compiled_flex_attention", lambda: lambda q, k, v, **options: given.update(options))
     monkeypatch.setattr(module, "choose_kernel", lambda *_: "flex")
     q = torch.randn(1, 1, 128, 16, requires_grad=trained)
     attend_through("flex", q, q, q, nabla=NABLA, grid=(2, 8, 8))
-    assert given["kernel_options"] == module.flex_options(16, 4, 160 * 2**10)
-    assert given["block_mask"].BLOCK_SIZE == (64, 64)
+    options, side = given["kernel_options"], 128 if trained else 64
+    assert options == module.flex_options(16, 4, 160 * 2**10, trained)
+    assert ("fwd_IS_DIVISIBLE" in options, "ROWS_GUARANTEED_SAFE" in options) == (not trained, not trained)
+    assert given["block_mask"].BLOCK_SIZE == (side, side)
     assert (given["block_mask"].q_indices is not None) == trained  # which only gradients need
 
 
@@ -264,9 +270,33 @@ def test_without_triton_tiles_are_gathered(monkeypatch):
         module.check_kernel("flex", torch.device("cuda"))
 
 
+@pytest.mark.parametrize("tiles", [6, 5])
+def test_block_mask_with_gradients_holds_the_map(tiles):
+    """Queries of each key are listed too; pairs of tiles that keep all four are not looked into, others by token."""
+    chosen = random_map(2, 3, tiles, 0.6)
+    mask, tokens = build_block_mask(chosen), torch.arange(tiles * 64)
+    seen = torch.zeros(2, 3, 768, 768, dtype=torch.bool)
+    seen_from_keys, inside = seen.clone(), torch.zeros(2, 3, 768, 768, dtype=torch.bool)
+    b, n = torch.arange(2)[:, None, None, None], torch.arange(3)[:, None, None]
+    inside[..., : len(tokens), : len(tokens)] = mask.mask_mod(b, n, tokens[:, None], tokens)
+    for into, kind, turned in ((seen, "kv", False), (seen_from_keys, "q", True)):
+        for name in (f"{kind}", f"full_{kind}"):
+            counts, lists = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
+            for sample, head, row in itertools.product(*map(range, counts.shape)):
+                for column in lists[sample, head, row, : counts[sample, head, row]].tolist():
+                    i, j = (column, row) if turned else (row, column)
+                    block = (sample, head, slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                    assert not into[block].any()  # each once
+                    into[block] = True if name.startswith("full") else inside[block]
+    assert mask.shape == (2, 3, len(tokens), len(tokens)) and mask.full_kv_num_blocks.sum() > 0
+    for found in (seen, seen_from_keys):
+        assert found[..., : len(tokens), : len(tokens)].equal(expand_block_map(chosen)), found.sum()
+        assert not found[..., len(tokens) :].any() and not found[..., len(tokens) :, :].any()
+
+
 def test_block_mask_holds_the_map():
     chosen = random_map(2, 3, 6, 0.2)
-    mask = build_block_mask(chosen)
+    mask = build_block_mask(chosen, backward=False)
     assert mask.BLOCK_SIZE == (64, 64)
     assert mask.to_dense().bool().equal(chosen)
     assert mask.full_kv_num_blocks.equal(chosen.sum(-1, dtype=torch.int32))

@@ -18,6 +18,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5 import nabla as nabla_map
@@ -100,7 +101,7 @@ def attend_through(
         if kernel == "flex":
             trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             block_mask = build_block_mask(block_map, backward=trained)
-            options = flex_options(q.shape[3], q.dtype.itemsize, shared_memory(q.device))
+            options = flex_options(q.shape[3], q.dtype.itemsize, shared_memory(q.device), backward=trained)
             return _compiled_flex_attention()(q, k, v, block_mask=block_mask, kernel_options=options)
         if kernel != "dense":
             return block_sparse_attention(q, k, v, block_map, fused=kernel == "gathered sdpa")
@@ -203,16 +204,25 @@ def build_block_mask(block_map: Tensor, backward: bool = True):
 
     All kept tiles are "full" blocks, which the compiled kernel computes without looking inside. Uncompiled,
     flex_attention ignores blocks and applies `mask_mod` to every pair of tokens, so that must say the same.
-    backward: also list the queries of each key, which gradients need; it takes two sorts of the whole map.
+    backward: also list the queries of each key, which gradients need; it takes two sorts of the whole map. Blocks are
+    then two tiles wide, as the kernels of gradients on Hopper and Blackwell refuse smaller ones; those with some but
+    not all of their four tiles are not "full", and `mask_mod` says which.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def same_as_map(b, n, q, k):
         return block_map[b, n, q // TILE, k // TILE]
 
-    count, index = block_map.sum(dim=-1, dtype=torch.int32), list_tiles(block_map)
+    full = some = block_map
+    if backward:
+        pairs = F.pad(block_map, (0, block_map.shape[-1] % 2, 0, block_map.shape[-2] % 2))
+        four = rearrange(pairs, "B N (Q q) (K k) -> B N Q K (q k)", q=2, k=2)
+        full, some = four.all(dim=-1), four.any(dim=-1) & ~four.all(dim=-1)
+    count, index = full.sum(dim=-1, dtype=torch.int32), list_tiles(full)
+    partial, where = (some.sum(dim=-1, dtype=torch.int32), list_tiles(some)) if backward else (count * 0, index)
+    lengths = TILE * block_map.shape[-2], TILE * block_map.shape[-1]
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(count), index, count, index, TILE, same_as_map, compute_q_blocks=backward
+        partial, where, count, index, (1 + backward) * TILE, same_as_map, lengths, compute_q_blocks=backward
     )
 
 
@@ -230,17 +240,18 @@ def list_tiles(block_map: Tensor) -> Tensor:
     return index
 
 
-def flex_options(head_dim: int, itemsize: int, shared: int) -> dict[str, int | bool]:
+def flex_options(head_dim: int, itemsize: int, shared: int, backward: bool = False) -> dict[str, int | bool]:
     """Options of the compiled kernel for tiles of 64: as many stages of its pipeline, three at most, as fit.
 
     A stage holds a tile of keys and one of values in the `shared` bytes of a multiprocessor, next to the queries: for a
     head dim of 128 in bf16 three need 112 KB, of which a data-centre GPU has 160 or more and others 99. Four warps are
     what the authors' autotuning ends at; the kernel's own choice, 8, is for tiles of 128, which refuse these blocks.
+    backward: for blocks of two tiles, of which the last one may reach beyond the tokens.
     """
     tile = TILE * head_dim * itemsize
     stages = max(1, min(3, (shared // tile - 1) // 2))
-    blocks = {"BLOCK_M": TILE, "BLOCK_N": TILE, "ROWS_GUARANTEED_SAFE": True, "fwd_IS_DIVISIBLE": True}
-    return blocks | {"fwd_num_warps": 4, "fwd_num_stages": stages}
+    blocks = {"BLOCK_M": TILE, "BLOCK_N": TILE, "fwd_num_warps": 4, "fwd_num_stages": stages}
+    return blocks if backward else blocks | {"ROWS_GUARANTEED_SAFE": True, "fwd_IS_DIVISIBLE": True}
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 A run ends with a table of what was measured, in Markdown, to be pasted into a report.
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -20,8 +22,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The first GPU, with nothing of an earlier test in its memory."""
+def device(monkeypatch) -> torch.device:
+    """The first GPU, with nothing of an earlier test in its memory, and float32 convolutions that are not TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    gc.collect()  # models that are compiled or stream refer to themselves
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.device("cuda:0")

@@ -114,8 +114,9 @@ def test_streamed_blocks_are_bit_equal(device, note, keep):
         start = time.perf_counter()
         dit(**given)
         torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
     streamed = sum(x.nbytes for name, x in state.items() if "blocks" in name)
-    note(f"{streamed / (time.perf_counter() - start) / 1e9:.1f} GB/s")
+    note(f"{streamed / seconds / 1e9:.1f} GB/s")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
