@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5.config import VAEConfig
-from kandinsky5.vae import VAE, Decoder, Encoder, GroupNorm, Layers, Posterior
+from kandinsky5.vae import VAE, CausalAttention, Decoder, Encoder, Layers, Posterior
 
 
 def build_vae(config: VAEConfig) -> "VAE | VAE2D":
@@ -48,16 +48,8 @@ def frame_by_frame(run: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
     return rearrange(images, "(B F) C H W -> B C F H W", B=len(video))
 
 
-class ImageAttention(nn.Module):
-    """One head over all pixels: (B, C, H, W) → the same."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.norm = GroupNorm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Linear(channels, channels)
+class ImageAttention(CausalAttention):
+    """The attention of a video of one frame, without masks: one head over all pixels, (B, C, H, W) → the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = rearrange(self.norm(x), "B C H W -> B 1 (H W) C")
