@@ -13,18 +13,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from kandinsky5.screen import Forgiving, printable, say
 
 AMOUNT = r"tried to allocate [\d.]+ \w+"
-MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large
-    r"out of memory|Storage size calculation overflowed|Overflow when unpacking"
+MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large, and CUDA's libraries their own
+    r"out of memory|Storage size calculation overflowed|Overflow when unpacking|CU\w+_STATUS_ALLOC_FAILED"
 )
 LOST = (  # what CUDA says of a device that no longer answers, or never did for this build or driver
-    r"CUDA(?: driver)? error: ([^\n]*(?:lost|launch failure|uncorrectable|unknown error|hardware stack|initialization "
-    r"error|busy or unavailable|no kernel image|driver version|system not yet initialized)[^\n]*)"
+    r"CUDA(?: driver)? error: ([^\n]*(?:lost|launch failure|timed out|uncorrectable|unknown error|hardware stack|"
+    r"initialization error|busy or unavailable|no kernel image|driver version|system not yet initialized)[^\n]*)"
 )
 LESS = {  # options that save memory, and how to give them
     "--attention": "--attention auto",
@@ -97,7 +98,8 @@ def run(main: Callable[[], int | None], stopped: str = "nothing was written") ->
         if error.exc_type is not KeyboardInterrupt:
             hook(error)
         elif len(interrupts) < 100:  # it came in a callback or destructor, where errors are lost: once more
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            wake = signal.raise_signal if os.name == "nt" else partial(os.kill, os.getpid())  # which there would kill
+            threading.Timer(0.05, wake, (signal.SIGINT,)).start()
 
     handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, interrupt) for number in handled}

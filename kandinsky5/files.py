@@ -173,19 +173,19 @@ def new_folder(place: str | Path, replace: bool = False, resume: bool = False) -
                 for path in partial.iterdir():
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield partial
-            _sync(*partial.rglob("*"), partial)
+            sync(*partial.rglob("*"), partial)
             if place.is_dir():
                 shutil.rmtree(old, ignore_errors=True)
                 place.rename(old)
             partial.rename(place)
-            _sync(place.parent)
+            sync(place.parent)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(*paths: Path) -> None:
+def sync(*paths: Path) -> None:
     """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files."""
     if os.name == "nt":  # there, what is only opened to be read cannot be synchronised, and folders not be opened
         return

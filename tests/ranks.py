@@ -38,6 +38,10 @@ def on_ranks(world: int, function: Callable, *arguments: Any) -> list[Any]:
 
 def start():
     """A new worker. Its server has imported what all need, so a worker costs little, and it never ran a backward."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        import pytest
+
+        pytest.skip("ranks are forked here, which Windows does not do")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "kandinsky5.pipeline", "random_weights"])
     ours, theirs = context.Pipe()

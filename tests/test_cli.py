@@ -42,7 +42,14 @@ def test_errors_end_in_one_line(capsys, error, code, line):
     assert cli.run(fail(error)) == code and capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+    ],
+)
 def test_memory_that_runs_out_is_one_line_with_a_remedy(capsys, error):
     assert cli.run(fail(error)) == 2
     assert capsys.readouterr().err.startswith("error: not enough memory")
@@ -57,7 +64,9 @@ def test_the_phase_in_which_memory_runs_out_is_named(capsys):
     assert re.match("error: not enough memory while decoding .*2.00 GiB.*try .*--offload", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("reason", ["device is lost", "unspecified launch failure", "no kernel image is available"])
+@pytest.mark.parametrize(
+    "reason", ["device is lost", "unspecified launch failure", "no kernel image is available", "the launch timed out"]
+)
 def test_a_failing_gpu_is_one_line(capsys, reason):
     assert cli.run(fail(RuntimeError(f"CUDA error: {reason}\nCompile with"))) == 2
     assert re.fullmatch(f"error: .*{reason}.*--device cpu\n", capsys.readouterr().err)

@@ -128,4 +128,4 @@ def test_without_locks_and_folder_handles_files_are_written(tmp_path, monkeypatc
         patch.setattr(files.os, "name", "nt")
         patch.setitem(sys.modules, "fcntl", None)
         with files.locked(tmp_path, "taken"), files.locked(tmp_path, "taken"):
-            files._sync(missing)
+            files.sync(missing)

@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import random
-import resource
 import signal
 import tempfile
 import warnings
@@ -41,6 +40,8 @@ from kandinsky5.training.footage import probe, read_frames
 from kandinsky5.training.recipe import Recipe
 from weights_convert import diffusers_files, lora, match, write_native
 from weights_convert.read import read_weights
+
+resource = pytest.importorskip("resource", reason="measures memory, and Windows has another way to ask for it")
 
 WORDS = [
     b"null",

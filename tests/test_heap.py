@@ -1,7 +1,6 @@
 """Freed memory stays with the process inside `keep_freed_memory`, and only there."""
 
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from kandinsky5 import Pipeline
 from kandinsky5.runtime.heap import keep_freed_memory
 
+resource = pytest.importorskip("resource", reason="counts pages, which Windows does not")
 CPU = torch.device("cpu")
 NUMBERS, PAGE = 12_000_000, resource.getpagesize()
 BLOCK = 4 * NUMBERS  # bytes, above the 32 MB from which glibc asks the system for each block

@@ -453,7 +453,7 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
      "self._bring, self.last if type(self.last) is type(block) else block,"),
     ("the next block copied before the one in its slot has run",
      lambda patch, folder: test_offload.test_packed_blocks_compute_the_same(
-         save_small_checkpoint(folder / "small"), True),
+         save_small_checkpoint(folder / "small"), True, 2**32, 1, patch),
      offload.Stream._arrive, "self.lane.wait(slot", "id(slot"),
     ("dropped tiles before kept ones",
      lambda patch, folder: test_kernels.test_tiles_are_listed_without_sorting(),

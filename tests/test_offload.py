@@ -137,9 +137,10 @@ class SlowLane:
         pass
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_packed_blocks_compute_the_same(saved, keep):
+@pytest.mark.parametrize("keep, arena, pins", [(True, 2**32, 1), (True, 1, 4), (False, 2**32, 4)])
+def test_packed_blocks_compute_the_same(saved, keep, arena, pins, monkeypatch):
     """The logic of a GPU: blocks packed once each or in two places, and the next one on its way behind every block."""
+    monkeypatch.setattr(offload, "ARENA", arena)
     pipe, lane = Pipeline.load(saved, dtype=torch.float32, offload="blocks"), SlowLane()
     stream = vars(pipe.dit)["stream"]
     stream.keep, finish = keep, stream.end
@@ -150,8 +151,7 @@ def test_packed_blocks_compute_the_same(saved, keep):
     expected = run(Pipeline.load(saved, dtype=torch.float32))
     for _ in range(2):
         assert run(pipe).equal(expected)
-    blocks = len(pipe.dit.text_blocks) + len(pipe.dit.visual_blocks)
-    assert lane.pins == (blocks if keep else 4) and lane.rooms == 4  # two slots in each of two videos
+    assert lane.pins <= pins and lane.rooms == 4  # all blocks, two and two; or two slots in each of two videos
     # Only the first forward and the first block of the second do not know what comes after the last block of a kind.
     text, visual = pipe.dit.text_blocks[0], pipe.dit.visual_blocks[0]
     assert missed == [text, visual, text, text]

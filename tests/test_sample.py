@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -252,6 +251,7 @@ def test_a_process_ends_with_code_2_and_no_traceback(here):
 def test_a_full_disk_leaves_the_old_file_and_the_frames(cli, limit):
     assert cli(*FOX, "--height", "128", "--width", "128", "-o", "whole.png", "--num-frames", "1")[0] == 0
     Path("out.png").write_bytes(b"the old film")
+    resource = pytest.importorskip("resource", reason="Windows limits no sizes of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # the system refuses to write more
     try:

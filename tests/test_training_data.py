@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -264,7 +263,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
         )
         assert process.stdout and process.stdout.readline() == b"begin\n"
         time.sleep(moments.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     encode(folder, small_pipe(), tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import struct
 
 import av
@@ -331,6 +330,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, suffix, num_
     write_video(path, noise)
     size = path.stat().st_size
     path.write_bytes(b"the old film")
+    resource = pytest.importorskip("resource", reason="Windows limits no sizes of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(part * size), hard))  # the system refuses to write more
     try:

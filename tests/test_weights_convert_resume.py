@@ -161,6 +161,7 @@ def test_a_folder_that_differs_is_not_called_complete(file, whole, capsys):
     assert path.name in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, which Windows does not do")
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and for power cuts alone
     steps = run_and_die(tmp_path / "counted", None)

@@ -28,6 +28,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.runtime.free import free_memory
 
 MODES = ("model", "blocks")
+ARENA = 2**32  # bytes pinned at a time, for several blocks: PyTorch rounds each request up to a power of two
 
 
 def check_mode(mode: str | None, sharded: bool = False) -> None:
@@ -56,7 +57,7 @@ def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, 
         assert "run_blocks" not in vars(model), "what wraps run_blocks would be lost: rest the model first"
         sizes = [measure(block.state_dict())[1] for block in streamed]
         free = free_memory(torch.device("cpu")) if isinstance(model, DiT) else 0
-        stream = Stream(device, max(sizes), keep=free is not None and sum(sizes) <= free / 2)
+        stream = Stream(device, max(sizes), keep=free is not None and sum(sizes) <= free / 2, total=sum(sizes))
         model.run_blocks = stream.run_blocks  # type: ignore[assignment]
         vars(model)["stream"] = stream
     vars(model).update(resting=own, works_on=device)
@@ -102,9 +103,11 @@ one_at_a_time = threading.Lock()  # puts models to sleep or wakes them
 class Stream:
     """The blocks of a model on their way to its device: a slot for the running one, and one that a thread fills."""
 
-    def __init__(self, device: torch.device, size: int, keep: bool):
-        """size: bytes of the largest block; keep: whether packed blocks stay in pinned memory."""
+    def __init__(self, device: torch.device, size: int, keep: bool, total: int):
+        """size: bytes of the largest block; total: of all; keep: whether packed blocks stay in pinned memory."""
         self.device, self.size, self.keep = device, size, keep
+        self.pinned_at_once = max(size, min(total, ARENA))
+        self.spare = torch.empty(0, dtype=torch.uint8)  # pinned, for the next packed blocks
         self.slots: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self.coming: tuple[nn.Module, Future] | None = None  # the block in the slot that is filled
         self.after: dict[int, nn.Module] = {}  # by a block's id: the one that ran after it, the last time
@@ -177,7 +180,10 @@ class Stream:
         places, size = measure(target)
         if packed is None:
             if self.keep:
-                packed = vars(block)["packed"] = self.lane.pinned(size)
+                if len(self.spare) < size:
+                    self.spare = self.lane.pinned(self.pinned_at_once)
+                packed, self.spare = self.spare[:size], self.spare[size:]
+                vars(block)["packed"] = packed
             else:
                 if "pinned" not in slot:
                     slot["pinned"] = self.lane.pinned(self.size)

@@ -8,7 +8,6 @@ It is written under another name and renamed when it is whole; then what came be
 """
 
 import io
-import os
 import pickle
 import re
 import shutil
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kandinsky5.files import sha256
+from kandinsky5.files import sha256, sync
 from kandinsky5.runtime import launch
 
 NAME = "state-{:06d}"
@@ -70,10 +69,7 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
         dist.all_gather_object(digests, {path.name: sha256(path) for path in own})
         if rank == 0:
             torch.save(values | {"digests": dict(ChainMap(*digests))}, partial / "values.pt")
-            for path in (partial / "values.pt", partial):
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
+            sync(partial / "values.pt", partial)
             partial.rename(place)
             remove_others(folder, place)
     except (dcp.api.CheckpointException, RuntimeError) as error:
