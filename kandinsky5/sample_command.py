@@ -83,18 +83,7 @@ def sample(arguments: list[str] | None) -> int:
         config = load_config(folder / "config.json")
         _read_ratios(settings)
         settings.setdefault("fps", config.sampling.fps)
-        if listed:
-            from kandinsky5.extras import prompts
-
-            jobs = []
-            for where, line in prompts.read(listed).items():
-                with _naming(where):
-                    job = build_job(config, settings | line)
-                    job.request = replace(job.request, images=None, qwen_images=None)  # thousands fill the memory
-                    jobs.append(job)
-        else:
-            jobs = [build_job(config, settings)]
-            jobs[0].output = check_output(output, jobs[0])
+        jobs = read_jobs(config, settings, listed)
         loras = lora.open_all(settings["loras"], config.dit)
         for job in jobs:
             check_apart({"-o": output, "--preview": place}, name_inputs(job.settings))
@@ -102,16 +91,37 @@ def sample(arguments: list[str] | None) -> int:
             make_folder(output)
             for job, name in zip(jobs, name_all(folder, jobs, loras), strict=True):
                 job.output = check_output(output / name, job)
+        else:
+            jobs[0].output = check_output(output, jobs[0])
         show = None if place is None else preview.open_place(place)
         pipe = load_pipeline(folder, config, settings, jobs, loras, many=bool(listed))
         for one, requested in zip(loras, settings["loras"], strict=True):
             pipe.load_lora(one, requested["weight"], settings["trigger"])
-        if listed:
-            again = lambda job: build_job(config, job.settings, job.output)  # noqa: E731  with its image
-            print(prompts.show(prompts.make_all(jobs, lambda job: make(pipe, folder, again(job), show), pipe.ranks)))
-        else:
+        if not listed:
             print(make(pipe, folder, jobs[0], show))
+            return 0
+
+        from kandinsky5.extras import prompts
+
+        def make_with_image(job: Job) -> str:
+            return make(pipe, folder, build_job(config, job.settings, job.output), show)
+
+        print(prompts.show(prompts.make_all(jobs, make_with_image, pipe.ranks)))
     return 0
+
+
+def read_jobs(config: "PipelineConfig", settings: dict[str, Any], listed: str | None) -> list[Job]:
+    """One job, or one for each line of a file of prompts, without its image: thousands would fill the memory."""
+    if not listed:
+        return [build_job(config, settings)]
+    from kandinsky5.extras import prompts
+
+    jobs = []
+    for where, line in prompts.read(listed).items():
+        with _naming(where):
+            jobs.append(build_job(config, settings | line))
+        jobs[-1].request = replace(jobs[-1].request, images=None, qwen_images=None)
+    return jobs
 
 
 def build_job(config: "PipelineConfig", settings: dict[str, Any], output: Path = Path()) -> Job:
