@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 import sample
 from kandinsky5 import cli
 
@@ -38,6 +40,8 @@ def main(fault: str, arguments: list[str]) -> int:
     if fault == "killed early" and os.environ["RANK"] == str(FAULTY):
         time.sleep(2)  # the others wait for it by now
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "few GPUs":
+        torch.cuda.device_count, torch.cuda.set_device = lambda: 1, lambda device: None
     if fault == "other checkpoint" and os.environ["RANK"] == str(FAULTY):
         real = checkpoint.fingerprint
         checkpoint.fingerprint = lambda *given: "0" + real(*given)[1:]

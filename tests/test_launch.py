@@ -46,6 +46,7 @@ def test_the_same_file_on_one_two_and_four(here):
 
 
 FAULTS = {
+    "few GPUs": "start one process per GPU",
     "killed early": "rank 1 had not started",
     "killed": "rank 1 has ended while sampling",
     "raises": "rank 1: its fan has stopped",

@@ -122,16 +122,16 @@ def join() -> dist.Store | None:
     if not is_one_of_many():
         return None
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=SECONDS)))
-    joined["store"] = store  # from here on ranks hear of each other's errors
+    joined["store"] = store
+    store.set(f"process {rank}", f"{socket.gethostname()} {os.getpid()}")
+    meet(seconds=SECONDS)  # who is here hears of the others' errors
     limit = timedelta(seconds=time_limit())
-    store.set_timeout(limit)
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if gpus and local >= gpus:
         raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
     if gpus:
         torch.cuda.set_device(local)
-    store.set(f"process {rank}", f"{socket.gethostname()} {os.getpid()}")
-    wait_for([f"process {number}" for number in range(world)], limit.total_seconds())
+    meet(seconds=SECONDS)
     dist.init_process_group(  # gloo also has GPU machines' tensors on CPUs, such as what is agreed on
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("collectives", store), rank=rank,
         world_size=world, timeout=limit,
@@ -146,22 +146,16 @@ def meet(value: Any = None, seconds: float = float("inf")) -> list[Any]:
     """
     if not joined:
         return [value]
-    store, world, number = joined["store"], dist.get_world_size(), next(meetings)
-    names = [f"meeting {number} {rank}" for rank in range(world)]
-    store.set(names[dist.get_rank()], json.dumps(value))
-    wait_for(names, seconds)
-    return [json.loads(store.get(name)) for name in names]
-
-
-def wait_for(names: list[str], seconds: float) -> None:
-    """Wait until all of these are in the store. Raises RuntimeError after so many seconds."""
-    store, end = joined["store"], time.monotonic() + seconds
+    store, number, end = joined["store"], next(meetings), time.monotonic() + seconds
+    names = [f"meeting {number} {each}" for each in range(world())]
+    store.set(names[rank()], json.dumps(value))
     while not store.check(names):
         if store.check(["failed"]):
             raise SystemExit(2)  # which has been said there
         if time.monotonic() > end:
             raise RuntimeError(f"Timed out waiting {seconds:g} s for the others")
         time.sleep(0.05)
+    return [json.loads(store.get(name)) for name in names]
 
 
 def agree(**values: object) -> None:
