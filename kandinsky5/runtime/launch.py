@@ -182,7 +182,7 @@ def report(
         code = error.code if isinstance(error.code, int) else 2
     elif isinstance(error, KeyboardInterrupt) or of_others(error):
         line = find_culprit(error, store)
-        if line is None and isinstance(error, KeyboardInterrupt):
+        if line is None and isinstance(error, KeyboardInterrupt) and not store.check(["failed"]):
             code, absent = 130, [f"{r}" for r in range(world()) if not store.check([f"process {r}"])]
             early = f"rank {listed(absent)} had not started, and " if absent else ""
             line = f"interrupted: {early}{str(error) or stopped}"

@@ -183,7 +183,10 @@ def read_captions(folder: Path, names: list[str], files: list[str]) -> dict[str,
         captions = {name: read_utf8(folder / text, most) for name, text in caption_files.items() if text in texts}
         strangers = sorted(texts - set(caption_files.values()))
     if strangers:
-        raise ValueError(f"{folder} has captions without clips ({listed(strangers, 3)}): remove them, or add the clips")
+        raise ValueError(
+            f"{folder} has captions without clips ({listed(strangers, 3)}): remove them, or add clips of "
+            f"{', '.join((*VIDEOS, *IMAGES))}"
+        )
     missing = [name for name in names if name not in captions]
     if missing:
         rule = f"add them to {tables[0]}" if tables else "write NAME.txt next to each, or captions.jsonl for all"
