@@ -221,3 +221,14 @@ def test_what_a_compiler_needs(device, present, missing, monkeypatch):
         monkeypatch.setenv("CC", "mycc")
     found = compiler_missing(device)
     assert found is None if missing is None else missing in found
+
+
+@pytest.mark.parametrize("capability, missing", [((6, 1), "7.0"), ((7, 0), None), ((12, 0), None)])
+def test_triton_needs_a_gpu_that_it_compiles_for(capability, missing, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = compiler_missing("cuda")
+    assert found is None if missing is None else missing in found
+    assert compiler_missing("cpu") is None

@@ -10,8 +10,6 @@ depend on size and threads. What is compiled is `FastGroupNorm.activate`, which 
 """
 
 import functools
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +19,13 @@ from torch import Tensor, nn
 from kandinsky5.config import NablaConfig
 from kandinsky5.dit import Attention, DiT
 from kandinsky5.runtime import fast
-from kandinsky5.runtime.device import compiler_missing
+from kandinsky5.runtime.device import allow_recompiling, compiler_missing
 from kandinsky5.runtime.fast_vae import FastGroupNorm
 from kandinsky5.runtime.kernels import attend_through
 from kandinsky5.vae import VAE
 from kandinsky5.vae2d import VAE2D
 
 HOW: dict[str, Any] = {"dynamic": True, "fullgraph": True}
-GRAPHS = 32  # most of one function: for one sample or several, masks, pieces, single frames
 
 
 def check_compile(compile: bool | str, device: torch.device, sharded: bool = False) -> bool:
@@ -65,15 +62,6 @@ def compile_models(dit: DiT, vae: VAE | VAE2D, attention: str = "auto", backend:
     for module in vae.decoder.modules():
         if isinstance(module, FastGroupNorm):  # a graph for each width, and for single frames
             module.activate = torch.compile(module.activate, **how)  # type: ignore[method-assign]
-
-
-def allow_recompiling() -> dict[str, int]:
-    """The argument of torch.compile that allows so many GRAPHS; in PyTorch 2.11 a setting of the whole process."""
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return {"recompile_limit": GRAPHS}
-    settings: Any = importlib.import_module("torch._dynamo.config")
-    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
-    return {}
 
 
 def is_compiled(dit: nn.Module) -> bool:

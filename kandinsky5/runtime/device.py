@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"},
 }
+OLDEST = 7, 0  # compute capability that Triton compiles for
+GRAPHS = 32  # most of one compiled function: for one sample or several, masks, pieces, single frames
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
@@ -83,12 +87,23 @@ def compiler_missing(device: str) -> str | None:
     """What torch.compile needs for a device of this type ("cpu", "cuda", …) and does not find, and how to get it."""
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton here: pip install triton (on Windows triton-windows)"
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        return "GPU here that Triton compiles for: it needs compute capability 7.0, that of V100"
     of_pytorch, of_triton = ["clang++" if sys.platform == "darwin" else "g++"], ["gcc", "clang", "cc"]
     variable, names = ("CC", of_triton) if device == "cuda" else ("CXX", of_pytorch)
     names = [os.environ[variable]] if variable in os.environ else names
     if any(shutil.which(name) for name in names):
         return None
     return f"{names[0]} here: install a compiler (apt install {names[0]}), or name yours in the variable {variable}"
+
+
+def allow_recompiling() -> dict[str, Any]:
+    """The argument of torch.compile that allows so many GRAPHS; in PyTorch 2.11 a setting of the whole process."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": GRAPHS}
+    settings: Any = importlib.import_module("torch._dynamo.config")
+    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
+    return {}
 
 
 @contextlib.contextmanager
