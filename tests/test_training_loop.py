@@ -47,6 +47,15 @@ def test_training_shows_its_progress_at_once(tmp_path, capsys):
         train(nn.Linear(1, 1), loss, Recipe(steps=5, dtype="float32"), tmp_path)
 
 
+def test_memory_that_runs_out_says_in_which_phase(tmp_path):
+    def loss(seed):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        train(nn.Linear(1, 1), loss, Recipe(steps=5, dtype="float32"), tmp_path)
+    assert error.value.__notes__ == ["training"]
+
+
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float64), ("meta", torch.float32)])
 def test_the_callers_defaults_change_nothing(tmp_path, device, dtype):
     def run(folder):

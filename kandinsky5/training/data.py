@@ -26,6 +26,7 @@ from kandinsky5.checkpoint import save_weights
 from kandinsky5.config import PipelineConfig
 from kandinsky5.files import check_free_space, locked, make_folder
 from kandinsky5.runtime import launch
+from kandinsky5.runtime.memory import during
 from kandinsky5.runtime.offload import awake, find_place
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
 from kandinsky5.training.folder import REMEDY, Clip, ClipSettings, find_clips
@@ -171,6 +172,7 @@ class Clips:
 # ---------------------------------------------------------------------------------------------- encoding
 
 
+@during("encoding the clips")
 def encode_clip(vae: VAE, clip: Clip, config: PipelineConfig) -> dict[str, Tensor]:
     """Mean and log-variance (16, T, h, w) of a clip, and (16, 1, h, w) of its first frame alone, unscaled."""
     device, dtype = find_place(vae)
@@ -184,6 +186,7 @@ def encode_clip(vae: VAE, clip: Clip, config: PipelineConfig) -> dict[str, Tenso
     return {name: part[0].cpu().contiguous() for name, part in parts.items()}
 
 
+@during("encoding the captions")
 def encode_caption(text_encoder: TextEncoder, caption: str) -> dict[str, Tensor]:
     """Features of one caption: text (S, dim), pooled (dim,). An image's caption too has the template of videos."""
     features = text_encoder.encode([caption])

@@ -26,6 +26,7 @@ from kandinsky5.dit import DiT
 from kandinsky5.files import locked, make_folder
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.device import plain_defaults
+from kandinsky5.runtime.memory import during
 from kandinsky5.training import curves, spread, state
 from kandinsky5.training.modes import autocast, gradient_checkpointing, training_precision
 from kandinsky5.training.recipe import Recipe, build_optimizers, freeze, learning_rate, prepare_step
@@ -155,6 +156,7 @@ def _begin(
         yield run
 
 
+@during("training")
 def _take_step(run: Run, loss: Loss) -> dict[int, dict[str, float]]:
     """One step of the optimizers and of the average; returns the values for the log of this process's batches."""
     recipe, rows, batches = run.recipe, {}, spread.own_batches(run.recipe.accumulate, run.ranks)
