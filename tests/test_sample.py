@@ -319,12 +319,16 @@ def test_a_mistake_of_ours_is_no_mistake_of_theirs(here, monkeypatch):
             sample.main([*FOX])
 
 
-def test_out_of_memory_on_a_gpu_is_one_line(refused, monkeypatch):
+@pytest.mark.parametrize("kind, error, words", [
+    ("OutOfMemoryError", "out of memory. Tried to allocate 2.00 GiB", ("2.00 GiB", "--tile-space", "--offload")),
+    ("AcceleratorError", "CUDA error: the launch timed out and was terminated\nCUDA kernel", ("timed out", "nvidia-smi")),
+])  # fmt: skip
+def test_a_gpu_that_fails_is_one_line(refused, monkeypatch, kind, error, words):
     def run(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+        raise getattr(torch, kind)(error)
 
     monkeypatch.setattr(kandinsky5.Pipeline, "generate", run)
-    refused([*FOX, "--device", "cpu"], "2.00 GiB", "--tile-space", "--offload")
+    refused([*FOX, "--device", "cpu"], *words)
 
 
 def test_a_video_that_does_not_fit_is_refused_before_step_one(cli, refused, monkeypatch):
