@@ -321,7 +321,7 @@ def test_a_mistake_of_ours_is_no_mistake_of_theirs(here, monkeypatch):
 
 @pytest.mark.parametrize("kind, error, words", [
     ("OutOfMemoryError", "out of memory. Tried to allocate 2.00 GiB", ("2.00 GiB", "--tile-space", "--offload")),
-    ("AcceleratorError", "CUDA error: the launch timed out and was terminated\nCUDA kernel", ("timed out", "nvidia-smi")),
+    ("AcceleratorError", "CUDA error: the launch timed out and was terminated\nCUDA", ("timed out", "nvidia-smi")),
 ])  # fmt: skip
 def test_a_gpu_that_fails_is_one_line(refused, monkeypatch, kind, error, words):
     def run(*_, **__):
