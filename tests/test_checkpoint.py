@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_islands_stored_in_half_precision_are_not_copied(copy, offload):
     assert {p.dtype for p in exact.dit.parameters()} == {torch.float32}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_weights_are_views_of_the_mapped_file(saved):
     """No copy: the process's own (anonymous) memory stays as it is, however large the file."""
 

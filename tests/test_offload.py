@@ -198,6 +198,7 @@ def test_step_skipping_goes_with_it(saved):
     assert frames[0].equal(frames[1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_mapped_weights_equal_the_file_and_are_read_only(saved, tmp_path):
     file = Path(shutil.copy(saved / "dit.safetensors", tmp_path))
     with torch.device("meta"):
@@ -214,6 +215,7 @@ def test_modes_that_are_none(saved):
         Pipeline.load(saved, offload="cpu")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_a_file_larger_than_the_memory_is_only_mapped_to_be_read(tmp_path):
     """Sparse: it takes no disk. What the plain way answers depends on the system's settings for memory."""
     rows = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20  # of 1 MB: twice the memory
