@@ -27,6 +27,7 @@ from kandinsky5.runtime.device import choose_device, choose_dtype, plain_default
 from kandinsky5.runtime.heap import keep_freed_memory
 from kandinsky5.runtime.loading import load_models
 from kandinsky5.runtime.offload import awake, check_mode, find_place
+from kandinsky5.runtime.pieces import in_pieces
 from kandinsky5.sampler import Callback, euler_sample
 from kandinsky5.screen import bar
 from kandinsky5.text_encoder import TextEncoder, TextFeatures
@@ -218,7 +219,7 @@ class Pipeline:
         models = (encoder.qwen, encoder.clip, *([encoder.vision] if encoder.vision and seen else []))
         memory.check_encoding(self.config, models, texts, request.max_sequence_length, seen)
         progressed = bar(len(texts), "encoding", "text", show=progress)
-        with progressed, awake(*models), memory.during("encoding text"):
+        with progressed, memory.during("encoding text"), awake(*models):
             features = encoder.encode(texts, request.max_sequence_length, request.num_frames == 1, seen or None)
             progressed.update(len(texts))
         return features.repeat(request.num_videos_per_prompt)
@@ -232,7 +233,7 @@ class Pipeline:
             return None
         device, dtype = find_place(self.vae)
         video = video_io.from_uint8(torch.stack(request.images)[:, None]).to(device, dtype)  # (P or 1, 3, 1, H, W)
-        with awake(self.vae), memory.during("encoding the image"):
+        with memory.during("encoding the image"), awake(self.vae):
             posteriors = [vae_tiling.encode(self.vae, one, self.config.tiling) for one in video.split(1)]
         mean = torch.cat([one.mean.float() for one in posteriors])  # (P or 1, 16, 1, h, w)
         logvar = torch.cat([one.logvar.float() for one in posteriors])
@@ -275,7 +276,10 @@ class Pipeline:
             dit = magcache.skip_steps(dit, skips, plan.together)
         note = str(plan) + f", {sum(map(all, request.skips))} skipped" * bool(request.skips)
         progressed = bar(request.steps, "sampling", "step", note, show=progress)
-        with progressed, awake(self.dit), keep_freed_memory(device), plan.applied(self.dit):
+        with (
+            progressed, memory.during("sampling"), awake(self.dit), keep_freed_memory(device),
+            in_pieces(self.dit, plan.piece),
+        ):  # fmt: skip
             after_step = sampler.watch_steps(request.steps, callback, progressed.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
         sampler.check_like(latents, noise, "the solver")
@@ -310,7 +314,7 @@ class Pipeline:
         each = partial(self.ranks.map, "team") if self.ranks else MAP
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
         progressed = bar(len(z) * num_frames, "decoding", "frame", takes, show=progress)
-        with progressed, awake(self.vae), memory.during("decoding"):
+        with progressed, memory.during("decoding"), awake(self.vae):
             for one in z.split(1):  # all at once would take as many times the memory
                 for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling, each):  # (1, 3, f, H, W)
                     sampler.check_finite(piece, "the decoded frames")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kandinsky5 import Pipeline, sampler
+from kandinsky5 import pipeline as pipeline_module
 from kandinsky5.config import PRESETS, PipelineConfig
 from kandinsky5.extras.preview import fit_colours
 from kandinsky5.request import Request
@@ -545,3 +546,20 @@ def test_memory_that_runs_out_says_in_which_phase(place, phase, monkeypatch):
         )
     assert error.value.__notes__ == [phase]
     assert pipe._turns == [True]  # it can be called again
+
+
+@pytest.mark.parametrize("name, phase", [("Qwen", "encoding text"), ("DiT", "sampling"), ("VAE", "decoding")])
+def test_memory_that_runs_out_for_weights_says_in_which_phase(name, phase, monkeypatch):
+    """Resting models come to their device inside of the phase that needs them."""
+    awake = pipeline_module.awake
+
+    def full(*models):
+        if any(type(model).__name__.endswith(name) for model in models):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return awake(*models)
+
+    pipe = build_small_pipeline()
+    monkeypatch.setattr(pipeline_module, "awake", full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        run(pipe)
+    assert error.value.__notes__ == [phase]

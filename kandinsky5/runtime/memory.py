@@ -16,7 +16,7 @@ from kandinsky5.runtime import fast_vae
 from kandinsky5.runtime.device import is_native
 from kandinsky5.runtime.free import free_memory
 from kandinsky5.runtime.offload import find_place
-from kandinsky5.runtime.pieces import PIECE, in_pieces
+from kandinsky5.runtime.pieces import PIECE
 
 if TYPE_CHECKING:
     from kandinsky5.runtime.parallel import Ranks
@@ -39,12 +39,6 @@ class StepPlan(NamedTuple):
 
     def __str__(self) -> str:
         return f"takes {self.needed / 1e9:.1f} GB" + " in pieces" * (self.piece is not None)
-
-    @contextlib.contextmanager
-    def applied(self, dit: nn.Module) -> Iterator[None]:
-        """Inside, the DiT runs like this, and errors say that they came while sampling."""
-        with in_pieces(dit, self.piece), during("sampling"):
-            yield
 
 
 def plan_steps(
