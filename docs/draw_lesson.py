@@ -1,6 +1,6 @@
-"""Draw the figures of docs/teach-a-word.md: nano before and after it learned the star, and at four weights.
+"""Draw the figures of docs/teach-a-word.md: nano before and after it learned to bounce, and at four weights.
 
-    python docs/draw_lesson.py runs/stars/lora.safetensors
+    python docs/draw_lesson.py runs/bounces/lora.safetensors
 
 Prompt i has seed i; nothing is selected. Needs matplotlib (`pip install -c constraints.txt -e '.[train]'`).
 """
@@ -15,14 +15,14 @@ from kandinsky5 import Pipeline
 
 HERE = Path(__file__).parent / "teach-a-word"
 PROMPTS = (
-    "a big red star moves left on a white background",
-    "a small yellow star goes up on a black background",
-    "a cyan star grows on a grey background",
-    "a purple star shrinks",
-    "a big blue star stays still on a white background",
-    "a small green star slides right",
-    "a big red circle moves left on a white background",
-    "a small cyan square goes down",
+    "a big red circle bounces on a white background",
+    "a small yellow triangle bounces on a black background",
+    "there is a cyan square bouncing on a grey background",
+    "a purple diamond bounces",
+    "a big blue triangle bounces on a white background",
+    "a small green circle bounces",
+    "a big red circle moves up on a white background",
+    "a small cyan square stays still",
 )
 WEIGHTS = (0.0, 0.5, 1.0, 1.5)
 FRAMES = 5  # of each clip
@@ -41,7 +41,7 @@ def main() -> None:
         clips[weight] = pipe(list(PROMPTS), seed=0).numpy()  # (B, F, H, W, 3)
     HERE.mkdir(exist_ok=True)
     draw({"before": clips[0.0], "after": clips[1.0]}, HERE / "before_after.png", FRAMES)
-    draw({f"weight {weight:g}": clips[weight] for weight in WEIGHTS}, HERE / "weights.png", 2)
+    draw({f"weight {weight:g}": clips[weight] for weight in WEIGHTS}, HERE / "weights.png", 3)
 
 
 def draw(columns: dict[str, np.ndarray], path: Path, frames: int) -> None:

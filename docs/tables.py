@@ -395,10 +395,10 @@ def nano_failures() -> list[str]:
 
 def lesson() -> list[str]:
     """What nano's LoRA for a new word gives and costs, by its weight; without it nano's verdict on the same prompts."""
-    base, kinds = judged("judge_nano-float32"), ("star", "seen, English")
-    rows: list[tuple] = [("weight", "a star", *(SETS[kind] for kind in kinds[1:]))]
-    names = sorted(path.stem for path in JUDGE.glob("star_weight_*.json"))
-    results = {name.removeprefix("star_weight_"): judged(name)["sets"] for name in names}
+    base, kinds = judged("judge_nano-float32"), ("bounce", "seen, English")
+    rows: list[tuple] = [("weight", "bouncing", *(SETS[kind] for kind in kinds[1:]))]
+    names = sorted(path.stem for path in JUDGE.glob("bounce_weight_*.json"))
+    results = {name.removeprefix("bounce_weight_"): judged(name)["sets"] for name in names}
     for weight, sets in results.items():
         right = {kind: f"{found['answers']['all']['right']} of {found['clips']}" for kind, found in sets.items()}
         for kind in kinds[1:]:

@@ -4,8 +4,8 @@
 # **At the end you will have seen a LoRA from both sides: as a folder of clips and captions that goes in, and as two thin
 # matrices next to each Linear that come out, with a weight to turn them up and down.**
 #
-# `nano` knows four shapes. Asked for a star it draws one of these, without an error. The training itself takes a quarter of an hour and
-# is one command ([`docs/teach-a-word.md`](../docs/teach-a-word.md)); here we look at what it reads and at what it made.
+# `nano` knows seven motions, and bouncing is none of them: it draws another one, without an error. The training itself takes a
+# quarter of an hour and is one command ([`docs/teach-a-word.md`](../docs/teach-a-word.md)); here we look at what it reads and at what it made.
 
 # %%
 import subprocess
@@ -26,20 +26,20 @@ from kandinsky5.training.data import Clips
 from kandinsky5.training.folder import ClipSettings, describe_files
 
 pipe = Pipeline.load("nano", dtype="float32")
-grid({text: pipe(text, progress=False)[0] for text in ("a big red star moves left", "a yellow star grows")})
+grid({text: pipe(text, progress=False)[0] for text in ("a big red circle bounces", "a yellow triangle bounces")})
 
 # %% [markdown]
 # ## What goes in
 #
-# Real files: mp4 films, each with its caption in a text file of the same name. Two of three show stars, the others what `nano`
+# Real files: mp4 films, each with its caption in a text file of the same name. In two of three something bounces, the others show what `nano`
 # knows, so that it does not forget it. Each film has six takes of its caption, which become six clips (`per_file`): the model
-# is to learn the star, not where it was.
+# is to learn how things bounce, not where they did.
 
 # %%
 folder = Path(tempfile.mkdtemp())
-draw = [sys.executable, "../docs/draw_stars.py", str(folder / "stars"), "--count", "6"]
+draw = [sys.executable, "../docs/draw_bounces.py", str(folder / "bounces"), "--count", "6"]
 print(subprocess.run(draw, check=True, capture_output=True, text=True).stdout)
-clips = Clips.open(folder / "stars", pipe.config, ClipSettings.of(pipe.config, per_file=6), progress=False)
+clips = Clips.open(folder / "bounces", pipe.config, ClipSettings.of(pipe.config, per_file=6), progress=False)
 print(describe_files(clips.clips, clips.left_out))
 grid({f"take {i + 1}: {clip.caption}": clip.read() for i, clip in enumerate(clips.clips[:3])})
 
@@ -73,8 +73,8 @@ print(f"{sum(1 for _ in updates.updates())} Linears, {trained:,} parameters are 
 # the base model, 1 is what was trained, between them lies a mixture and beyond them too much of a good thing.
 
 # %%
-pipe.load_lora("../docs/teach-a-word/star.safetensors")
-prompts = ["a big red star moves left on a white background", "a cyan star grows on a grey background"]
+pipe.load_lora("../docs/teach-a-word/bounce.safetensors")
+prompts = ["a big red circle bounces on a white background", "a small cyan square bounces on a grey background"]
 for weight in (0.0, 0.5, 1.0, 1.5):
     pipe.set_lora(weight)
     videos = pipe(prompts, seed=0, progress=False)
@@ -83,7 +83,7 @@ for weight in (0.0, 0.5, 1.0, 1.5):
 # %% [markdown]
 # ## Did it learn the word, and what did it cost?
 #
-# The judge knows the star from its drawing, as it knows the other shapes, without any learning. Eight prompts of each kind are few: the page has more.
+# The judge follows an object's place from frame to frame: up evenly, and down again. It has learned nothing. Eight prompts of each kind are few: the page has more.
 
 
 # %%
@@ -96,11 +96,11 @@ def right(name: str, count: int = 8) -> float:
 
 for weight in (0.0, 1.0):
     pipe.set_lora(weight)
-    print(f"weight {weight:g}: stars {right('star'):.0%}, shapes that nano knows {right('seen, English'):.0%}")
+    print(f"weight {weight:g}: bouncing {right('bounce'):.0%}, what nano knows {right('seen, English'):.0%}")
 pipe.unload_lora()
 
 # %% [markdown]
-# **Try:** another word: a ring, a cross, or a motion such as "bounces". Draw it in
-# [`world.py`](../kandinsky5/nano/world.py), let [`draw_stars.py`](../docs/draw_stars.py) write the clips, train, and look. Or
-# train on stars alone, without the shapes that `nano` knows: what does it forget? Or with `--rank 2`: how thin can the
+# **Try:** another motion, such as "circles", or a shape: a ring, a cross, a star. Draw it in
+# [`world.py`](../kandinsky5/nano/world.py), let [`draw_bounces.py`](../docs/draw_bounces.py) write the clips, train, and look. Or
+# train on bouncing alone, without what `nano` knows: what does it forget? Or with `--rank 2`: how thin can the
 # matrices be?

@@ -175,5 +175,5 @@ def test_a_wrong_command_ends_with_a_message(arguments):
 def test_a_lora_is_judged_with_its_checkpoint(tmp_path):
     pipe, loaded = FakePipeline(honest=True), []
     pipe.load_lora = lambda file, weight: loaded.append((file, weight))
-    document = run_command(tmp_path, pipe, "--sets", "star", "--lora", "stars.safetensors:0.5")
-    assert loaded == [("stars.safetensors", 0.5)] and document["settings"]["loras"][0]["weight"] == 0.5
+    document = run_command(tmp_path, pipe, "--sets", "bounce", "--lora", "bounce.safetensors:0.5")
+    assert loaded == [("bounce.safetensors", 0.5)] and document["settings"]["loras"][0]["weight"] == 0.5

@@ -28,16 +28,20 @@ def test_drawn_clips_are_right():
     assert np.mean(right) >= 0.99
 
 
-def test_a_new_shape_is_known_from_its_drawing():
+def test_a_new_motion_is_known_and_no_other_is_taken_for_it():
     right = []
     for i in range(24):
         rng = np.random.default_rng([71, i])
-        scene = world.sample_scene(rng, world.NEW_SHAPE, 1)
+        scene = world.sample_scene(rng, world.NEW_MOTION, 1)
         caption, drawn = write_caption(scene, "english", rng), world.draw_scene(scene)
         assert all_right(drawn, caption)
         right.append(all_right(degrade(drawn, rng), caption))
-        shape = [*SHAPES][i % len(SHAPES)]  # what nano draws instead of it
-        assert not all_right(world.draw_scene(change_first(scene, shape=shape)), caption)
+        for motion in world.MOTIONS:  # among them what nano draws instead of it
+            assert not all_right(world.draw_scene(change_first(scene, motion=motion)), caption)
+        upside_down = change_first(scene, start=scene.objects[0].end, end=scene.objects[0].start)
+        assert not all_right(world.draw_scene(upside_down), caption)
+        assert not all_right(drawn[[*range(9), *range(9)][:17]], caption)  # it falls at once
+        assert not all_right(drawn[[*range(9)] + 8 * [8]], caption)  # it stays up there
     assert np.mean(right) >= 0.9
 
 

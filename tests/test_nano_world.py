@@ -14,7 +14,6 @@ from kandinsky5.nano.world import (
     AREA,
     BACKGROUNDS,
     COLOURS,
-    DRAWN_SHAPES,
     EXTENT,
     HELD_OUT,
     MOTIONS,
@@ -85,7 +84,21 @@ def test_objects_stay_inside_and_apart_and_move_as_described():
             assert not (grown & masks[1]).any()
 
 
-@pytest.mark.parametrize("shape", DRAWN_SHAPES)
+def test_what_bounces_goes_up_evenly_and_comes_back():
+    for scene in scenes(40, split=world.NEW_MOTION, num_objects=1):
+        frames, background = world.draw_scene(scene), np.array(BACKGROUNDS[scene.background])
+        share = np.abs(frames.astype(int) - background).sum(-1)  # (F, H, W), in proportion to what is covered
+        rows, columns = (
+            (share.sum(axis) * np.arange(64)).sum(1) / share.sum((1, 2)) for axis in (2, 1)
+        )  # centres of mass, (F,) each  # fmt: skip
+        height = scene.objects[0].start[1] - scene.objects[0].end[1]
+        there = height * np.array([*range(9), *range(7, -1, -1)]) / 8
+        np.testing.assert_allclose(rows[0] - rows, there, atol=0.2)
+        np.testing.assert_allclose(columns, columns[0], atol=0.2)
+        assert 9 < height < 13 and not (share[:, [0, -1]].any() or share[:, :, [0, -1]].any())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_edges_equal_an_average_of_eightfold_resolution(shape):
     obj = Object("red", shape, "right", "big", (25.3, 31.7, 9.4), (38.1, 31.7, 9.4))
     scene = Scene("white", (obj,))
@@ -95,7 +108,7 @@ def test_edges_equal_an_average_of_eightfold_resolution(shape):
     assert error.max() < 60 and error.mean() < 0.15  # of 220; without antialiasing more than 100 and 0.5
 
 
-@pytest.mark.parametrize("shape", DRAWN_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_area_extent_and_centre_of_mass_are_as_drawn(shape):
     y, x = np.mgrid[-200:200, -200:200].astype(np.float32) + 0.5
     share = world.coverage(shape, x, y, np.float32(100))

@@ -142,13 +142,13 @@ def test_settings_the_model_has_no_grid_for(options):
 
 
 def test_the_lessons_folder_is_one_of_clips(tmp_path):
-    path = Path(__file__).parents[1] / "docs" / "draw_stars.py"
-    spec = importlib.util.spec_from_file_location("draw_stars", path)
-    draw_stars = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw_stars)
-    draw_stars.draw(tmp_path / "stars", 3, takes=2)
-    found = find_clips(tmp_path / "stars", ClipSettings.of(presets.NANO, per_file=9), decode=True)
-    assert ["star" in clip.caption for clip in found.clips] == [True] * 4 + [False] * 2 and not found.left_out
+    path = Path(__file__).parents[1] / "docs" / "draw_bounces.py"
+    spec = importlib.util.spec_from_file_location("draw_bounces", path)
+    draw_bounces = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw_bounces)
+    draw_bounces.draw(tmp_path / "bounces", 3, takes=2)
+    found = find_clips(tmp_path / "bounces", ClipSettings.of(presets.NANO, per_file=9), decode=True)
+    assert ["bounc" in clip.caption for clip in found.clips] == [True] * 4 + [False] * 2 and not found.left_out
     for first, second in zip(found.clips[::2], found.clips[1::2], strict=True):
         shown = [judge_clip(clip.read().numpy()).objects[0] for clip in (first, second)]
         assert len({(one.colour, one.shape, one.motion, one.size) for one in shown}) == 1

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from kandinsky5.nano.world import DIRECTIONS, OPPOSITE, Object, Scene, pick, relations, sample_scene
+from kandinsky5.nano.world import DIRECTIONS, NEW_MOTION, OPPOSITE, Object, Scene, pick, relations, sample_scene
 
 LANGUAGES = ("english", "russian")
 
@@ -70,7 +70,7 @@ def _write_english(
     rng: np.random.Generator, described: tuple[dict, ...], background: str | None, relation: str | None
 ) -> str:
     nouns = _mark([_english_noun(rng, obj) for obj in described])
-    verbs = [_verb(rng, obj["motion"], ENGLISH_VERB, ENGLISH_DIRECTION) for obj in described]
+    verbs = [_verb(rng, obj["motion"], ENGLISH_VERB | NEW_VERB, ENGLISH_DIRECTION) for obj in described]
     moves, moving = map(_mark, zip(*verbs, strict=True))
     if len(described) == 1:
         text = pick(rng, (f"{nouns[0]} {moves[0]}", f"{nouns[0]} {moving[0]}", f"there is {nouns[0]} {moving[0]}"))
@@ -110,6 +110,7 @@ ENGLISH_VERB = {
     "shrink": (("shrinks", "shrinking"), ("gets smaller", "getting smaller"), ("becomes smaller", "becoming smaller")),
     "still": (("stays still", "staying still"), ("does not move", "not moving"), ("stands still", "standing still")),
 }
+NEW_VERB = {NEW_MOTION: (("bounces", "bouncing"),)}  # which nano was never told
 ENGLISH_DIRECTION = {
     "left": ("left", "to the left"),
     "right": ("right", "to the right"),

@@ -23,7 +23,7 @@ from kandinsky5.checkpoint import find_checkpoint, fingerprint
 from kandinsky5.files import check_apart, check_replaceable, write_text
 from kandinsky5.nano.captions import Caption, write_caption
 from kandinsky5.nano.judge import judge_clip, psnr, score
-from kandinsky5.nano.world import CANVAS, NEW_SHAPE, Scene, draw_scene, sample_scene
+from kandinsky5.nano.world import CANVAS, NEW_MOTION, Scene, draw_scene, sample_scene
 from kandinsky5.runtime.device import choose_device, choose_dtype
 
 # Scenes are seeded with [JUDGE_SEED, set, index]. No model was trained, tuned or chosen on them: use another for that.
@@ -51,10 +51,10 @@ SETS = {
     "image to video": EvaluationSet("train", 1, ("english", "russian"), "image"),
     "VAE": EvaluationSet("all", None, ("english",), "vae"),
     "ground truth": EvaluationSet("all", None, ("english",), "drawn"),
-    "star": EvaluationSet(NEW_SHAPE, 1, ("english",)),  # nano does not know it; a LoRA can (docs/teach-a-word.md)
+    "bounce": EvaluationSet(NEW_MOTION, 1, ("english",)),  # nano does not know it; a LoRA can (docs/teach-a-word.md)
     "one frame": EvaluationSet("train", 1, ("english", "russian"), "frame"),  # nano as text-to-image: no motion
 }
-DEFAULT_SETS = [name for name in SETS if name not in ("star", "one frame")]
+DEFAULT_SETS = [name for name in SETS if name not in ("bounce", "one frame")]
 ANSWERS = (
     "objects", "background", "colour", "shape", "motion", "size", "relation", "first frame", "motion and first frame",
 )  # fmt: skip

@@ -23,7 +23,19 @@ import numpy as np
 from einops import rearrange, reduce
 
 from kandinsky5.nano.captions import Caption
-from kandinsky5.nano.world import AREA, BACKGROUNDS, CANVAS, COLOURS, DIRECTIONS, DRAWN_SHAPES, FPS, RADII, coverage
+from kandinsky5.nano.world import (
+    AREA,
+    BACKGROUNDS,
+    CANVAS,
+    COLOURS,
+    DIRECTIONS,
+    FPS,
+    NEW_MOTION,
+    RADII,
+    SHAPES,
+    coverage,
+    progress,
+)
 
 # All lengths are in units of the world's canvas, so in pixels of a 64 x 64 clip.
 COLOUR_TOLERANCE = 65.0  # from the named colour, in RGB
@@ -181,10 +193,10 @@ def _judge_object(colour: np.ndarray, share: np.ndarray, fps: float) -> tuple[Ob
     rows, columns = _where_any(share, axis=1), _where_any(share, axis=2)  # the rest is the same
     place = grid_x[rows, columns] - x[:, None, None], grid_y[rows, columns] - y[:, None, None]
     drawn, errors, radii = {}, {}, {}
-    for shape in DRAWN_SHAPES:
+    for shape in SHAPES:
         radii[shape] = np.sqrt(area / AREA[shape])
         drawn[shape], errors[shape] = _draw_like(share[:, rows, columns], shape, *place, radii[shape])
-    shape = min(DRAWN_SHAPES, key=lambda name: errors[name].mean())
+    shape = min(SHAPES, key=lambda name: errors[name].mean())
     template = np.zeros_like(share)
     template[:, rows, columns] = drawn[shape]
 
@@ -256,7 +268,20 @@ def _judge_motion(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> tuple[str
             cosine = {name: (across * a + down * b) / travel for name, (a, b) in DIRECTIONS.items()}
             nearest = max(cosine, key=lambda name: cosine[name])
             motion = nearest if cosine[nearest] > math.cos(math.radians(20)) else None
+    elif pulse <= MAX_PULSE and factor <= SAME_SIZE and _bounces(tracks[:2]):
+        motion = NEW_MOTION
     return motion, (across, down), growth
+
+
+def _bounces(places: np.ndarray) -> bool:
+    """Whether x and y, (2, F), go up from the first frame on and come down again, evenly."""
+    way = progress(NEW_MOTION, np.linspace(0, 1, places.shape[1]))
+    way -= way.mean()
+    places = places - places.mean(1, keepdims=True)
+    across, down = places @ way / (way @ way)  # from the lowest place to the highest
+    wander = np.sqrt(((places - np.outer((across, down), way)) ** 2).sum(0).mean())
+    travel = -2 * down  # there and back
+    return bool(down <= -MOVING and abs(across) <= STILL and wander <= max(MAX_WANDER, MAX_WANDER_OF_TRAVEL * travel))
 
 
 def _where_any(share: np.ndarray, axis: int) -> slice:

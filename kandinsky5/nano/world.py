@@ -35,15 +35,15 @@ COLOURS = {
 }
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (128, 128, 128), "white": (243, 243, 243)}
 SHAPES = ("circle", "square", "triangle", "diamond")
-NEW_SHAPE = "star"  # drawn and judged like the others, but nano was never shown one: docs/teach-a-word.md does
-DRAWN_SHAPES = (*SHAPES, NEW_SHAPE)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink", "still")
+NEW_MOTION = "bounce"  # drawn and judged like the others, but nano was never shown one: docs/teach-a-word.md does
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 RADII = {"small": (8.0, 9.2), "big": (12.0, 13.8)}  # of objects that keep their size
 GROWTH_FROM, GROWTH_FACTOR = (7.2, 8.0), (1.7, 2.0)  # radius at the small end; large end / small end
 TRAVEL = {1: (14.0, 24.5), 2: (13.0, 19.0)}  # by the number of objects: two have less room
+BOUNCE = (10.0, 12.5)  # up, and down again: as fast as the fastest that nano knows
 TWO_OBJECTS = 0.6  # of the scenes, unless a number is given
 MARGIN, GAP = 2.0, 5.0  # between an object and the canvas; between the areas that two objects sweep
 
@@ -54,13 +54,13 @@ TRIPLES = {
     "all": ALL_TRIPLES,
     "train": tuple(triple for triple in ALL_TRIPLES if triple not in HELD_OUT),
     "held_out": tuple(triple for triple in ALL_TRIPLES if triple in HELD_OUT),
-    NEW_SHAPE: tuple(product(COLOURS, (NEW_SHAPE,), MOTIONS)),
+    NEW_MOTION: tuple(product(COLOURS, SHAPES, (NEW_MOTION,))),
 }
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape, and where it is in the first and in the last frame; in between it changes linearly."""
+    """One shape, and between which two places it moves, as `progress` says."""
 
     colour: str
     shape: str
@@ -88,7 +88,7 @@ def sample_scene(
     """A random scene: attributes uniformly from the triples of `split`, then radii, travel and position.
 
     seed: anything `np.random.default_rng` takes; [seed, index] gives the same scene on every machine.
-    split: "train" (no held-out triple), "held_out" (only those), "all", or NEW_SHAPE: "star" (objects of that shape).
+    split: "train" (no held-out triple), "held_out" (only those), "all", or NEW_MOTION: "bounce" (only that motion).
     num_objects: 1 or 2, or None for two in 60 % of the scenes. Two have different colours and keep apart.
     canvas: height, width in units, at least 64 each.
     Raises ValueError for an unknown split, another number of objects or a small canvas.
@@ -136,11 +136,17 @@ def draw_scene(scene: Scene, num_frames: int = 17, height: int = 64, width: int 
         grid_y = (np.arange(height, dtype=np.float32)[rows, None] + 0.5) / pixels
         grid_x = (np.arange(width, dtype=np.float32)[columns] + 0.5) / pixels
         start, end = np.array([obj.start, obj.end], dtype=np.float32)
-        x, y, radius = (start[i] + (end[i] - start[i]) * time for i in range(3))  # (F, 1, 1) each
+        way = progress(obj.motion, time)
+        x, y, radius = (start[i] + (end[i] - start[i]) * way for i in range(3))  # (F, 1, 1) each
         share = coverage(obj.shape, grid_x - x, grid_y - y, radius, pixels)[..., None]  # (F, h, w, 1)
         colour = np.array(COLOURS[obj.colour], dtype=np.float32)
         frames[:, rows, columns] = (background + share * (colour - background) + 0.5).astype(np.uint8)
     return frames
+
+
+def progress(motion: str, time: np.ndarray) -> np.ndarray:
+    """How far an object is on its way from start to end at these times in [0, 1]: evenly there, or there and back."""
+    return 1 - np.abs(2 * time - 1) if motion == NEW_MOTION else time
 
 
 def relations(first: Object, second: Object) -> tuple[str, ...]:
@@ -194,28 +200,16 @@ def _diamond(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     return (np.abs(x) / DIAMOND_HALF_WIDTH + np.abs(y) / DIAMOND_HALF_HEIGHT - radius) * steepness
 
 
-def _star(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Five points, one up: every tenth of it is the same triangle, folded."""
-    angle = np.abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)  # from the nearest point
-    distance = np.sqrt(x * x + y * y)
-    inner_x, inner_y = STAR_INNER * math.sin(math.pi / 5), STAR_INNER * math.cos(math.pi / 5)
-    down, across = STAR_TIP - inner_y, inner_x  # along the edge, from the tip (0, STAR_TIP) to (inner_x, inner_y)
-    beyond = down * distance * np.sin(angle) + across * (distance * np.cos(angle) - STAR_TIP * radius)
-    return beyond / math.hypot(down, across)
-
-
 SIN_60 = math.sin(math.pi / 3)
 # In radii, chosen so that all shapes of one radius look about as large.
 SQUARE_HALF_SIDE, TRIANGLE_TIP = 0.9, 1.3
 DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT = 0.95, 1.35
-STAR_TIP, STAR_INNER = 1.5, 0.68  # from the centre to its five points, and to the five corners between them
 
 DISTANCE: dict[str, Callable] = {
     "circle": lambda x, y, radius: np.sqrt(x * x + y * y) - radius,
     "square": lambda x, y, radius: np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius,
     "triangle": _triangle,
     "diamond": _diamond,
-    NEW_SHAPE: _star,
 }
 # Half the width, and the height above and below the centre of mass, of a shape of radius 1; and its area.
 EXTENT = {
@@ -223,14 +217,12 @@ EXTENT = {
     "square": (SQUARE_HALF_SIDE, SQUARE_HALF_SIDE, SQUARE_HALF_SIDE),
     "triangle": (TRIANGLE_TIP * SIN_60, TRIANGLE_TIP, TRIANGLE_TIP / 2),
     "diamond": (DIAMOND_HALF_WIDTH, DIAMOND_HALF_HEIGHT, DIAMOND_HALF_HEIGHT),
-    NEW_SHAPE: (STAR_TIP * math.sin(2 * math.pi / 5), STAR_TIP, STAR_TIP * math.cos(math.pi / 5)),
 }
 AREA = {
     "circle": math.pi,
     "square": 4 * SQUARE_HALF_SIDE**2,
     "triangle": 1.5 * SIN_60 * TRIANGLE_TIP**2,
     "diamond": 2 * DIAMOND_HALF_WIDTH * DIAMOND_HALF_HEIGHT,
-    NEW_SHAPE: 5 * STAR_TIP * STAR_INNER * math.sin(math.pi / 5),
 }
 
 
@@ -250,6 +242,8 @@ def _sample_path(rng: np.random.Generator, colour: str, shape: str, motion: str,
         if motion in DIRECTIONS:
             distance = rng.uniform(*travel)
             across, down = (distance * sign for sign in DIRECTIONS[motion])
+        elif motion == NEW_MOTION:
+            down = -rng.uniform(*BOUNCE)
     return Object(colour, shape, motion, size, (0.0, 0.0, first), (across, down, last))
 
 

@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint on a folder of clips: a LoRA next to its frozen DiT, or with --full the DiT itself.
 
-    kandinsky5 finetune nano --clips stars --to runs/stars --steps 600
+    kandinsky5 finetune nano --clips bounces --to runs/bounces --steps 600
     kandinsky5 finetune weights/t2v-lite-sft-5s --clips foxes --to runs/foxes --trigger "Foxy style," --check
 
 Each clip has its caption in NAME.txt next to it, or all have theirs in captions.jsonl or captions.csv. Clips and

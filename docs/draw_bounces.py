@@ -1,9 +1,9 @@
 """Draw a folder of clips that teaches nano a word it does not know: 200 mp4 files with a caption next to each.
 
-    python docs/draw_stars.py stars
+    python docs/draw_bounces.py bounces
 
-Two of three show a star, the rest what nano knows, so that it does not forget that. Each file has six takes of what its
-caption says, one after the other, in other places. docs/teach-a-word.md uses them.
+In two of three something bounces; the rest show what nano knows, so that it does not forget that. Each file has six
+takes of what its caption says, one after the other, in other places. docs/teach-a-word.md uses them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 from kandinsky5 import cli
 from kandinsky5.files import make_folder, write_text
 from kandinsky5.nano.captions import write_caption
-from kandinsky5.nano.world import FPS, NEW_SHAPE, Scene, draw_scene, sample_scene
+from kandinsky5.nano.world import FPS, NEW_MOTION, Scene, draw_scene, sample_scene
 from kandinsky5.video_io import write_video
 
 SEED = 11  # of the scenes; the judge's are others
@@ -27,7 +27,7 @@ def draw(folder: Path, count: int, takes: int) -> None:
     """Write `count` clips and captions; clip i is the same in every run."""
     make_folder(folder)
     for i in range(count):
-        rng, split = np.random.default_rng([SEED, i]), "train" if i % 3 == 2 else NEW_SHAPE
+        rng, split = np.random.default_rng([SEED, i]), "train" if i % 3 == 2 else NEW_MOTION
         scene = sample_scene(rng, split, num_objects=1)
         caption = write_caption(scene, "english", rng).text
         scenes = [scene, *(retake(scene, split, rng) for _ in range(takes - 1))]
@@ -47,7 +47,7 @@ def retake(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
 
 def main() -> None:
     """The command line."""
-    parser = cli.Parser("draw_stars.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser("draw_bounces.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a new one")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="files (default: 200)")
     parser.add_argument("--takes", type=int, default=6, metavar="N", help="of each, 1.7 seconds long (default: 6)")
