@@ -62,6 +62,13 @@ setup(
         # Only tests import these: they are the references that the parity suite compares with.
         "parity": [*TEST, "diffusers==0.42.1", "transformers==5.23.0", "accelerate>=1.0", "peft==0.21.2"],
         "train": ["matplotlib>=3.9"],  # only the curves of a run need it
-        "notebooks": ["matplotlib>=3.9", "jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6", "ipywidgets>=8"],
+        "notebooks": [
+            "matplotlib>=3.9",
+            "jupytext>=1.16",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6",
+            "ipywidgets>=8",
+        ],
     },
 )
