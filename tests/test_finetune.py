@@ -307,10 +307,11 @@ def test_a_lora_is_no_checkpoint_to_start_from(run, clips, tmp_path, capsys):
 
 SLOWLY = """
 import functools, sys, time
-from kandinsky5.training import curves, data, finetune
+from kandinsky5.training import curves, data, finetune, loop
 curves.plot_losses = lambda *paths: None
-checksum = data._checksum
+checksum, take_step = data._checksum, loop._take_step
 data._checksum = lambda tensors: time.sleep(0.1) or checksum(tensors)  # of each entry of the cache
+loop._take_step = lambda *run: time.sleep(0.03) or take_step(*run)  # so that no run reaches step 500
 finetune.train = functools.partial(finetune.train, save_seconds=0)  # with each row of the log
 sys.exit(finetune.main())
 """
@@ -331,7 +332,7 @@ def test_killed_at_random_moments_it_ends_at_the_same_bytes(checkpoint, clips, t
 
     random, unfinished = np.random.default_rng(0), 0
     for i in range(25):
-        pattern = "cache/[!.]*" if i < 8 else "state.pt"
+        pattern = "cache/[!.]*" if len(seen("cache/[!.]*")) < 2 * len(WORDS) + 1 else "state.pt"
         how, before, process = signal.SIGTERM if i % 5 == 4 else signal.SIGKILL, seen(pattern), begin("parts")
         while process.poll() is None and seen(pattern) <= before:
             time.sleep(0.005)
@@ -339,7 +340,7 @@ def test_killed_at_random_moments_it_ends_at_the_same_bytes(checkpoint, clips, t
         process.send_signal(how)
         assert process.wait() == (130 if how == signal.SIGTERM else -how)
         unfinished += len(seen("cache/[!.]*")) < 2 * len(WORDS) + 1
-    assert 5 <= unfinished <= 8 and 0 < state.load_progress(tmp_path / "parts")[0] < 500
+    assert 3 <= unfinished <= 12 and 0 < state.load_progress(tmp_path / "parts")[0] < 500
     assert [begin(to).wait() for to in ("parts", "whole")] == [0, 0]
     files = [tmp_path / to / "lora.safetensors" for to in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
