@@ -42,6 +42,11 @@ def test_a_new_motion_is_known_and_no_other_is_taken_for_it():
         assert not all_right(world.draw_scene(upside_down), caption)
         assert not all_right(drawn[[*range(9), *range(9)][:17]], caption)  # it falls at once
         assert not all_right(drawn[[*range(9)] + 8 * [8]], caption)  # it stays up there
+        (x, y, radius), (_, top, _) = scene.objects[0].start, scene.objects[0].end
+        aside = x + (6 if x < 32 else -6)
+        moved = world.draw_scene(change_first(scene, start=(aside, y, radius), end=(aside, top, radius)))
+        sways = np.where(np.arange(17)[:, None, None, None] % 2, moved, drawn)
+        assert not all_right(sways, caption)
     assert np.mean(right) >= 0.9
 
 
