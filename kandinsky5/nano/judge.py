@@ -4,15 +4,14 @@
 
 `judge_clip` takes only the frames. It finds the background (the median pixel), the colours that stand out from it and,
 for each colour and frame, position and size (moments) and shape (that whose drawing, there and as large, differs
-least: a new shape needs only its drawing); all frames together give the motion (a straight line through positions and
-sizes). `score` then says which words of a caption are true. A clip that is not of this world (noise, a blank, an object
-that vanishes, changes or jumps)
-fails in at least one of them.
+least); all frames together give the motion (a straight line through positions and sizes, or one up and down again).
+`score` then says which words of a caption are true. A clip that is not of this world (noise, a blank, an object that
+vanishes, changes or jumps) fails in at least one of them.
 
 Its limits: it does not see what is thinner than three pixels, such as a line across the background; half of the
 patches of 4 × 5; a ghost so pale that it is less than 65 from what should be there, in RGB of 0 to 255; nor that a
 steady motion rests for a third of the time or is jerky: frames exchanged in pairs, or four in a row that stand still,
-pass for it.
+pass for it; nor that what bounces rests at the top for a few frames.
 """
 
 import math
@@ -245,8 +244,8 @@ def _same_all_the_time(shape: str, errors: dict[str, np.ndarray]) -> bool:
 def _judge_motion(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> tuple[str | None, tuple[float, float], float]:
     """Fit a straight line through positions and sizes, (F,) each; returns motion, displacement and growth.
 
-    The motion is None if the line fits badly (frames out of order, a jump, a turn) or has a direction that is none of
-    the world's.
+    The motion is None if the line fits badly (frames out of order, a jump, a turn that is no bounce) or has a direction
+    that is none of the world's.
     """
     if len(x) < 3:
         return None, (0.0, 0.0), 1.0

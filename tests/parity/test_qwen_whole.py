@@ -70,7 +70,7 @@ def test_round_trip_is_what_transformers_wrote(ours, theirs, tmp_path):
 
 
 def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """uint8 (H, W, 3), of full contrast: what overshoots 0 and 255 is cut off between rows and columns."""
+    """uint8 (H, W, 3), of full contrast: what overshoots 0 and 255 is clipped between rows and columns."""
     generator = np.random.RandomState(seed)
     return torch.from_numpy(generator.randint(0, 256, (height, width, 3), dtype=np.uint8))
 
