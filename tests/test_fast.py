@@ -269,3 +269,26 @@ def test_forms_of_the_cpu_are_not_installed_for_a_gpu():
     assert set(fast.ON_CPU.values()) <= {type(m) for m in dit.modules()}
     fast.remove(dit)
     assert not {type(m) for m in dit.modules()} & set(fast.FORMS.values())
+
+
+@pytest.mark.parametrize("kernel, stride", [(3, (1, 1, 1)), (3, (2, 2, 2)), (2, (1, 1, 1))])
+def test_small_convolutions_go_through_onednn_and_have_the_right_gradients(kernel, stride):
+    x, weight, bias = torch.randn(1, 8, 5, 9, 9), torch.randn(6, 8, *[kernel] * 3), torch.randn(6)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        y = module.conv3d(*inputs, stride)
+    assert called == ["mkldnn_convolution" if torch.backends.mkldnn.is_available() else "convolution"]
+    expected = F.conv3d(*exact, stride)
+    direction = torch.randn(y.shape)
+    ours = torch.autograd.grad(y, inputs, direction)
+    theirs = torch.autograd.grad(expected, exact, direction.double())
+    for one, other in zip((y, *ours), (expected, *theirs), strict=True):
+        assert relative_error(one.detach(), other.detach()) < 1e-5
