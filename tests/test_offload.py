@@ -179,6 +179,32 @@ def test_a_model_sleeps_when_the_last_that_wants_it_leaves(saved):
     assert next(pipe.vae.parameters()).is_meta and next(pipe.dit.parameters()).is_meta
 
 
+def test_threads_that_encode_at_once_get_the_same(saved):
+    pipe, found = Pipeline.load(saved, "cpu", torch.float32, offload="blocks"), []
+    expected = Pipeline.load(saved, "cpu", torch.float32).text_encoder.encode(["a fox"])
+
+    def encode():
+        with torch.no_grad(), offload.awake(pipe.text_encoder.qwen, pipe.text_encoder.clip):
+            found.extend(pipe.text_encoder.encode(["a fox"]) for _ in range(4))
+
+    threads = [threading.Thread(target=encode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 16
+    assert all(x.equal(y) for features in found for x, y in zip(features, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", offload.MODES)
+def test_a_resting_model_is_refused_in_one_line(saved, mode):
+    pipe = Pipeline.load(saved, "cpu", torch.float32, offload=mode)
+    z, x = torch.randn(1, 16, 1, 2, 2), torch.randn(1, 3, 1, 16, 16)
+    for call in (lambda: pipe.text_encoder.encode(["a"]), lambda: pipe.vae.decode(z), lambda: pipe.vae.encode(x)):
+        with pytest.raises(ValueError, match="awake"), torch.no_grad():
+            call()
+
+
 def test_after_an_error_all_rest_and_work_again(saved):
     pipe = Pipeline.load(saved, dtype=torch.float32, offload="blocks")
     hook = pipe.dit.visual_blocks[0].register_forward_hook(lambda *_: 1 / 0)

@@ -61,7 +61,15 @@ def rest(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, 
         model.run_blocks = stream.run_blocks  # type: ignore[assignment]
         vars(model)["stream"] = stream
     vars(model).update(resting=own, works_on=device)
+    if device.type != "meta":
+        for part in model.children():
+            part.register_forward_pre_hook(_check_awake)
     return model
+
+
+def _check_awake(part: nn.Module, _: Any) -> None:
+    if next((p.is_meta for p in part.parameters()), False):
+        raise ValueError("this model rests (offload): call it by hand inside `with runtime.offload.awake(model)`")
 
 
 def find_place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -113,6 +121,7 @@ class Stream:
         self.after: dict[int, nn.Module] = {}  # by a block's id: the one that ran after it, the last time
         self.last: nn.Module | None = None
         self.lane: Lane | None = None
+        self.turn = threading.Lock()  # several threads may want the blocks, which pass one at a time
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
         """What a model whose blocks rest has as `run_blocks`: x (B, L, dim) → the same.
@@ -120,6 +129,10 @@ class Stream:
         Each block has its weights while it runs, and those of the next one come meanwhile: behind the last one those of
         whichever ran then in the pass before.
         """
+        with self.turn:
+            return self._run(blocks, x, *arguments)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, *arguments) -> Tensor:
         if self.device.type == "cuda" and self.lane is None:
             self.lane = Lane(self.device)
         if self.lane and torch.is_grad_enabled():  # gradients of blocks that ran before still read their slots
