@@ -1,6 +1,7 @@
 """What nano's stages refuse to start in or from."""
 
 import os
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from kandinsky5.checkpoint import SHIPPED
-from kandinsky5.nano import distill, presets, stages, train_dit, train_text, train_vae
+from kandinsky5.nano import distill, presets, samples, stages, train_dit, train_text, train_vae
 from kandinsky5.nano.stages import load_dit
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.training.state import load_average
@@ -59,6 +60,18 @@ def test_a_teacher_with_nabla_is_loaded_without():
     assert teacher.config == presets.DIT
     weights = Pipeline.load("nano-10s", dtype=torch.float32).dit.state_dict()
     assert all(weight.equal(weights[name]) for name, weight in teacher.state_dict().items())
+
+
+def test_a_contact_sheet_that_cannot_be_written_costs_a_line(monkeypatch, tmp_path, capsys):
+    gone = tmp_path / "gone"  # as on a full disk
+    monkeypatch.setattr(train_vae, "reconstruct", lambda vae, frames: frames)
+    assert train_vae.test(VAE(presets.VAE), gone, 1, count=6)["judged_right"] == 1
+    black = torch.zeros(8, 17, 64, 64, 3, dtype=torch.uint8)
+    pipe = lambda texts, **_: black[:1] if isinstance(texts, str) else black  # noqa: E731
+    monkeypatch.setattr(samples, "build_pipeline", lambda *_: pipe)
+    rates = samples.judge_samples(presets.PRESETS["nano"], None, None, None, gone / "sample_000001.png", count=8)
+    assert rates["one_all"] == 0
+    assert len(re.findall(r"^note: .*sample_000001\.png.*$", capsys.readouterr().err, re.MULTILINE)) == 2
 
 
 def train_a_little(folder, world, accumulate=2):

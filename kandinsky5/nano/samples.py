@@ -10,12 +10,14 @@ import torch
 from kandinsky5 import video_io
 from kandinsky5.config import PipelineConfig
 from kandinsky5.dit import DiT
+from kandinsky5.files import write_text
 from kandinsky5.nano.captions import LANGUAGES, Caption, write_caption
 from kandinsky5.nano.judge import judge_clip, score
 from kandinsky5.nano.world import Scene, draw_scene, sample_scene
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.runtime import fast, kernels
 from kandinsky5.runtime.device import choose_dtype
+from kandinsky5.screen import showing
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.vae import VAE
 
@@ -69,9 +71,10 @@ def judge_samples(
     motions = [score(judge_clip(clip), caption)["motion"] for clip, (_, caption) in zip(given, few, strict=True)]
     figures["image_motion"] = np.mean(motions)
     rows = [*frames[:8, ::4], *frames[-4:, ::4], *(clip[::4] for clip in given[:4])]  # (5, H, W, 3) each
-    video_io.write_video(image, np.concatenate([np.concatenate(list(row), axis=1) for row in rows])[None])
     text = "\n".join(caption.text for _, caption in [*tests[:8], *tests[-4:], *few[:4]])
-    image.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    with showing(f"{image.name} and .txt"):
+        video_io.write_video(image, np.concatenate([np.concatenate(list(row), axis=1) for row in rows])[None])
+        write_text(image.with_suffix(".txt"), text + "\n")
     return {name: round(float(value), 3) for name, value in figures.items()}
 
 

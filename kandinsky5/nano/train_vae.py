@@ -219,7 +219,8 @@ def test(vae: VAE, folder: Path, step: int, count: int = 24) -> dict[str, float]
     right = [score(judge_clip(clip), caption)["all"] for clip, caption in zip(results, captions, strict=True)]
     pairs = [np.concatenate([truth[i, ::4], results[i, ::4]], axis=1) for i in range(6)]  # (5, 2H, W, 3)
     sheet = np.concatenate(list(np.concatenate(pairs, axis=1)), axis=1)  # (12H, 5W, 3)
-    video_io.write_video(folder / f"sample_{step:06d}.png", sheet[None])
+    with screen.showing(image := f"sample_{step:06d}.png"):
+        video_io.write_video(folder / image, sheet[None])
     return {
         "clip_psnr": float(np.mean([psnr(a, b) for a, b in zip(truth, results, strict=True)])),
         "frame_psnr": float(np.mean([psnr(a, b) for a, b in zip(truth[:, :1], frames, strict=True)])),
