@@ -43,44 +43,45 @@ notebooks: ## run notebooks/*.py and write them with their outputs as .ipynb (ex
 # Every stage except the judge resumes after an interruption; RUNS is the folder of the runs.
 
 RUNS ?= runs
-FROM = --vae '$(RUNS)'/vae --text '$(RUNS)'/text
-CLIPS = '$(RUNS)'/start/clips
+PLACE = '$(subst ','\'',$(RUNS))'
+FROM = --vae $(PLACE)/vae --text $(PLACE)/text
+CLIPS = $(PLACE)/start/clips
 
 .PHONY: nano vae text start dit nocfg distilled long sparse
 nano vae text start dit nocfg distilled long sparse: export OMP_NUM_THREADS ?= 1
 
 PROMPTS ?= 300
 JUDGE = $(PYTHON) -m kandinsky5.nano.judge --prompts $(PROMPTS)
-EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs '$(RUNS)' --to '$(RUNS)'/checkpoints
+EXPORT = $(PYTHON) -m kandinsky5.nano.export $(FROM) --runs $(PLACE) --to $(PLACE)/checkpoints
 
 nano: vae text start dit nocfg distilled long sparse ## train the nano family from scratch: all stages below, RUNS/checkpoints, the judge (extra `train`)
 	$(EXPORT)
-	mkdir -p '$(RUNS)'/judge
-	set -e; for name in nano nano-nocfg nano-distilled16steps; do $(JUDGE) '$(RUNS)'/checkpoints/$$name -o '$(RUNS)'/judge/judge_$$name.json; done
-	$(JUDGE) '$(RUNS)'/checkpoints/nano-10s --sets 'seen, English' -o '$(RUNS)'/judge/judge_nano-10s.json
-	$(JUDGE) '$(RUNS)'/checkpoints/nano-10s --sets 'seen, English' --full-attention -o '$(RUNS)'/judge/judge_nano-10s-full-attention.json
-	$(EXPORT) --judged '$(RUNS)'/judge
+	mkdir -p $(PLACE)/judge
+	set -e; for name in nano nano-nocfg nano-distilled16steps; do $(JUDGE) $(PLACE)/checkpoints/$$name -o $(PLACE)/judge/judge_$$name.json; done
+	$(JUDGE) $(PLACE)/checkpoints/nano-10s --sets 'seen, English' -o $(PLACE)/judge/judge_nano-10s.json
+	$(JUDGE) $(PLACE)/checkpoints/nano-10s --sets 'seen, English' --full-attention -o $(PLACE)/judge/judge_nano-10s-full-attention.json
+	$(EXPORT) --judged $(PLACE)/judge
 
 vae: ## train nano's VAE
-	$(PYTHON) -m kandinsky5.nano.train_vae --folder '$(RUNS)'/vae
+	$(PYTHON) -m kandinsky5.nano.train_vae --folder $(PLACE)/vae
 
 text: ## train nano's tokenizers and text encoders
-	$(PYTHON) -m kandinsky5.nano.train_text --folder '$(RUNS)'/text
+	$(PYTHON) -m kandinsky5.nano.train_text --folder $(PLACE)/text
 
 start: vae text ## pretrain nano's DiT (needs vae and text)
-	$(PYTHON) -m kandinsky5.nano.train_dit --folder '$(RUNS)'/start $(FROM)
+	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(PLACE)/start $(FROM)
 
 dit: start ## finish nano (needs start): times nearer the data, which removes halos
-	$(PYTHON) -m kandinsky5.nano.train_dit --folder '$(RUNS)'/dit --start-from '$(RUNS)'/start --clips $(CLIPS) --seed 1 $(FROM)
+	$(PYTHON) -m kandinsky5.nano.train_dit --folder $(PLACE)/dit --start-from $(PLACE)/start --clips $(CLIPS) --seed 1 $(FROM)
 
 nocfg: dit ## distil nano's guidance into one pass
-	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder '$(RUNS)'/nocfg --teacher '$(RUNS)'/dit --clips $(CLIPS) $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill nocfg --folder $(PLACE)/nocfg --teacher $(PLACE)/dit --clips $(CLIPS) $(FROM)
 
 distilled: nocfg ## distil that into 16 steps
-	$(PYTHON) -m kandinsky5.nano.distill distilled --folder '$(RUNS)'/distilled --teacher '$(RUNS)'/nocfg --clips $(CLIPS) $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill distilled --folder $(PLACE)/distilled --teacher $(PLACE)/nocfg --clips $(CLIPS) $(FROM)
 
 long: dit ## fine-tune nano on clips of twice the length and size, with NABLA
-	$(PYTHON) -m kandinsky5.nano.distill long --folder '$(RUNS)'/long --teacher '$(RUNS)'/dit --clips '$(RUNS)'/long/clips $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill long --folder $(PLACE)/long --teacher $(PLACE)/dit --clips $(PLACE)/long/clips $(FROM)
 
 sparse: long ## distil its full attention into NABLA: nano-10s
-	$(PYTHON) -m kandinsky5.nano.distill sparse --folder '$(RUNS)'/sparse --teacher '$(RUNS)'/long --clips '$(RUNS)'/long/clips $(FROM)
+	$(PYTHON) -m kandinsky5.nano.distill sparse --folder $(PLACE)/sparse --teacher $(PLACE)/long --clips $(PLACE)/long/clips $(FROM)

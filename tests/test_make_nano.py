@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
-@pytest.mark.parametrize("runs", ["my runs", "my (runs)", "*"])
+@pytest.mark.parametrize("runs", ["my runs", "my (runs)", "*", "Kate's runs"])
 def test_a_folder_of_runs_may_have_any_name(runs):
     make = ["make", "--dry-run", "nano", "PYTHON=python", f"RUNS={runs}"]
     commands = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
