@@ -48,7 +48,7 @@ LOAD = ("device", "dtype", "attention", "offload", "compile", "tile_space", "qua
 
 def main(arguments: list[str] | None = None) -> int:
     """What sample.py does, with replays, previews and the rarer options. Raises ValueError or OSError."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun
+    if "WORLD_SIZE" in os.environ:  # which torchrun sets
         from kandinsky5.runtime import launch
 
         return launch.together(lambda: sample(arguments), cli.explain)
@@ -156,15 +156,16 @@ def load_pipeline(
 ) -> "Pipeline":  # fmt: skip
     """The pipeline, on all ranks if there are several: those that do not share a video need others to make."""
     from kandinsky5 import Pipeline
+    from kandinsky5.runtime import launch
 
     how, requested = {name: settings[name] for name in LOAD}, settings["ranks"]
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not launch.is_one_of_many():
         if requested or settings["shard"]:
             raise ValueError("--ranks and --shard are for several processes: start them with torchrun, or leave it out")
         return Pipeline.load(folder, **how)
 
     from kandinsky5.checkpoint import fingerprint
-    from kandinsky5.runtime import launch, parallel
+    from kandinsky5.runtime import parallel
     from kandinsky5.runtime.device import choose_device
 
     if settings["device"] not in ("auto", "cpu", "cuda"):

@@ -329,6 +329,14 @@ def test_free_memory_is_known_on_linux():
     assert free.free_memory(torch.device("meta")) is None
 
 
+def test_processes_of_one_machine_share_its_free_memory(monkeypatch):
+    monkeypatch.setattr(free, "left_in_container", lambda: [1200])
+    for processes, share in ((None, 1200), ("1", 1200), ("4", 300), ("0", 1200), ("many", 1200)):
+        if processes is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert free.free_memory(torch.device("cpu")) == share
+
+
 def test_a_containers_limit_counts(tmp_path):
     assert free.left_in_container(tmp_path) == []
     (tmp_path / "memory.current").write_text("300\n")

@@ -1,13 +1,17 @@
 """Memory that is free on a device, and in the container that the process runs in."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import torch
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes on the device, without swapping; None where the system does not tell."""
+    """Free bytes on the device, without swapping; None where the system does not tell.
+
+    Of a CPU's the share of this process, if torchrun started several on this machine.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, unused
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -16,7 +20,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     lines = meminfo.read_text().splitlines()
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return min([*free, *left_in_container()], default=None)
+    least, processes = min([*free, *left_in_container()], default=None), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return least // max(int(processes), 1) if least and processes.isdecimal() else least
 
 
 def left_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
