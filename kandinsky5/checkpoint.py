@@ -44,7 +44,7 @@ def find_checkpoint(folder_or_preset: str | Path) -> Path:
     """The native checkpoint folder of that path or of that bundled model; ValueError if there is none."""
     folder = find_shipped(folder_or_preset)
     if not folder.exists():
-        if os.sep in str(folder_or_preset):
+        if not {"/", os.sep}.isdisjoint(str(folder_or_preset)):
             raise ValueError(f"there is no checkpoint folder {folder}: check the spelling, or name a preset")
         preset = find_preset(str(folder_or_preset))
         raise ValueError(

@@ -218,8 +218,8 @@ def program(module: str) -> str:
 
 def lora_file(text: str) -> dict[str, Any]:
     """ "camera.safetensors:0.8" → file and weight. Raises ArgumentTypeError for a weight that is no finite number."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or os.path.exists(text):
+    path, _, weight = text.rpartition(":")
+    if ":" not in os.path.splitdrive(text)[1] or os.path.exists(text):
         return {"file": text, "weight": 1.0}
     try:
         if math.isfinite(float(weight)):

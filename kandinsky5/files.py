@@ -124,15 +124,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except PermissionError as error:  # as on Windows, where no file can be replaced that is open or mapped
+            reason = f"{error.strerror}): close the program that has it open, or choose another name"
+            raise OSError(f"cannot replace {path} ({reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file in UTF-8; a failed run leaves the old one as it was."""
+    """Write a small file in UTF-8, the same bytes on every system; a failed run leaves the old one as it was."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, values: dict) -> None:
@@ -186,13 +190,19 @@ def new_folder(place: str | Path, replace: bool = False, resume: bool = False) -
 
 
 def sync(*paths: Path) -> None:
-    """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files."""
+    """Wait until files, or the names in folders, are on the disk: else a power cut may leave empty files.
+
+    Some file systems, such as those of other machines, cannot do that for a folder; it is left out there.
+    """
     if os.name == "nt":  # there, what is only opened to be read cannot be synchronised, and folders not be opened
         return
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError:
+            if not path.is_dir():
+                raise
         finally:
             os.close(handle)
 
@@ -240,20 +250,21 @@ def check_writable(path: str | Path, num_frames: int = 1, fps: float = 24, quali
 def check_apart(outputs: Mapping[str, object], inputs: Mapping[str, object]) -> None:
     """Raises ValueError where an output is also an input, lies as a file in a folder that is one, or is another output;
     options by name, values that are no paths (None, True) are left out."""
-    taken: dict[Path, str] = {}
-    folders = dict(taken)
+    taken: dict[object, str] = {}
+    folders: dict[Path, str] = {}
     for options in (inputs, outputs):
         for option, place in options.items():
             if not isinstance(place, (str, Path)):
                 continue
             path = Path(place).resolve()
+            identity = (path.stat().st_dev, path.stat().st_ino) if path.exists() else path  # a.png may also be A.png
             if options is outputs:
                 around = (folders[p] for p in path.parents if p in folders and path.is_file())
-                if found := taken.get(path) or next(around, None):
+                if found := taken.get(identity) or next(around, None):
                     raise ValueError(f"{option} {place} would replace the file of {found}: give it another name")
             elif path.is_dir():
                 folders[path] = option
-            taken[path] = option
+            taken[identity] = option
 
 
 def free_name(path: str | Path) -> Path:
@@ -270,7 +281,7 @@ def free_name(path: str | Path) -> Path:
 def locked(folder: str | Path, refusal: str) -> Iterator[None]:
     """Hold `folder` alone, or raise ValueError with `refusal`; the lock ends with the process, however that ends.
 
-    On Windows, where folders have no locks, it is not held.
+    On Windows, where folders have no locks, and on file systems without any, it is not held.
     """
     try:
         import fcntl
@@ -283,6 +294,8 @@ def locked(folder: str | Path, refusal: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(refusal) from error
+        except OSError:
+            pass
         yield
     finally:
         os.close(handle)

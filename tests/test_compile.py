@@ -206,15 +206,19 @@ def test_where_auto_compiles(compile, device, missing, answer, monkeypatch):
         assert check_compile(compile, torch.device(device)) is answer
 
 
-@pytest.mark.parametrize("device, present, missing", [
-    ("cpu", {"g++"}, None), ("cpu", {"gcc"}, "g++"), ("cuda", {"triton", "gcc"}, None),
-    ("cuda", {"triton", "clang"}, None), ("cuda", {"gcc"}, "Triton"), ("cuda", {"triton"}, "gcc"),
-    ("cuda", {"triton", "CC"}, "mycc"),
+@pytest.mark.parametrize("system, device, present, missing", [
+    ("linux", "cpu", {"g++"}, None), ("linux", "cpu", {"gcc"}, "g++"), ("linux", "cuda", {"triton", "gcc"}, None),
+    ("linux", "cuda", {"triton", "clang"}, None), ("linux", "cuda", {"gcc"}, "Triton"),
+    ("linux", "cuda", {"triton"}, "gcc"), ("linux", "cuda", {"triton", "CC"}, "mycc"),
+    ("darwin", "cpu", {"clang++"}, None), ("darwin", "cpu", {"g++"}, "clang++"),
+    # triton-windows brings a C compiler, which it takes where CC names none; for a CPU PyTorch calls MSVC's.
+    ("win32", "cuda", {"triton"}, None), ("win32", "cuda", {"triton", "CC"}, "mycc"),
+    ("win32", "cuda", {"cl"}, "Triton"), ("win32", "cpu", {"cl"}, None), ("win32", "cpu", {"g++"}, "cl "),
 ])  # fmt: skip
-def test_what_a_compiler_needs(device, present, missing, monkeypatch):
+def test_what_a_compiler_needs(system, device, present, missing, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name if name in present else None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in present else None)
-    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("sys.platform", system)
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     if "CC" in present:

@@ -101,7 +101,7 @@ def clear(folder: Path, keep: set[str]) -> None:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif str(path.relative_to(folder)) not in keep:
+        elif path.relative_to(folder).as_posix() not in keep:
             path.unlink()
 
 
@@ -118,7 +118,7 @@ def check_complete(
         for path in filter(Path.is_file, Path(small).rglob("*")):
             there = destination / path.relative_to(small)
             if not there.is_file() or not (path.samefile(there) or filecmp.cmp(path, there, shallow=False)):
-                other.append(str(path.relative_to(small)))
+                other.append(path.relative_to(small).as_posix())
     other += [file for file in shards if not is_written(destination / file, *shards[file], advance)]
     if other:
         raise ValueError(
@@ -270,4 +270,4 @@ def link(path: Path, place: Path) -> None:
 def list_files(folder: Path, keep: Callable[[Path], bool]) -> dict[str, Path]:
     """The files below `folder` for which `keep(path)` holds, by relative path. ValueError if a link leaves it."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path): check_inside(folder / path, folder) for path in paths if keep(path)}
+    return {path.as_posix(): check_inside(folder / path, folder) for path in paths if keep(path)}

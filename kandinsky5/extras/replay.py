@@ -246,8 +246,15 @@ def _show(path: str, recorded: dict, given: dict) -> None:
 
 
 def _portable(path: str) -> str:
-    """A path as a file may carry it: relative to the current folder; the name, where that would be the whole path."""
+    """A path as a file may carry it: relative to the current folder; the name, where that would be the whole path.
+
+    With / on Windows too, so that another system can read it.
+    """
     whole, here = os.path.abspath(path), os.getcwd()
-    if os.path.isabs(path) and os.path.commonpath([whole, here]) == os.sep:
+    try:
+        common = os.path.commonpath([whole, here])
+    except ValueError:  # two drives of Windows
         return os.path.basename(whole)
-    return os.path.relpath(whole, here)
+    if os.path.isabs(path) and common == os.path.dirname(common):
+        return os.path.basename(whole)
+    return os.path.relpath(whole, here).replace(os.sep, "/")

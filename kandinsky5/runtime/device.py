@@ -18,6 +18,9 @@ NATIVE = {
     torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"},
 }
 OLDEST = 7, 0  # compute capability that Triton compiles for
+CXX = {  # what torch.compile calls for a CPU where that is not g++, and how to get it
+    "darwin": ("clang++", "xcode-select --install"), "win32": ("cl", "Visual Studio's Build Tools, in their prompt"),
+}  # fmt: skip
 GRAPHS = 32  # most of one compiled function: for one sample or several, masks, pieces, single frames
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
@@ -30,6 +33,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # PyTorch has no single way to refuse
         usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        usable += ["mps"] * torch.backends.mps.is_available()
         reason = re.split(r"\n|\. ", str(error))[0]
         raise ValueError(f"device {device}: cannot be used here ({reason}); choose {' or '.join(usable)}") from error
 
@@ -45,6 +49,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}: choose auto or one of {', '.join(DTYPES)}")
+    if chosen == torch.float64 and device.type == "mps":
+        raise ValueError(f"dtype {dtype!r}: an Apple GPU has no such numbers: choose float32")
     return chosen
 
 
@@ -76,9 +82,10 @@ def cpu_features() -> set[str]:
         features = {name for name, present in torch.cpu.get_capabilities().items() if present is True}
     else:  # PyTorch 2.11
         features = {"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else set()
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn = torch.backends.mkldnn.is_available()  # not in PyTorch for macOS
+    if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         features -= NATIVE[torch.bfloat16]
-    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if not (onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported()):
         features -= NATIVE[torch.float16]
     return features
 
@@ -89,12 +96,14 @@ def compiler_missing(device: str) -> str | None:
         return "Triton here: pip install triton (on Windows triton-windows)"
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
         return "GPU here that Triton compiles for: it needs compute capability 7.0, that of V100"
-    of_pytorch, of_triton = ["clang++" if sys.platform == "darwin" else "g++"], ["gcc", "clang", "cc"]
-    variable, names = ("CC", of_triton) if device == "cuda" else ("CXX", of_pytorch)
+    cxx, how = CXX.get(sys.platform, ("g++", "apt install g++"))
+    variable, names = ("CC", ["gcc", "clang", "cc"]) if device == "cuda" else ("CXX", [cxx])
+    how = "apt install gcc" if device == "cuda" else how
     names = [os.environ[variable]] if variable in os.environ else names
-    if any(shutil.which(name) for name in names):
+    bundled = device == "cuda" and sys.platform == "win32" and variable not in os.environ  # triton-windows has TinyCC
+    if bundled or any(shutil.which(name) for name in names):
         return None
-    return f"{names[0]} here: install a compiler (apt install {names[0]}), or name yours in the variable {variable}"
+    return f"{names[0]} here: install a compiler ({how}), or name yours in the variable {variable}"
 
 
 def allow_recompiling() -> dict[str, Any]:

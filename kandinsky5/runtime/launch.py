@@ -129,6 +129,8 @@ def join() -> dist.Store | None:
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if gpus and local >= gpus:
         raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
+    if gpus and not dist.is_nccl_available():
+        raise ValueError("several GPUs need NCCL, which PyTorch for Windows lacks: use one, or Linux (WSL 2)")
     if gpus:
         torch.cuda.set_device(local)
     meet(seconds=SECONDS)

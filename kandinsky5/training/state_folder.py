@@ -7,6 +7,7 @@
 It is written under another name and renamed when it is whole; then what came before is removed.
 """
 
+import contextlib
 import io
 import pickle
 import re
@@ -47,7 +48,8 @@ def remove_others(folder: Path, newest: Path) -> None:
     """Remove states that came before."""
     for path in (*folder.glob("state-*"), *folder.glob(".state-*"), folder / "state.pt"):
         if path != newest:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows keeps what is mapped; `find` knows the newer one
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
