@@ -43,12 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where a table differs")
     check, stale = parser.parse_args(arguments).check, []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         new = MARKED.sub(lambda match: match[1] + "\n".join(TABLES[match[2]]()) + "\n" + match[3], text)
         if new != text:
             stale.append(path)
             if not check:
-                path.write_text(new)
+                path.write_text(new, encoding="utf-8", newline="\n")
     for path in stale:
         print(f"{path.relative_to(ROOT)}: {'stale; run python docs/tables.py' if check else 'rewritten'}")
     return int(check and bool(stale))
@@ -301,7 +301,7 @@ def vocabulary() -> list[str]:
 
 
 def judged(name: str) -> dict:
-    return json.loads((JUDGE / f"{name}.json").read_text())
+    return json.loads((JUDGE / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def percent(result: dict, subset: str, answer: str = "all") -> float | None:
@@ -471,8 +471,8 @@ def speed() -> list[str]:
             "",
         )
     ]
-    order = (RESULTS / "compare.md").read_text()
-    measured = json.loads((RESULTS / "compare.json").read_text()).values()
+    order = (RESULTS / "compare.md").read_text(encoding="utf-8")
+    measured = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8")).values()
     for row in sorted(measured, key=lambda row: ("AVX2" in row["machine"], order.find(f"| {row['work']} |"))):
         work = re.sub(r", (bf16|float32)\b", "", row["work"])
         precision = row.get("precision") or ("float32" if "float32" in row["work"] else "bf16")
@@ -489,7 +489,7 @@ def speed() -> list[str]:
 
 def machine() -> list[str]:
     """The processor and the versions behind the speed table."""
-    measured = json.loads((RESULTS / "compare.json").read_text()).values()
+    measured = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8")).values()
     processors = {re.split(r", \d+ threads", row["machine"])[0] for row in measured}
     versions = {row["machine"].split("cores, ")[1] for row in measured}
     dates = sorted(row["date"][:10] for row in measured)
@@ -498,7 +498,7 @@ def machine() -> list[str]:
 
 def quantised() -> dict:
     """Results of benchmarks/quantise.py by part."""
-    return json.loads((RESULTS / "quantise.json").read_text())
+    return json.loads((RESULTS / "quantise.json").read_text(encoding="utf-8"))
 
 
 def int8_speed() -> list[str]:
@@ -561,7 +561,7 @@ def ratios() -> list[str]:
 
 def copied(name: str) -> list[str]:
     """The table of a Markdown file in benchmarks/results, as its script wrote it."""
-    return [line for line in (RESULTS / name).read_text().splitlines() if line.startswith("|")]
+    return [line for line in (RESULTS / name).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
 
 
 TABLES = {

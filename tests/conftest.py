@@ -1,6 +1,7 @@
 import gc
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from command_line import checkpoint, cli, here, refused  # noqa: F401  (fixtures
 from kandinsky5.tokenizer import Tokenizer
 
 if os.name == "nt":
-    Path.symlink_to = lambda *_, **__: pytest.skip("makes symbolic links, which Windows allows to few")  # type: ignore
+    if not sys.flags.utf8_mode:
+        pytest.exit("the tests' own files are in UTF-8: set PYTHONUTF8=1", returncode=2)
+    for place, name in ((Path, "symlink_to"), (os, "mkfifo"), (os, "fork"), (os, "killpg")):
+        setattr(place, name, lambda *_, name=name, **__: pytest.skip(f"calls {name}, which Windows lacks or limits"))
 
 read = Tokenizer.load
 seen: dict[tuple, Tokenizer] = {}

@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle moves left"
 FAST = ("--device", "cpu", "--dtype", "float32", "--steps", "8")
 SHARED = ("--ranks", "1x2", "-o", "x.mp4")  # by default nano's two passes are one batch, which both ranks compute
-pytestmark = pytest.mark.torchrun
+pytestmark = [
+    pytest.mark.torchrun,
+    pytest.mark.skipif(os.name == "nt", reason="ends groups of processes by signals, which Windows does not have"),
+]
 
 
 def torchrun(count, script, *arguments, limit="30"):

@@ -15,7 +15,10 @@ from kandinsky5.training.loop import generator
 from kandinsky5.training.state import load_progress
 from test_launch import end, here, torchrun  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.torchrun
+pytestmark = [
+    pytest.mark.torchrun,
+    pytest.mark.skipif(os.name == "nt", reason="ends groups of processes by signals, which Windows does not have"),
+]
 
 
 @pytest.fixture

@@ -135,14 +135,14 @@ class ClipStore:
             origin.update(digest(part).encode())
         if not (path.parent / "latents.f16").is_file():
             write_text(path, origin.hexdigest())
-        if not path.is_file() or path.read_text() != origin.hexdigest():
+        if not path.is_file() or path.read_text(encoding="utf-8") != origin.hexdigest():
             raise ValueError(
                 f"the latents in {path.parent} are of another world, VAE, number of frames or precision: choose "
                 "another folder for clips, or the VAE of these; or remove it, and they will be drawn and encoded again"
             )
 
     def _read_count(self) -> int:
-        return json.loads(self.count_file.read_text()) if self.count_file.is_file() else 0
+        return json.loads(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
 
     def _write_count(self) -> None:
         self.records.flush()

@@ -48,7 +48,9 @@ TWO_OBJECTS = 0.6  # of the scenes, unless a number is given
 MARGIN, GAP = 2.0, 5.0  # between an object and the canvas; between the areas that two objects sweep
 
 # (colour, shape, motion): those of the file are never drawn for training.
-HELD_OUT = frozenset(map(tuple, json.loads(Path(__file__).with_name("held_out.json").read_text())["triples"]))
+HELD_OUT = frozenset(
+    map(tuple, json.loads(Path(__file__).with_name("held_out.json").read_text(encoding="utf-8"))["triples"])
+)
 ALL_TRIPLES = tuple(product(COLOURS, SHAPES, MOTIONS))
 TRIPLES = {
     "all": ALL_TRIPLES,
