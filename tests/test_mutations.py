@@ -520,7 +520,7 @@ FAST_PATHS = [  # name, test (of a monkeypatch and a folder), function, right, w
       )],
     ("the next block fetched into the slot of the running one",
      lambda patch, folder: test_offload.test_cast_weights_take_turns_in_two_places(folder),
-     offload.Stream.run_blocks, "self.slots[::-1]", "self.slots"),
+     offload.Stream._run, "self.slots[::-1]", "self.slots"),
     ("int8 with the scale of the next block",
      lambda patch, folder: test_quantize.test_whole_models_equal_their_rounded_weights_and_are_near(),
      quantize.dequantise, "scale.to(dtype)", "scale.roll(1, -1).to(dtype)"),
