@@ -137,17 +137,23 @@ class SlowLane:
         pass
 
 
+def load_with(lane, saved, keep):
+    """A pipeline whose DiT's blocks come through this lane, and their stream."""
+    pipe = Pipeline.load(saved, dtype=torch.float32, offload="blocks")
+    stream = vars(pipe.dit)["stream"]
+    stream.keep, stream.lane, finish = keep, lane, stream.end
+    stream.end = lambda: (finish(), setattr(stream, "lane", lane))
+    return pipe, stream
+
+
 @pytest.mark.parametrize("keep, arena, pins", [(True, 2**32, 1), (True, 1, 4), (False, 2**32, 4)])
 def test_packed_blocks_compute_the_same(saved, keep, arena, pins, monkeypatch):
     """The logic of a GPU: blocks packed once each or in two places, and the next one on its way behind every block."""
     monkeypatch.setattr(offload, "ARENA", arena)
-    pipe, lane = Pipeline.load(saved, dtype=torch.float32, offload="blocks"), SlowLane()
-    stream = vars(pipe.dit)["stream"]
-    stream.keep, finish = keep, stream.end
-    stream.lane, missed = lane, []
+    lane, missed = SlowLane(), []
+    pipe, stream = load_with(lane, saved, keep)
     arrive = stream._arrive
     stream._arrive = lambda block: (missed.append(block) if stream.coming is None else None, arrive(block))[1]
-    stream.end = lambda: (finish(), setattr(stream, "lane", lane))
     expected = run(Pipeline.load(saved, dtype=torch.float32))
     for _ in range(2):
         assert run(pipe).equal(expected)
@@ -155,6 +161,28 @@ def test_packed_blocks_compute_the_same(saved, keep, arena, pins, monkeypatch):
     # Only the first forward and the first block of the second do not know what comes after the last block of a kind.
     text, visual = pipe.dit.text_blocks[0], pipe.dit.visual_blocks[0]
     assert missed == [text, visual, text, text]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_without_pinned_memory_blocks_compute_the_same(saved, keep, monkeypatch, capsys):
+    """As under WSL 2, or a low limit: pageable memory takes its place, and one line says so, not one per block."""
+    empty, refused = torch.empty, []
+
+    def refuse(*size, pin_memory=False, **how):
+        if pin_memory:
+            refused.append(size)
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        return empty(*size, **how)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(SlowLane, "pinned", offload.Lane.pinned)
+    offload._say_once.cache_clear()
+    expected = run(Pipeline.load(saved, dtype=torch.float32))
+    pipe, _ = load_with(SlowLane(), saved, keep)
+    for _ in range(2):
+        assert run(pipe).equal(expected)
+    said = capsys.readouterr().err.splitlines()
+    assert refused and len(said) == 1 and said[0].startswith("note: ") and "ulimit" in said[0]
 
 
 def test_weights_side_by_side_are_cut_out_again():

@@ -5,7 +5,8 @@
 
 On a GPU both cost the time of copying. With "blocks" a thread puts the weights of a block side by side in pinned
 memory, from where they cross the bus in one copy, while the block before it runs: only events make one wait for the
-other. The DiT's, which come again in every step, stay pinned where they take less than half of the free memory.
+other. The DiT's, which come again in every step, stay pinned where they take less than half of the free memory. Where
+the system pins none, they come from pageable memory, and one line says what that costs.
 
 On a CPU nothing is copied where file and model have the same precision: the pages of the file are the weights, and the
 system may drop them and read them again. Only tensors that need a cast, such as those of a float32 file for a model in
@@ -16,6 +17,7 @@ they go.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from kandinsky5.dit import DiT
 from kandinsky5.runtime.free import free_memory
+from kandinsky5.screen import printable, say
 
 MODES = ("model", "blocks")
 ARENA = 2**32  # bytes pinned at a time, for several blocks: PyTorch rounds each request up to a power of two
@@ -218,8 +221,12 @@ class Lane:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def pinned(self, size: int) -> Tensor:
-        """Bytes (size,) of the CPU's memory from which copies run by themselves."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        """Bytes (size,) of the CPU's memory from which copies run by themselves, or pageable ones."""
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:  # little memory, a limit of the system or container, WSL 2
+            _say_once(printable(str(error).partition("\n")[0], 100))
+            return torch.empty(size, dtype=torch.uint8)
 
     def room(self, size: int) -> Tensor:
         """Bytes (size,) on the GPU."""
@@ -250,6 +257,15 @@ class Lane:
     def finish(self) -> None:
         """Wait for all that the GPU has to do."""
         torch.cuda.synchronize(self.device)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    """What unpinned memory costs, a single time."""
+    say(
+        f"note: streamed weights cannot be pinned in memory ({reason}): their copies take several times as long, and "
+        "computation waits for them; free some RAM, or raise the limit (ulimit -l)"
+    )
 
 
 def measure(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
