@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -150,6 +151,37 @@ def test_the_matmuls_have_as_many_operations_as_the_dit(tmp_path, compare):
     assert abs(counter.get_total_flops() - expected) <= 64**3  # half a matmul
 
 
+@pytest.mark.parametrize("stages, code", [(1, 0), (3, 1)])
+def test_a_side_that_fails_says_why_and_the_others_go_on(stages, code, tmp_path, monkeypatch):
+    """Without diffusers, and with a kernel that does not fit: 8 warps and one stage, or our own choice, three."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu, plain = __import__("gpu"), flex_attention.flex_attention
+
+    def run(*tensors, kernel_options, **how):
+        if kernel_options["fwd_num_stages"] == stages and (stages > 1 or kernel_options["fwd_num_warps"] == 8):
+            raise RuntimeError("backend raised:\nNo valid configs. out of resource: shared memory | Required: 114688")
+        return plain(*tensors, **how)
+
+    monkeypatch.setattr(flex_attention, "flex_attention", run)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    command = ["gpu.py", "--tiny", "--repeats", "1", "--out", str(tmp_path), "--rows", "flex-64", "decode-sd"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu.main() == code
+    flex, decode = (row["sides"] for row in json.loads((tmp_path / "gpu.json").read_text()).values())
+    failed = {side for side, got in flex.items() if "114688" in got.get("failed", "")}
+    assert failed == (
+        {"8 warps, 1 stage"} if stages == 1 else {"ours", "4 warps, 3 stages (ours)", "8 warps, 3 stages"}
+    )
+    assert all(got["seconds"] > 0 for side, got in flex.items() if side not in failed)
+    assert decode["ours"]["seconds"] > 0 and "accelerate" in decode[gpu.THEIRS]["failed"]
+    assert len({line.count("|") for line in lines_of(tmp_path)}) == 1
+
+
+def lines_of(folder: Path) -> list[str]:
+    """The lines of the table that gpu.py wrote."""
+    return [line for line in (folder / "gpu.md").read_text().splitlines() if line.startswith("|")]
+
+
 def test_the_table_of_skipped_steps_has_a_row_for_each_setting(tmp_path):
     command = [sys.executable, BENCHMARKS / "magcache.py", "--clips", "1", "--rounds", "1", "--threads", "1"]
     run = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
@@ -163,7 +195,8 @@ def test_rows_of_a_gpu_run_at_toy_size_on_a_cpu(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(results) == 9 and all(row["ours"] > 0 and row["theirs"] > 0 for row in results.values())
+    sides = [side for row in results.values() for side in row["sides"].values()]
+    assert len(results) == 12 and len(sides) == 35 and all(side["seconds"] > 0 for side in sides)
     assert (tmp_path / "gpu.md").read_text().count("toy sizes: no figures to keep") == 1
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert again.returncode == 0 and "theirs 0" not in again.stdout
+    assert again.returncode == 0 and "ours 0" not in again.stdout
