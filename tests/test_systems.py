@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky5 import cli, files, video_io
+from kandinsky5 import cli, files, pipeline, video_io
 from kandinsky5.checkpoint import find_checkpoint
+from kandinsky5.dit import DiT
 from kandinsky5.extras import replay
 from kandinsky5.runtime import launch
 from kandinsky5.runtime.device import choose_dtype
 from kandinsky5.training import state_folder
+from kandinsky5.vae import Decoder
 from weights_convert import write
 
 
@@ -133,6 +135,15 @@ def test_an_apple_gpu_has_no_float64():
     with pytest.raises(ValueError, match="float64.*float32"):
         choose_dtype("float64", torch.device("mps"))
     assert choose_dtype("float64", torch.device("cpu")) == torch.float64
+
+
+def test_an_apple_gpu_computes_the_definitions(monkeypatch):
+    """Their convolutions and norms get whole tensors; the faster forms pass views, which kernels there misread."""
+    load = pipeline.load_models
+    monkeypatch.setattr(pipeline, "choose_device", torch.device)
+    monkeypatch.setattr(pipeline, "load_models", lambda f, c, _, *how: load(f, c, torch.device("cpu"), *how))
+    pipe = pipeline.Pipeline.load("nano", "mps", torch.float32)
+    assert type(pipe.dit) is DiT and type(pipe.vae.decoder) is Decoder
 
 
 def test_several_gpus_without_nccl_are_refused(monkeypatch):
