@@ -472,7 +472,8 @@ def test_a_folder_that_cannot_be_made_is_named(refused):
     refused(["--prompts", "two.txt", "--checkpoint", "small", "-o", "/proc/videos"], "cannot make the folder")
 
 
-def test_another_image_at_the_same_place_is_another_video():
+def test_another_image_at_the_same_place_is_another_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = {"prompt": "a fox", "image": "fox.png", "seed": 3}
     Path("fox.png").write_bytes(b"a fox")
     first = prompts.name_video(settings, "nano", False)
@@ -480,6 +481,13 @@ def test_another_image_at_the_same_place_is_another_video():
     assert prompts.name_video(settings | {"image": "moved.png"}, "nano", False) == first
     Path("fox.png").write_bytes(b"a cat")
     assert prompts.name_video(settings, "nano", False) != first
+
+
+@pytest.mark.parametrize("prompt", ["CON", "nul.", "a fox: red?", "c:\\fox\\..", 'fox*|<>"\t', " ...", "лиса/…"])
+def test_names_are_names_on_every_system(prompt):
+    """Windows keeps some for devices, and refuses colons, ends of dots and more."""
+    name = prompts.name_video({"prompt": prompt}, "nano", True)
+    assert re.fullmatch(r"\w[\w-]*-[0-9a-f]{10}\.png", name) and len(name.encode()) < 255
 
 
 def test_names_have_only_letters_that_the_file_system_takes(monkeypatch):
