@@ -227,7 +227,16 @@ def test_what_a_compiler_needs(system, device, present, missing, monkeypatch):
     assert found is None if missing is None else missing in found
 
 
-@pytest.mark.parametrize("capability, missing", [((6, 1), "7.0"), ((7, 0), None), ((12, 0), None)])
+@pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_a_compiler_that_is_switched_off_is_missing(switch, monkeypatch):
+    """Flex would run uncompiled, where it ignores blocks."""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert compiler_missing("cpu") is None
+    monkeypatch.setenv(switch, "1")
+    assert switch in compiler_missing("cpu")
+
+
+@pytest.mark.parametrize("capability, missing", [((6, 1), "8.0"), ((7, 5), "8.0"), ((8, 0), None), ((12, 0), None)])
 def test_triton_needs_a_gpu_that_it_compiles_for(capability, missing, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)

@@ -220,6 +220,17 @@ def test_flex_equals_dense():
     assert relative_error(flex_attention(q, k, v, block_mask=build_block_mask(chosen)), expected) < 1e-6
 
 
+@pytest.mark.compiled
+@torch.no_grad()
+def test_compiled_flex_keeps_to_the_tiles():
+    """Without gradients its blocks have no `mask_mod`: nothing else says what is seen."""
+    q, k, v = random_qkv(2, 3, 6 * 64, 16)
+    chosen = random_map(2, 3, 6, 0.2)
+    expected = dense_attention(q, k, v, expand_block_map(chosen))
+    out = module._compiled_flex_attention()(q, k, v, block_mask=build_block_mask(chosen, backward=False))
+    assert relative_error(out, expected) < 1e-6
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiled_flex_is_given_tiles_and_mask(trained, monkeypatch):
     """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU.
@@ -236,19 +247,20 @@ def test_compiled_flex_is_given_tiles_and_mask(trained, monkeypatch):
     assert ("fwd_IS_DIVISIBLE" in options, "ROWS_GUARANTEED_SAFE" in options) == (not trained, not trained)
     assert given["block_mask"].BLOCK_SIZE == (side, side)
     assert (given["block_mask"].q_indices is not None) == trained  # which only gradients need
+    assert options["BACKEND"] == "TRITON"
 
 
 @pytest.mark.parametrize(
     "head_dim, itemsize, shared, stages",
     [  # kilobytes of shared memory: H100 227, A100 163, 4090 99, T4 64
         (64, 2, 227, 3), (64, 2, 99, 3), (64, 2, 64, 3), (128, 2, 227, 3), (128, 2, 163, 3), (128, 2, 99, 2),
-        (128, 2, 64, 1), (64, 4, 99, 2), (128, 4, 227, 3), (128, 4, 99, 1), (256, 4, 99, 1),
+        (128, 2, 64, 1), (64, 4, 99, 3), (128, 4, 227, 3), (128, 4, 99, 3), (256, 4, 99, 1),
     ],
 )  # fmt: skip
 def test_stages_fit_in_shared_memory(head_dim, itemsize, shared, stages):
     options = module.flex_options(head_dim, itemsize, shared * 2**10)
     assert options["fwd_num_stages"] == stages and options["fwd_num_warps"] == 4
-    assert options["BLOCK_M"] == options["BLOCK_N"] == 64
+    assert (options["BLOCK_M"], options["BLOCK_N"]) == (64, 64 if itemsize == 2 else 16)
 
 
 def test_tiles_are_listed_without_sorting():
@@ -299,7 +311,8 @@ def test_block_mask_holds_the_map():
     mask = build_block_mask(chosen, backward=False)
     assert mask.BLOCK_SIZE == (64, 64)
     assert mask.to_dense().bool().equal(chosen)
-    assert mask.full_kv_num_blocks.equal(chosen.sum(-1, dtype=torch.int32))
+    assert mask.kv_num_blocks.equal(chosen.sum(-1, dtype=torch.int32))
+    assert mask.full_kv_indices is None  # next to "full" blocks the kernel has a second loop, and spills registers
 
 
 def test_the_comparison_can_fail():

@@ -17,10 +17,12 @@ NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"},
 }
-OLDEST = 7, 0  # compute capability that Triton compiles for
 CXX = {  # what torch.compile calls for a CPU where that is not g++, and how to get it
     "darwin": ("clang++", "xcode-select --install"), "win32": ("cl", "Visual Studio's Build Tools, in their prompt"),
 }  # fmt: skip
+# Compute capability that Triton is made for. On older GPUs PyTorch compiles nothing in bfloat16, in which int8 has its
+# scales, and flex_attention is without tensor cores and spills 3 KB per thread (benchmarks/results/without_gpu.md).
+OLDEST = 8, 0
 GRAPHS = 32  # most of one compiled function: for one sample or several, masks, pieces, single frames
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
@@ -92,10 +94,13 @@ def cpu_features() -> set[str]:
 
 def compiler_missing(device: str) -> str | None:
     """What torch.compile needs for a device of this type ("cpu", "cuda", …) and does not find, and how to get it."""
+    for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(switch) == "1":
+            return f"compiler here, as {switch} is 1: unset it"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton here: pip install triton (on Windows triton-windows)"
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
-        return "GPU here that Triton compiles for: it needs compute capability 7.0, that of V100"
+        return "GPU here that Triton compiles well for: it needs compute capability 8.0, that of A100"
     cxx, how = CXX.get(sys.platform, ("g++", "apt install g++"))
     variable, names = ("CC", ["gcc", "clang", "cc"]) if device == "cuda" else ("CXX", [cxx])
     how = "apt install gcc" if device == "cuda" else how

@@ -200,10 +200,11 @@ def piece_sizes(device: str) -> tuple[int, int]:
 
 
 def build_block_mask(block_map: Tensor, backward: bool = True):
-    """PyTorch's BlockMask made of a bool (B, N, L/64, L/64) map.
+    """PyTorch's BlockMask made of a bool (B, N, L/64, L/64) map, for the compiled kernel.
 
-    All kept tiles are "full" blocks, which the compiled kernel computes without looking inside. Uncompiled,
-    flex_attention ignores blocks and applies `mask_mod` to every pair of tokens, so that must say the same.
+    Without gradients each kept tile is a block, all of whose tokens are seen: no `mask_mod`. As "full" blocks next to
+    one, which is never asked, they cost a second loop, and registers: benchmarks/results/without_gpu.md. Uncompiled,
+    flex_attention ignores blocks and would attend to all tokens.
     backward: also list the queries of each key, which gradients need; it takes two sorts of the whole map. Blocks are
     then two tiles wide, as the kernels of gradients on Hopper and Blackwell refuse smaller ones; those with some but
     not all of their four tiles are not "full", and `mask_mod` says which.
@@ -213,17 +214,18 @@ def build_block_mask(block_map: Tensor, backward: bool = True):
     def same_as_map(b, n, q, k):
         return block_map[b, n, q // TILE, k // TILE]
 
-    full = some = block_map
-    if backward:
-        pairs = F.pad(block_map, (0, block_map.shape[-1] % 2, 0, block_map.shape[-2] % 2))
-        four = rearrange(pairs, "B N (Q q) (K k) -> B N Q K (q k)", q=2, k=2)
-        full, some = four.all(dim=-1), four.any(dim=-1) & ~four.all(dim=-1)
-    count, index = full.sum(dim=-1, dtype=torch.int32), list_tiles(full)
-    partial, where = (some.sum(dim=-1, dtype=torch.int32), list_tiles(some)) if backward else (count * 0, index)
+    def listed(kept: Tensor) -> tuple[Tensor, Tensor]:
+        return kept.sum(dim=-1, dtype=torch.int32), list_tiles(kept)
+
     lengths = TILE * block_map.shape[-2], TILE * block_map.shape[-1]
-    return BlockMask.from_kv_blocks(
-        partial, where, count, index, (1 + backward) * TILE, same_as_map, lengths, compute_q_blocks=backward
-    )
+    if not backward:
+        return BlockMask.from_kv_blocks(
+            *listed(block_map), BLOCK_SIZE=TILE, seq_lengths=lengths, compute_q_blocks=False
+        )
+    pairs = F.pad(block_map, (0, block_map.shape[-1] % 2, 0, block_map.shape[-2] % 2))
+    four = rearrange(pairs, "B N (Q q) (K k) -> B N Q K (q k)", q=2, k=2)
+    full, some = four.all(dim=-1), four.any(dim=-1) & ~four.all(dim=-1)
+    return BlockMask.from_kv_blocks(*listed(some), *listed(full), 2 * TILE, same_as_map, lengths)
 
 
 def list_tiles(block_map: Tensor) -> Tensor:
@@ -240,17 +242,20 @@ def list_tiles(block_map: Tensor) -> Tensor:
     return index
 
 
-def flex_options(head_dim: int, itemsize: int, shared: int, backward: bool = False) -> dict[str, int | bool]:
+def flex_options(head_dim: int, itemsize: int, shared: int, backward: bool = False) -> dict[str, int | str]:
     """Options of the compiled kernel for tiles of 64: as many stages of its pipeline, three at most, as fit.
 
     A stage holds a tile of keys and one of values in the `shared` bytes of a multiprocessor, next to the queries: for a
     head dim of 128 in bf16 three need 112 KB, of which a data-centre GPU has 160 or more and others 99. Four warps are
     what the authors' autotuning ends at; the kernel's own choice, 8, is for tiles of 128, which refuse these blocks.
+    In float32, multiplied without tensor cores, whole tiles of keys spill up to 16 KB of registers per thread, quarters
+    none (benchmarks/results/without_gpu.md).
     backward: for blocks of two tiles, of which the last one may reach beyond the tokens.
     """
-    tile = TILE * head_dim * itemsize
-    stages = max(1, min(3, (shared // tile - 1) // 2))
-    blocks = {"BLOCK_M": TILE, "BLOCK_N": TILE, "fwd_num_warps": 4, "fwd_num_stages": stages}
+    keys = TILE if itemsize < 4 else TILE // 4
+    stages = max(1, min(3, (shared // (head_dim * itemsize) - TILE) // (2 * keys)))
+    blocks: dict[str, int | str] = {"BLOCK_M": TILE, "BLOCK_N": keys, "fwd_num_warps": 4, "fwd_num_stages": stages}
+    blocks["BACKEND"] = "TRITON"  # another one takes blocks without a `mask_mod` for full attention
     return blocks if backward else blocks | {"ROWS_GUARANTEED_SAFE": True, "fwd_IS_DIVISIBLE": True}
 
 
@@ -266,4 +271,5 @@ def shared_memory(device: torch.device) -> int:
 def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, **allow_recompiling())  # past the limit it would hold all scores
+    # Past the limit an error: uncompiled it would attend to all tokens, and hold all scores.
+    return torch.compile(flex_attention, fullgraph=True, **allow_recompiling())
