@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+MEMINFO = Path("/proc/meminfo")  # of Linux
+
 
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on the device, without swapping; None where the system does not tell.
@@ -15,10 +17,9 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, unused
         return torch.cuda.mem_get_info(device)[0] + cached
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
+    if device.type != "cpu" or not MEMINFO.exists():
         return None
-    lines = meminfo.read_text().splitlines()
+    lines = MEMINFO.read_text(encoding="utf-8").splitlines()
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     least, processes = min([*free, *left_in_container()], default=None), os.environ.get("LOCAL_WORLD_SIZE", "1")
     return least // max(int(processes), 1) if least and processes.isdecimal() else least
