@@ -2,8 +2,10 @@
 
 import _pyio
 import errno
+import importlib.util
 import ntpath
 import os
+import sys
 import types
 from pathlib import Path, PurePath, PureWindowsPath
 
@@ -144,6 +146,17 @@ def test_an_apple_gpu_computes_the_definitions(monkeypatch):
     monkeypatch.setattr(pipeline, "load_models", lambda f, c, _, *how: load(f, c, torch.device("cpu"), *how))
     pipe = pipeline.Pipeline.load("nano", "mps", torch.float32)
     assert type(pipe.dit) is DiT and type(pipe.vae.decoder) is Decoder
+
+
+def test_a_pytorch_without_processes_runs_one(monkeypatch):
+    lacking = types.ModuleType("torch.distributed")
+    lacking.is_available = lambda: False
+    monkeypatch.setitem(sys.modules, "torch.distributed", lacking)
+    monkeypatch.setattr(torch, "distributed", lacking)
+    spec = importlib.util.spec_from_file_location("launch_alone", launch.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert (alone.rank(), alone.world(), alone.meet(3), alone.together(lambda: 5, str)) == (0, 1, [3], 5)
 
 
 def test_several_gpus_without_nccl_are_refused(monkeypatch):

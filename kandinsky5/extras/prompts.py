@@ -18,13 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kandinsky5.files import make_folder, parse_json, read_utf8, replacing, sha256
 from kandinsky5.request import MOST_VIDEOS
 from kandinsky5.runtime import launch
-from kandinsky5.runtime.parallel import Ranks
 from kandinsky5.screen import printable, say, shown
+
+if TYPE_CHECKING:
+    from kandinsky5.runtime.parallel import Ranks
 
 LARGEST = 2**24  # bytes of such a file
 SAME = "prompt negative_prompt image height width num_frames shift schedule seed fps".split()
@@ -88,7 +90,7 @@ def name_video(settings: dict[str, Any], origin: str, one_frame: bool) -> str:
     return f"{words}-{digest[:10]}.{'png' if one_frame else 'mp4'}"
 
 
-def make_all(jobs: Sequence[Any], make: Callable[[Any], object], ranks: Ranks | None) -> list[Video]:
+def make_all(jobs: Sequence[Any], make: Callable[[Any], object], ranks: "Ranks | None") -> list[Video]:
     """Let `make(job)` write each job's `output` that is not there; returns the table, and writes it as videos.csv.
 
     Groups of ranks take every so many of the jobs, each of which has a request too.

@@ -7,6 +7,8 @@ them. What ends one rank ends all: whoever fails says so in the store and in one
 fail or whom torchrun stops, find it there and stay silent. Without torchrun, which would stop them, they end too.
 """
 
+from __future__ import annotations  # some builds of PyTorch have no torch.distributed, nor the types in it
+
 import contextlib
 import itertools
 import json
@@ -43,7 +45,7 @@ def is_one_of_many() -> bool:
 
 def rank() -> int:
     """This process's number; 0 for one alone."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ["RANK"]) if is_one_of_many() else 0
 
