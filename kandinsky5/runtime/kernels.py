@@ -246,10 +246,10 @@ def flex_options(head_dim: int, itemsize: int, shared: int, backward: bool = Fal
     """Options of the compiled kernel for tiles of 64: as many stages of its pipeline, three at most, as fit.
 
     A stage holds a tile of keys and one of values in the `shared` bytes of a multiprocessor, next to the queries: for a
-    head dim of 128 in bf16 three need 112 KB, of which a data-centre GPU has 160 or more and others 99. Four warps are
-    what the authors' autotuning ends at; the kernel's own choice, 8, is for tiles of 128, which refuse these blocks.
-    In float32, multiplied without tensor cores, whole tiles of keys spill up to 16 KB of registers per thread, quarters
-    none (benchmarks/results/without_gpu.md).
+    head dim of 128 in bf16 three need 112 KB at most, of which a data-centre GPU has 160 or more and others 99. Four
+    warps are what the authors' autotuning ends at; the kernel's own choice, 8, is for tiles of 128, which refuse these
+    blocks. In float32, without tensor cores, whole tiles of keys made threads spill up to 16 KB of registers; quarters
+    spill none, or 8 bytes, in inference (benchmarks/results/without_gpu.md).
     backward: for blocks of two tiles, of which the last one may reach beyond the tokens.
     """
     keys = TILE if itemsize < 4 else TILE // 4
