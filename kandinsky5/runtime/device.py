@@ -21,7 +21,7 @@ CXX = {  # what torch.compile calls for a CPU where that is not g++, and how to 
     "darwin": ("clang++", "xcode-select --install"), "win32": ("cl", "Visual Studio's Build Tools, in their prompt"),
 }  # fmt: skip
 # Compute capability that Triton is made for. On older GPUs PyTorch compiles nothing in bfloat16, in which int8 has its
-# scales, and flex_attention is without tensor cores and spills 3 KB per thread (benchmarks/results/without_gpu.md).
+# scales, and flex_attention, without tensor cores, spills 1.6 KB per thread or 8.6 (benchmarks/results/without_gpu.md).
 OLDEST = 8, 0
 GRAPHS = 32  # most of one compiled function: for one sample or several, masks, pieces, single frames
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
