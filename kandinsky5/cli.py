@@ -21,7 +21,7 @@ from kandinsky5.screen import Forgiving, printable, say
 
 AMOUNT = r"tried to allocate [\d.]+ \w+"
 MEMORY = (  # PyTorch raises three kinds of error where a tensor is too large, and CUDA's libraries their own
-    r"out of memory|Storage size calculation overflowed|Overflow when unpacking|CU\w+_STATUS_ALLOC_FAILED"
+    r"out of memory|Storage size calculation overflowed|Overflow when unpacking|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
 )
 LOST = (  # what CUDA says of a device that no longer answers, or never did for this build or driver
     r"CUDA(?: driver)? error: ([^\n]*(?:lost|launch failure|timed out|uncorrectable|unknown error|hardware stack|"

@@ -181,6 +181,7 @@ class Pipeline:
                 return _to_cpu(latents)
             return self.decode(latents, request.output_type, progress)
 
+    @memory.during("loading a LoRA")
     def load_lora(self, file_or_folder: Any, weight: float = 1.0, trigger: bool = True) -> None:
         """Add a LoRA to the DiT, and the trigger phrase in it to every prompt. Raises ValueError if it does not fit."""
         from kandinsky5.extras import lora  # an extra: without it everything else works
@@ -210,6 +211,7 @@ class Pipeline:
         with self._alone():
             return expand.expand_all(self.text_encoder, self.config, prompt, image, **how)
 
+    @memory.during("encoding text")
     def encode_text(self, request: Request, progress: bool = False) -> TextFeatures:
         """Features of the B prompts and, with guidance, of the B negative ones after them: text (2B, S, dim)."""
         start = "".join(one.before_prompt for one in self.loras)
@@ -220,11 +222,12 @@ class Pipeline:
         models = (encoder.qwen, encoder.clip, *([encoder.vision] if encoder.vision and seen else []))
         memory.check_encoding(self.config, models, texts, request.max_sequence_length, seen)
         progressed = bar(len(texts), "encoding", "text", show=progress)
-        with progressed, memory.during("encoding text"), awake(*models):
+        with progressed, awake(*models):
             features = encoder.encode(texts, request.max_sequence_length, request.num_frames == 1, seen or None)
             progressed.update(len(texts))
         return features.repeat(request.num_videos_per_prompt)
 
+    @memory.during("encoding the image")
     def encode_image(self, request: Request, generators: list[torch.Generator]) -> Tensor | None:
         """Clean latents of the images: each video's first frame, or the source of each edit; None without images.
 
@@ -234,7 +237,7 @@ class Pipeline:
             return None
         device, dtype = find_place(self.vae)
         video = video_io.from_uint8(torch.stack(request.images)[:, None]).to(device, dtype)  # (P or 1, 3, 1, H, W)
-        with memory.during("encoding the image"), awake(self.vae):
+        with awake(self.vae):
             posteriors = [vae_tiling.encode(self.vae, one, self.config.tiling) for one in video.split(1)]
         mean = torch.cat([one.mean.float() for one in posteriors])  # (P or 1, 16, 1, h, w)
         logvar = torch.cat([one.logvar.float() for one in posteriors])
@@ -244,6 +247,7 @@ class Pipeline:
         z = Posterior(mean, logvar).sample(torch.cat(drawn).to(device))  # (B, 16, 1, h, w)
         return (z * self.config.vae.scaling_factor).permute(0, 2, 3, 4, 1)
 
+    @memory.during("sampling")
     def sample(
         self, request: Request, features: TextFeatures, noise: Tensor, image: Tensor | None = None,
         callback: Callback | None = None, progress: bool = False, solver: Solver = euler_sample,
@@ -278,8 +282,7 @@ class Pipeline:
         note = str(plan) + f", {sum(map(all, request.skips))} skipped" * bool(request.skips)
         progressed = bar(request.steps, "sampling", "step", note, show=progress)
         with (
-            progressed, memory.during("sampling"), awake(self.dit), keep_freed_memory(device),
-            in_pieces(self.dit, plan.piece),
+            progressed, awake(self.dit), keep_freed_memory(device), in_pieces(self.dit, plan.piece),
         ):  # fmt: skip
             after_step = sampler.watch_steps(request.steps, callback, progressed.update)
             latents = solver(velocity, noise, request.times, first_frame, after_step)
@@ -296,6 +299,7 @@ class Pipeline:
         text, pooled = features.text.to(x), features.pooled.to(x)
         return (dit or self.dit)(x, text, pooled, t, mask, rope_scale=rope_scale).float()
 
+    @memory.during("decoding")
     @plain_defaults()
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "uint8", progress: bool = False) -> Tensor:
@@ -315,7 +319,7 @@ class Pipeline:
         each = partial(self.ranks.map, "team") if self.ranks else MAP
         num_frames, pieces = (z.shape[2] - 1) * self.config.vae.time_factor + 1, []
         progressed = bar(len(z) * num_frames, "decoding", "frame", takes, show=progress)
-        with progressed, memory.during("decoding"), awake(self.vae):
+        with progressed, awake(self.vae):
             for one in z.split(1):  # all at once would take as many times the memory
                 for piece in vae_tiling.decode_pieces(self.vae, one, self.config.tiling, each):  # (1, 3, f, H, W)
                     sampler.check_finite(piece, "the decoded frames")

@@ -48,6 +48,7 @@ def test_errors_end_in_one_line(capsys, error, code, line):
         MemoryError(),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     ],
 )
 def test_memory_that_runs_out_is_one_line_with_a_remedy(capsys, error):

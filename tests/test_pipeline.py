@@ -541,8 +541,12 @@ def test_what_does_not_fit_is_refused_before_noise_is_drawn(pipe, monkeypatch):
 @pytest.mark.parametrize("place, phase", [
     ("kandinsky5.runtime.loading.checkpoint.load_weights", "loading the weights"),
     ("kandinsky5.text_encoder.TextEncoder.encode", "encoding text"),
+    ("kandinsky5.pipeline.video_io.from_uint8", "encoding the image"),
     ("kandinsky5.pipeline.vae_tiling.encode", "encoding the image"),
+    ("kandinsky5.pipeline.Posterior", "encoding the image"),
+    ("kandinsky5.pipeline.sampler.build_condition", "sampling"),
     ("kandinsky5.pipeline.Pipeline.predict", "sampling"),
+    ("kandinsky5.pipeline.check_sampled", "decoding"),
     ("kandinsky5.pipeline.vae_tiling.decode_pieces", "decoding"),
 ])  # fmt: skip
 def test_memory_that_runs_out_says_in_which_phase(place, phase, monkeypatch):
