@@ -1,13 +1,14 @@
 """On a GPU whole models: compiled, in pieces, streamed, in 8 bits, in every layout, at released sizes."""
 
 import copy
+import re
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kandinsky5 import Pipeline, vae_tiling
+from kandinsky5 import Pipeline, cli, vae_tiling
 from kandinsky5.config import PRESETS, Tiling, VAEConfig
 from kandinsky5.dit import DiT
 from kandinsky5.runtime import fast, fast_vae, kernels, memory, offload, quantize
@@ -236,11 +237,27 @@ def test_auto_is_this_gpu_and_its_precision(device):
     assert choose_dtype("auto", device) == (torch.bfloat16 if native else torch.float32)
 
 
-def test_memory_that_runs_out_names_the_phase(device):
+def test_what_cannot_fit_is_refused_before_the_first_step(device, monkeypatch):
     pipe = Pipeline.load("nano", device)
-    with pytest.raises((ValueError, torch.OutOfMemoryError)) as caught:
-        pipe("a red circle", height=2048, width=2048, num_frames=1001, progress=False)
-    assert isinstance(caught.value, ValueError) or caught.value.__notes__
+    monkeypatch.setattr(pipe, "sample", lambda *_: pytest.fail("steps were made"))
+    with pytest.raises(ValueError):
+        pipe("a red circle", height=4096, width=4096, num_frames=1001, progress=False)
+
+
+def test_memory_that_runs_out_is_told_with_phase_and_amount(device, note, room):
+    """Of 150 MB text needs a little, and a step here three times as much; afterwards the pipeline works again."""
+    room(8)
+    pipe, total = Pipeline.load("nano", device), torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 150e6) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            pipe("a red circle", height=1024, width=1024, num_frames=61, progress=False)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    line = cli.explain(caught.value) or ""
+    note(line)
+    assert caught.value.__notes__ == ["sampling"] and re.search(cli.AMOUNT, line, re.IGNORECASE)
+    assert pipe(**FOX, num_inference_steps=1).isfinite().all()
 
 
 def test_two_devices_do_not_mix():
