@@ -166,17 +166,18 @@ def load_pipeline(
 
     from kandinsky5.checkpoint import fingerprint
     from kandinsky5.runtime import parallel
-    from kandinsky5.runtime.device import choose_device
+    from kandinsky5.runtime.device import choose_device, choose_dtype
 
     if settings["device"] not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {settings['device']}: torchrun gives each process a GPU, so leave it out")
-    options = repr(sorted(settings.items(), key=str))
-    launch.agree(checkpoint=fingerprint(folder), options=options, work=name_all(folder, jobs, loras))  # and its files
+    device = choose_device(settings["device"])
+    precision, work = choose_dtype(settings["dtype"], device), name_all(folder, jobs, loras)  # and its files
+    launch.agree(**settings | {"checkpoint": fingerprint(folder), "precision": precision, "work": work})
     if many and not settings["shard"]:
         requested = requested or "1x1"
     guidance = next((job.request.guidance_scale for job in jobs if job.request.guided), 1.0)
     config = replace(config, sampling=replace(config.sampling, guidance_scale=guidance))  # as requested
-    ranks = parallel.find_ranks(requested or "auto", config, choose_device(settings["device"]), settings["shard"])
+    ranks = parallel.find_ranks(requested or "auto", config, device, settings["shard"])
     assert ranks is not None
     if ranks.data > 1 and not many:
         raise ValueError(f"{ranks} would make {ranks.data} videos at once: give --prompts, or ranks for all processes")

@@ -99,7 +99,8 @@ def make_all(jobs: Sequence[Any], make: Callable[[Any], object], ranks: "Ranks |
     folder = jobs[0].output.parent
     make_folder(folder)
     groups, group, leads = (ranks.data, ranks.place("data"), not ranks.place("team")) if ranks else (1, 0, True)
-    there = set(launch.meet([job.output.name for job in jobs if job.output.exists()])[0])  # as rank 0 sees it
+    found = launch.meet([job.output.name for job in jobs if job.output.exists()])  # on each machine, if folders differ
+    there = {name for names in found for name in names}
     made: list[Video] = []
     for number, job in enumerate(jobs, start=1):
         start, seconds = time.monotonic(), None

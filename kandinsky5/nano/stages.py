@@ -15,6 +15,7 @@ from kandinsky5 import cli
 from kandinsky5.checkpoint import find_shipped
 from kandinsky5.clip import CLIPText
 from kandinsky5.dit import DiT
+from kandinsky5.files import make_folder
 from kandinsky5.nano import presets
 from kandinsky5.nano.clips import ClipStore
 from kandinsky5.pipeline import Pipeline
@@ -51,6 +52,8 @@ def train(model: nn.Module, loss: loop.Loss, recipe: Recipe, folder: Path, sampl
             f"{ranks.data} processes cannot share the {recipe.accumulate} batches of a step: give --accumulate "
             f"{ranks.data}, or another multiple"
         )
+    make_folder(folder)
+    launch.check_shared(folder)
     return loop.train(model, loss, recipe, folder, None if launch.rank() else sample, ranks=ranks, **options)
 
 

@@ -92,12 +92,12 @@ class Clips:
         clip_names = [cache / f"{_key(origin, vae, repr(_identity(c)), self.config)}.safetensors" for c in self.clips]
         text_names = {t: cache / f"{_key(origin, text_encoder, t, self.config)}.safetensors" for t in texts}
         refusal = f"another process is encoding in {cache}: wait for it, or choose another folder"
-        meet = launch.meet if ranks > 1 else lambda: None
         own, show = slice(rank, None, ranks), partial(screen.bar, show=progress)
         with locked(cache, refusal) if rank == 0 else contextlib.nullcontext():
             for left in cache.glob(".*.safetensors") if rank == 0 else ():  # half written by a run that was killed
                 left.unlink()
-            meet()
+            if ranks > 1:
+                launch.check_shared(cache)
             clips = list(zip(self.clips, clip_names, strict=True))[own]
             with show(len(clips), "encoding clips", "clip") as bar, awake(vae), torch.no_grad():
                 for clip, path in clips:
@@ -108,7 +108,8 @@ class Clips:
                 for text in mine:
                     _keep(text_names[text], partial(encode_caption, text_encoder, text))
                     bar.update()
-            meet()
+            if ranks > 1:
+                launch.meet()
         written = sum(path.stat().st_size for path in {*clip_names, *text_names.values()})
         if progress:
             screen.say(f"{cache}: {len(self.clips):,} clips and {len(texts) - 1:,} captions, {written:,} bytes")

@@ -172,7 +172,9 @@ def begin(job: Job) -> None:
     order = hashlib.sha256("\n".join(clip.content for clip in job.clips.clips).encode()).hexdigest()  # by name
     settings |= {"model": checkpoint.fingerprint(job.folder, ("dit",)), "data": job.clips.digest, "order": order}
     if job.ranks:
-        launch.agree(**settings)
+        launch.agree(**settings, precision=job.recipe.dtype)
+        make_folder(job.options.to)
+        launch.check_shared(job.options.to)
         if not spread.is_first(job.ranks):
             return
     make_folder(job.options.to)

@@ -142,7 +142,7 @@ def _begin(
     run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with, ranks)
     state.resume(run)
     if ranks:
-        launch.agree(step=run.step)
+        launch.agree(step=run.step, precision=run.recipe.dtype)
     for name in ("loss.csv", "samples.csv") if spread.is_first(ranks) else ():
         curves.drop_rows_after(folder / name, run.step)
     model.train()
