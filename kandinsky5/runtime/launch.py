@@ -37,6 +37,7 @@ from kandinsky5.screen import Forgiving, listed, printable, say
 
 GRACE = 3.0  # seconds in which ranks that end hear from each other why
 PATIENCE = 10.0  # after which a rank says whom it waits for at the start
+BEAT = 1.0  # between signs of life
 SILENCE = 60.0  # after which a rank of which nothing is heard, or a store that does not answer, is given up
 LINGER = 10.0  # in which a rank that has been told to end may do so in order
 SECONDS = 600.0  # that a rank waits for the others by default, at the start and in a collective
@@ -101,8 +102,9 @@ def together(
     if not is_one_of_many():
         return main() or 0
     streams, over = (sys.stdout, sys.stderr), threading.Event()
+    watcher = threading.Thread(target=watch, args=(os.getppid(), sys.stderr, over), daemon=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=watch, args=(os.getppid(), sys.stderr, over), daemon=True).start()
+        watcher.start()
     try:
         try:
             join()
@@ -129,6 +131,8 @@ def together(
         os._exit(code)  # a thread that waits in a collective would keep the process
     finally:
         over.set()
+        if watcher.ident:
+            watcher.join(GRACE)
         sys.stdout, sys.stderr = streams
 
 
@@ -153,9 +157,7 @@ def join() -> dist.Store | None:
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if gpus and local >= gpus:
         raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
-    if gpus and not dist.is_nccl_available():
-        raise ValueError("several GPUs need NCCL, which PyTorch for Windows lacks: use one, or Linux (WSL 2)")
-    if len(set(machines)) > 1:
+    if len({name for _, name in machines}) > 1:
         check_address()
     if gpus:
         torch.cuda.set_device(local)
@@ -375,7 +377,7 @@ def watch(parent: int, stream: TextIO, over: threading.Event) -> None:
     An error in the main thread, and a signal, let it end in order; a collective may hold it. Where no other parent is
     given to orphans (Windows), it does not hear of torchrun.
     """
-    beats = Beats(stream)
+    beats = Beats(stream, over)
     beats.start()
     while not over.wait(0.5):
         if os.getppid() != parent:
@@ -392,26 +394,30 @@ def watch(parent: int, stream: TextIO, over: threading.Event) -> None:
             if not beats.failed and os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"\n{lost_store()}", file=stream, flush=True)
             os._exit(2)
+    beats.join(GRACE)  # in a call of PyTorch it would abort Python's end
 
 
 class Beats(threading.Thread):
     """Signs of life of this rank, which the one before it waits for, over a connection of its own to the store."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO, over: threading.Event):
         super().__init__(daemon=True)
-        self.stream = stream
+        self.stream, self.over = stream, over
         self.answered = math.inf  # when the store did, last
         self.failed = False  # whether a rank has, which all have been told
 
     def run(self) -> None:
-        """Beat until a rank fails, or falls silent, or the store is gone."""
+        """Beat until the work is over, or a rank fails or falls silent, or the store is gone."""
         while not joined:
-            time.sleep(0.1)
+            if self.over.wait(0.1):
+                return
         try:
             store, own, world = connect()
             following = (own + 1) % world
             heard, count = time.monotonic(), 0
             while not store.check(["failed"]):
+                if self.over.is_set():
+                    return
                 store.add(f"beats {own}", 1)
                 now, before, count = time.monotonic(), count, store.add(f"beats {following}", 0)
                 heard = now if count == 0 or count > before else heard
@@ -419,7 +425,7 @@ class Beats(threading.Thread):
                     silent = f"error: nothing was heard of {named(following)} for {SILENCE:g} s"
                     tell(store, self.stream, 2, f"{silent}, its machine or the network has failed: start all again")
                 self.answered = now
-                time.sleep(1)
+                self.over.wait(BEAT)
             tell(store, self.stream)
             self.failed = True
         except (OSError, RuntimeError):
