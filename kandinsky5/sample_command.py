@@ -172,7 +172,8 @@ def load_pipeline(
         raise ValueError(f"--device {settings['device']}: torchrun gives each process a GPU, so leave it out")
     device = choose_device(settings["device"])
     precision, work = choose_dtype(settings["dtype"], device), name_all(folder, jobs, loras)  # and its files
-    launch.agree(**settings | {"checkpoint": fingerprint(folder), "precision": precision, "work": work})
+    launch.agree(**settings | {"checkpoint": fingerprint(folder)}, precision=precision)
+    launch.agree(work=work)
     if many and not settings["shard"]:
         requested = requested or "1x1"
     guidance = next((job.request.guidance_scale for job in jobs if job.request.guided), 1.0)

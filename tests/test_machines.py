@@ -134,7 +134,13 @@ def test_the_program_changes_with_any_source(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("address", "interface", "good"),
-    [("127.0.1.1", None, False), ("10.0.0.7", None, True), ("127.0.1.1", "eth0", True), (None, None, False)],
+    [
+        ("127.0.1.1", None, False),
+        ("10.0.0.7", None, True),
+        (None, None, False),
+        ("127.0.1.1", "eth1", True),
+        ("10.0.0.7", "eth7", False),
+    ],  # fmt: skip
 )
 def test_a_name_that_leads_back_to_its_machine_is_refused(monkeypatch, address, interface, good):
     def look_up(name, port):
@@ -143,6 +149,7 @@ def test_a_name_that_leads_back_to_its_machine_is_refused(monkeypatch, address, 
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     if interface:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)

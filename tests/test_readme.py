@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SUBCOMMANDS = {"weights_convert", "kandinsky5", "kandinsky5.nano.distill"}  # their first argument chooses a parser
-OTHERS = {"--depth", "--extra-index-url", "--nnodes", "--rdzv-endpoint", "--shm-size"}  # git's, pip's, torchrun's, …
+OTHERS = {"--depth", "--extra-index-url", "--shm-size"}  # git's, pip's, docker's
+OTHERS |= {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--rdzv-backend", "--rdzv-conf"}  # torchrun's
 
 
 def blocks(language: str) -> list:
@@ -88,8 +89,9 @@ def options_in(words: list[str]) -> set[str]:
 @pytest.mark.parametrize("command", commands())
 def test_command_exists_and_takes_its_options(command):
     words = shlex.split(command)
-    if words[:2] == ["torchrun", "--nproc-per-node"]:
-        words = ["python", *words[3:]]
+    if words[0] == "torchrun":
+        start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+        words = ["python", *words[start:]]
     match words:
         case ["python", "-m", module, *rest]:
             program = ("-m", module, rest[0]) if module in SUBCOMMANDS else ("-m", module)

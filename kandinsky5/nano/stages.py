@@ -25,7 +25,7 @@ from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.training import loop, state_folder
 from kandinsky5.training.recipe import Recipe
-from kandinsky5.training.state import load_average
+from kandinsky5.training.state import digest, load_average
 from kandinsky5.vae import VAE
 
 RESUMES = "run the same command to resume (saved every minute; nothing is saved in the first)"
@@ -54,6 +54,7 @@ def train(model: nn.Module, loss: loop.Loss, recipe: Recipe, folder: Path, sampl
         )
     make_folder(folder)
     launch.check_shared(folder)
+    launch.agree(weights=digest(model))
     return loop.train(model, loss, recipe, folder, None if launch.rank() else sample, ranks=ranks, **options)
 
 

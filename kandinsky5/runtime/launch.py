@@ -157,10 +157,13 @@ def join() -> dist.Store | None:
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if gpus and local >= gpus:
         raise ValueError(f"process {local} of this machine finds {gpus} GPUs: start one process per GPU")
+    if gpus and not dist.is_nccl_available():
+        raise ValueError("several GPUs need NCCL, which PyTorch for Windows lacks: use one, or Linux (WSL 2)")
     if len({name for _, name in machines}) > 1:
         check_address()
     if gpus:
         torch.cuda.set_device(local)
+    meet(seconds=SECONDS)
     dist.init_process_group(  # gloo also has GPU machines' tensors on CPUs, such as what is agreed on
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("collectives", store), rank=rank,
         world_size=world, timeout=limit,
@@ -184,20 +187,26 @@ def say_absent() -> None:
     """Print once whom the start waits for."""
     if "store" not in joined:
         say(f"waiting for {store_address()}, for {SECONDS:g} s at most")
-    elif absent := [r for r in range(world()) if not joined["store"].check([f"process {r}"])]:
-        if rank() == min(set(range(world())) - set(absent)):
+        return
+    with contextlib.suppress(RuntimeError):  # of a store that is gone
+        absent = [r for r in range(world()) if not joined["store"].check([f"process {r}"])]
+        if absent and rank() == min(set(range(world())) - set(absent)):
             say(f"waiting for rank {listed(list(map(str, absent)))} to start, for {SECONDS:g} s at most")
 
 
 def check_address() -> None:
     """Raise ValueError where gloo would tell other machines an address at which each of them finds itself."""
-    name = socket.gethostname()
+    name, given = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME")
+    usable = [interface for _, interface in socket.if_nameindex() if interface != "lo"]
+    if given:
+        if unknown := set(given.split(",")) - {"lo", *usable}:
+            raise ValueError(f"GLOO_SOCKET_IFNAME {unknown.pop()}: {name} has {' and '.join(usable)}: choose of these")
+        return
     try:
         found = str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError:
         found = "nowhere"
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (found == "nowhere" or ipaddress.ip_address(found).is_loopback):
-        usable = [interface for _, interface in socket.if_nameindex() if interface != "lo"]
+    if found == "nowhere" or ipaddress.ip_address(found).is_loopback:
         raise ValueError(
             f"{name} leads to {found}, where other machines do not find it: set GLOO_SOCKET_IFNAME there to its "
             f"interface for them, {' or '.join(usable)}, or correct its /etc/hosts"

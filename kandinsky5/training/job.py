@@ -37,6 +37,7 @@ SAME_RESULT = {  # options that change no result, so a run may resume with other
     "to", "cache", "check", "export", "tensorboard", "checkpointing", "offload", "prompts", "sample_every", "device",
     "sample_steps", "skip_damaged", "clips", "checkpoint", "stop_after", "attention", "shard", "sequence",
 }  # fmt: skip
+PLACES = {"to", "cache", "clips", "checkpoint"}  # may be called otherwise on another machine
 RESULTS = ("README.md", "lora.safetensors", "checkpoint")  # what a run writes that another folder may hold too
 OTHER = {  # what a run was begun with, where it is no option
     "model": "another checkpoint",
@@ -168,11 +169,13 @@ def begin(job: Job) -> None:
     Several ranks must all have the same.
     """
     path = job.options.to / "run.json"
-    settings = {name: _as_json(value) for name, value in vars(job.options).items() if name not in SAME_RESULT}
+    options = {name: _as_json(value) for name, value in vars(job.options).items()}
+    settings = {name: value for name, value in options.items() if name not in SAME_RESULT}
     order = hashlib.sha256("\n".join(clip.content for clip in job.clips.clips).encode()).hexdigest()  # by name
     settings |= {"model": checkpoint.fingerprint(job.folder, ("dit",)), "data": job.clips.digest, "order": order}
     if job.ranks:
-        launch.agree(**settings, precision=job.recipe.dtype)
+        options = {name: value for name, value in options.items() if name not in PLACES}
+        launch.agree(**options | settings, precision=job.recipe.dtype)
         make_folder(job.options.to)
         launch.check_shared(job.options.to)
         if not spread.is_first(job.ranks):

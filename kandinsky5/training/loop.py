@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +143,7 @@ def _begin(
     run = Run(folder, model, average, build_optimizers(model, recipe), recipe, began_with, ranks)
     state.resume(run)
     if ranks:
-        launch.agree(step=run.step, precision=run.recipe.dtype)
+        launch.agree(step=run.step, **asdict(run.recipe))
     for name in ("loss.csv", "samples.csv") if spread.is_first(ranks) else ():
         curves.drop_rows_after(folder / name, run.step)
     model.train()
