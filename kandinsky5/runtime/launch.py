@@ -397,7 +397,7 @@ def watch(parent: int, stream: TextIO, over: threading.Event) -> None:
                 tell(joined["store"], stream, 2, line)
             os._exit(2)
         if beats.failed or time.monotonic() - beats.answered > SILENCE:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
             if over.wait(LINGER):
                 return
             if not beats.failed and os.environ.get("LOCAL_RANK", "0") == "0":
