@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from kandinsky5.runtime import launch
 from ranks import on_ranks
-from test_launch import FAST, PROMPT, ROOT, end
+from test_launch import FAST, PROMPT, ROOT, SHARED, end
 
 # ---------------------------------------------------------------------------------------------- signs of life
 
@@ -183,7 +183,7 @@ def machines(script, *arguments):
 def test_each_of_two_torchruns_prints_why_they_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begun = time.monotonic()
-    ended = [end(one) for one in machines(ROOT / "tests" / "faulty_sample.py", "raises", PROMPT, *FAST)]
+    ended = [end(one) for one in machines(ROOT / "tests" / "faulty_sample.py", "raises", PROMPT, *FAST, *SHARED)]
     lines = [line for _, _, said, _ in ended for line in said]
     assert lines == [f"error: rank 1 on {socket.gethostname()}: its fan has stopped"] * 2, ended
     assert all(code != 0 and "exitcode  : 2" in err for code, _, _, err in ended)
