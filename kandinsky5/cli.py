@@ -165,7 +165,8 @@ def explain(error: BaseException) -> str | None:
         found = re.search(AMOUNT, str(error), re.IGNORECASE) or re.search(MEMORY, str(error), re.IGNORECASE)
         if found or isinstance(error, MemoryError):
             phase = "".join(f" while {note}" for note in getattr(error, "__notes__", ()))
-            return f"not enough memory{phase} ({found[0] if found else error}): try {what_to_try(sys.argv)}"
+            amount = f" ({printable(found[0] if found else error)})" if found or str(error) else ""
+            return f"not enough memory{phase}{amount}: try {what_to_try(sys.argv)}"
         if lost := re.search(LOST, str(error), re.IGNORECASE):
             return f"the GPU failed ({lost[1]}): look at it with nvidia-smi, start again, or use --device cpu"
     return None
