@@ -42,6 +42,7 @@ def main(fault: str, arguments: list[str]) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "few GPUs":
         torch.cuda.device_count, torch.cuda.set_device = lambda: 1, lambda device: None
+        torch.distributed.is_nccl_available = lambda: True
     if fault == "other checkpoint" and os.environ["RANK"] == str(FAULTY):
         real = checkpoint.fingerprint
         checkpoint.fingerprint = lambda *given: "0" + real(*given)[1:]

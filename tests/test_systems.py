@@ -162,7 +162,8 @@ def test_a_pytorch_without_processes_runs_one(monkeypatch):
 def test_several_gpus_without_nccl_are_refused(monkeypatch):
     store = types.SimpleNamespace(set=lambda *_: None)
     monkeypatch.setattr(launch, "joined", {})
-    monkeypatch.setattr(launch, "meet", lambda **_: [])
+    monkeypatch.setattr(launch, "meet", lambda value=None, seconds=0: [value, value])
+    monkeypatch.setattr(launch, "machines", [])
     monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
     monkeypatch.setattr(launch.dist, "is_nccl_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
