@@ -305,9 +305,10 @@ def report(
         code = 1 if reason is None else 2
         line = f"error: {named(rank())}: {printable(reason)}" if reason else "".join(traceback.format_exception(error))
     code, end = tell(store, stream, code, line), time.monotonic() + GRACE
+    heard = [f"heard {r}" for r in range(world())]
     with contextlib.suppress(RuntimeError):
-        while not store.check([f"heard {r}" for r in range(world())]) and time.monotonic() < end:
-            time.sleep(0.05)  # the store may end with this process
+        while len(set(machines)) > 1 and time.monotonic() < end and not store.check(heard):
+            time.sleep(0.05)  # the store may end with this process, and another machine's torchrun does not hear of it
     return code
 
 
