@@ -127,8 +127,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         try:
             os.replace(temporary, path)
         except PermissionError as error:  # as on Windows, where no file can be replaced that is open or mapped
-            reason = f"{error.strerror}): close the program that has it open, or choose another name"
-            raise OSError(f"cannot replace {path} ({reason}") from error
+            raise OSError(
+                f"cannot replace {path} ({error.strerror}): close what has it open, or choose another name"
+            ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

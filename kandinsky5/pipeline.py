@@ -94,8 +94,7 @@ class Pipeline:
         words, clip_words = (Tokenizer.load(checkpoint.find_part(folder, name, config.base) / name) for name in names)
         dit, vae, qwen, clip, *vision_and_head = models.values()
         text_encoder = TextEncoder(config.text, qwen, clip, words, clip_words, *vision_and_head)
-        if device.type != "mps":  # whose kernels crash on views of videos, or misread them (pytorch#190645, #180984)
-            fast.install(dit, vae, device=device)
+        fast.install(dit, vae, device=device)
         kernels.install(dit, attention)
         kernels.install(text_encoder, "auto")
         if compile:

@@ -231,6 +231,19 @@ def test_compiled_flex_keeps_to_the_tiles():
     assert relative_error(out, expected) < 1e-6
 
 
+@torch.no_grad()
+def test_flex_never_runs_uncompiled(monkeypatch):
+    """Past the limit of graphs it would ignore the blocks and attend to all tokens: an error is better."""
+    monkeypatch.setattr(module, "allow_recompiling", lambda: {"backend": "eager"})
+    flex, mask = module._compiled_flex_attention.__wrapped__(), build_block_mask(random_map(1, 1, 2, 0.5), False)
+    q, k, v = random_qkv(1, 1, 2 * 64, 16)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        flex(q, k, v, block_mask=mask)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            flex(q.double(), k.double(), v.double(), block_mask=mask)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiled_flex_is_given_tiles_and_mask(trained, monkeypatch):
     """Its kernels' default of 128 tokens refuses a map in tiles of 64; only the call can be seen without a GPU.

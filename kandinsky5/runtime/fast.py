@@ -23,10 +23,14 @@ WIDENED = 2**20  # weights that a Float32Linear widens at a time on a CPU: they 
 
 
 def install(*models: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give the modules of DiTs and of VAEs of videos the forms that are faster on this device, in place."""
+    """Give the modules of DiTs and of VAEs of videos the forms that are faster on this device, in place.
+
+    On an Apple GPU none: its kernels crash on views of videos, or misread them (pytorch#190645, #180984).
+    """
+    forms = {"cpu": FORMS, "mps": {}}.get(torch.device(device).type, ANYWHERE)
     for model in models:
         if not isinstance(model, VAE2D):
-            swap(model, ANYWHERE | (ON_CPU if torch.device(device).type == "cpu" else {}))
+            swap(model, forms)
 
 
 def remove(*models: nn.Module) -> None:
