@@ -367,10 +367,10 @@ def dit_flop(config: DiTConfig, grid: tuple[int, int, int], kept: float = 1.0) -
     return counter.get_total_flops() - round((1 - kept) * attention)
 
 
-def vae_flop(grid: tuple[int, int, int], encode: bool = False) -> int:
+def vae_flop(grid: tuple[int, int, int], encode: bool = False, config: VAEConfig | None = None) -> int:
     """Floating-point operations of decoding latents of `grid`, or encoding its video, tiled in time, by definition."""
     with torch.device("meta"):
-        vae, z = VAE(VAEConfig()), torch.empty(1, 16, *grid)
+        vae, z = VAE(config or VAEConfig()), torch.empty(1, 16, *grid)
         video = torch.empty(1, 3, 4 * grid[0] - 3, 8 * grid[1], 8 * grid[2])
     with FlopCounterMode(display=False) as counter:
         vae_tiling.encode(vae, video, Tiling()) if encode else vae_tiling.decode(vae, z, Tiling())
@@ -581,9 +581,19 @@ def dense_flop() -> int:
     return dit_flop(DiTConfig(num_visual_blocks=4), (13, 32, 48))
 
 
+def small_step_flop() -> int:
+    """Both passes of guidance."""
+    return 2 * dit_flop(SMALL.dit, (7, 16, 24))
+
+
+def pipeline_flop() -> int:
+    """Eight steps and decoding; those of the text, less than a hundredth, are left out."""
+    return 8 * small_step_flop() + vae_flop((7, 16, 24), config=SMALL.vae)
+
+
 ROWS = [
     Row("dit", "DiT forward, dense, Lite width, 4 blocks, 13×32×48", dit_dense, None, 2e-2, flop=dense_flop),
-    Row("dit-heap", "DiT forward, dense, theirs too in our heap", dit_dense_both_keep, None, 2e-2),
+    Row("dit-heap", "DiT forward, dense, theirs too in our heap", dit_dense_both_keep, None, 2e-2, flop=dense_flop),
     Row(
         "nabla",
         "DiT forward, NABLA P 0.9, 92 % of the tiles; flex, eager",
@@ -613,8 +623,15 @@ ROWS = [
         flop=lambda: 3 * dit_flop(DiTConfig(num_visual_blocks=1), (31, 64, 64), 0.15),
     ),
     Row("attention-long", "of that the attention alone; our own dense", attention_long, None, None),
-    Row("guidance-short", "guidance, 7×16×24, in one pass; in two", guidance_short, None, 2e-2),
-    Row("guidance-long", "guidance, 13×32×48, Lite width, 1 block, in two passes; in one", guidance_long, None, 2e-2),
+    Row("guidance-short", "guidance, 7×16×24, in one pass; in two", guidance_short, None, 2e-2, flop=small_step_flop),
+    Row(
+        "guidance-long",
+        "guidance, 13×32×48, Lite width, 1 block, in two passes; in one",
+        guidance_long,
+        None,
+        2e-2,
+        flop=lambda: 2 * dit_flop(DiTConfig(num_visual_blocks=1), (13, 32, 48)),
+    ),
     Row("streaming", "DiT forward, 8 blocks, 4×32×48, --offload blocks; all there", streaming, None, 1e-6),
     Row("compiled", "DiT forward, 1 block, 4×32×48, compiled; plain", dit_compiled, None, 2e-2),
     Row("compiled-decoder", "VAE decode 3×16×24, compiled; plain", decoder_compiled, None, 2e-2),
@@ -664,8 +681,17 @@ ROWS = [
         prepare=write_dit,
     ),
     Row("load-memory", "load a 4.02 GB DiT, peak memory", load_dit, 1, 2e-2, "memory", prepare=write_dit),
-    Row("pipeline", "pipeline, small model, 8 steps, guidance 5", pipeline_bfloat16, 1.5, 1e-1),
-    Row("pipeline32", "pipeline, the same in float32", pipeline_float32, 1.4, 5 * ROTATED, dtype="float32", avx2=True),
+    Row("pipeline", "pipeline, small model, 8 steps, guidance 5", pipeline_bfloat16, 1.5, 1e-1, flop=pipeline_flop),
+    Row(
+        "pipeline32",
+        "pipeline, the same in float32",
+        pipeline_float32,
+        1.4,
+        5 * ROTATED,
+        dtype="float32",
+        flop=pipeline_flop,
+        avx2=True,
+    ),
     Row(
         "dit32",
         "DiT forward, dense, Lite width, 1 block, 7×32×48, float32",
