@@ -26,7 +26,7 @@ import torch.distributed as dist  # noqa: E402
 
 from kandinsky5.config import PRESETS, DiTConfig, PipelineConfig  # noqa: E402
 from kandinsky5.dit import DiT  # noqa: E402
-from kandinsky5.runtime import fast, kernels, launch, parallel  # noqa: E402
+from kandinsky5.runtime import ending, fast, kernels, launch, parallel  # noqa: E402
 from kandinsky5.runtime.budget import latent_grid  # noqa: E402
 from kandinsky5.runtime.device import choose_device  # noqa: E402
 
@@ -152,7 +152,7 @@ def main() -> int:
         return 0
     if not launch.is_one_of_many():
         parser.error("start it with torchrun --nproc-per-node N, or give --volume")
-    return launch.together(lambda: run(options), lambda error: str(error) if isinstance(error, ValueError) else None)
+    return ending.together(lambda: run(options), lambda error: str(error) if isinstance(error, ValueError) else None)
 
 
 if __name__ == "__main__":

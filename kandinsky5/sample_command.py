@@ -49,9 +49,9 @@ LOAD = ("device", "dtype", "attention", "offload", "compile", "tile_space", "qua
 def main(arguments: list[str] | None = None) -> int:
     """What sample.py does, with replays, previews and the rarer options. Raises ValueError or OSError."""
     if "WORLD_SIZE" in os.environ:  # which torchrun sets
-        from kandinsky5.runtime import launch
+        from kandinsky5.runtime import ending
 
-        return launch.together(lambda: sample(arguments), cli.explain)
+        return ending.together(lambda: sample(arguments), cli.explain)
     return sample(arguments)
 
 

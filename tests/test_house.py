@@ -76,6 +76,7 @@ MAY_IMPORT = {
         "pipeline",
         "video_io",
         "runtime.device",
+        "runtime.ending",
         "runtime.launch",
         "runtime.parallel",
         "extras",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from kandinsky5.runtime import launch
+from kandinsky5.runtime import ending, launch
 from ranks import on_ranks
 from test_launch import FAST, PROMPT, ROOT, SHARED, end
 
@@ -30,8 +30,8 @@ def store(monkeypatch):
     monkeypatch.setattr(launch, "joined", {"store": store})
     monkeypatch.setattr(launch, "machines", [("0", "node-a"), ("1", "node-b")])
     monkeypatch.setattr(launch, "connect", lambda: (store, 0, 2))
-    monkeypatch.setattr(launch, "BEAT", 0.02)
-    monkeypatch.setattr(launch, "SILENCE", 0.2)
+    monkeypatch.setattr(ending, "BEAT", 0.02)
+    monkeypatch.setattr(ending, "SILENCE", 0.2)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     return store
@@ -40,7 +40,7 @@ def store(monkeypatch):
 def listen(seconds):
     """What rank 0 prints in that time, and whether it has heard of a failure."""
     stream, over = io.StringIO(), threading.Event()
-    beats = launch.Beats(stream, over)
+    beats = ending.Beats(stream, over)
     beats.start()
     beats.join(seconds)
     over.set()
@@ -81,9 +81,9 @@ def test_a_failure_elsewhere_is_heard_in_the_middle_of_work(store):
 
 def test_the_first_failure_is_that_of_all(store, monkeypatch):
     here, there = io.StringIO(), io.StringIO()
-    assert launch.tell(store, here, 2, "error: one") == 2
+    assert ending.tell(store, here, 2, "error: one") == 2
     monkeypatch.setenv("GROUP_RANK", "1")
-    assert launch.tell(store, there, 130, "interrupted: two") == 2
+    assert ending.tell(store, there, 130, "interrupted: two") == 2
     assert here.getvalue() == there.getvalue() == "\nerror: one\n"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import kandinsky5.runtime.ending
 from kandinsky5 import cli, files, pipeline, video_io
 from kandinsky5.checkpoint import find_checkpoint
 from kandinsky5.dit import DiT
@@ -153,10 +154,13 @@ def test_a_pytorch_without_processes_runs_one(monkeypatch):
     lacking.is_available = lambda: False
     monkeypatch.setitem(sys.modules, "torch.distributed", lacking)
     monkeypatch.setattr(torch, "distributed", lacking)
-    spec = importlib.util.spec_from_file_location("launch_alone", launch.__file__)
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
-    assert (alone.rank(), alone.world(), alone.meet(3), alone.together(lambda: 5, str)) == (0, 1, [3], 5)
+    for name in ("launch", "ending"):
+        spec = importlib.util.spec_from_file_location(name, Path(launch.__file__).with_name(f"{name}.py"))
+        alone = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(alone)
+        monkeypatch.setattr(kandinsky5.runtime, name, alone)
+    assert (alone.launch.rank(), alone.launch.world(), alone.launch.meet(3)) == (0, 1, [3])
+    assert alone.together(lambda: 5, str) == 5
 
 
 def test_several_gpus_without_nccl_are_refused(monkeypatch):

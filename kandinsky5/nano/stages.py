@@ -20,7 +20,7 @@ from kandinsky5.nano import presets
 from kandinsky5.nano.clips import ClipStore
 from kandinsky5.pipeline import Pipeline
 from kandinsky5.qwen import Qwen
-from kandinsky5.runtime import launch
+from kandinsky5.runtime import ending, launch
 from kandinsky5.text_encoder import TextEncoder
 from kandinsky5.tokenizer import Tokenizer
 from kandinsky5.training import loop, state_folder
@@ -34,7 +34,7 @@ STOPPED = f"{RESUMES}; clips already drawn are kept"
 
 def run(main: Callable[[], None], stopped: str) -> int:
     """The exit code of a stage's command, on one process or on several under torchrun."""
-    return cli.run(lambda: launch.together(main, cli.explain, stopped), stopped)
+    return cli.run(lambda: ending.together(main, cli.explain, stopped), stopped)
 
 
 def train(model: nn.Module, loss: loop.Loss, recipe: Recipe, folder: Path, sample: Any = None, **options: Any) -> Any:

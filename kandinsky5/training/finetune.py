@@ -20,7 +20,7 @@ from torch import nn
 from kandinsky5 import Pipeline, checkpoint, cli
 from kandinsky5.dit import DiT
 from kandinsky5.extras import lora
-from kandinsky5.runtime import kernels, launch, offload
+from kandinsky5.runtime import ending, kernels, launch, offload
 from kandinsky5.screen import say, showing
 from kandinsky5.tensor_files import Weights
 from kandinsky5.training import report, spread
@@ -40,7 +40,7 @@ RESUMES = "run the same command to resume; what is encoded and saved is kept"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return cli.run(lambda: launch.together(lambda: finetune(arguments), cli.explain, RESUMES), stopped=RESUMES)
+    return cli.run(lambda: ending.together(lambda: finetune(arguments), cli.explain, RESUMES), stopped=RESUMES)
 
 
 def finetune(arguments: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kandinsky5.files import sha256, sync
-from kandinsky5.runtime import launch
+from kandinsky5.runtime import ending
 
 NAME = "state-{:06d}"
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -75,7 +75,7 @@ def write(folder: Path, step: int, values: dict[str, Any], tensors: dict[str, Te
             partial.rename(place)
             remove_others(folder, place)
     except (dcp.api.CheckpointException, RuntimeError) as error:
-        if launch.of_others(error):
+        if ending.of_others(error):
             raise
         reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
         raise OSError(f"cannot write {place} ({reason}): free some disk space") from error
