@@ -9,6 +9,8 @@ Each block's sub-layers are modulated by `vec` (adaLN): x + gate · f(norm(x) ·
 
 Precision is written out: under bf16 weights the time embedder and all modulations, norms with their modulation,
 the gated residual sums, the q/k norms and the rotations stay in float32, as in the official code.
+
+Sampling on a CPU runs equal, faster forms of some classes (`runtime/fast.py`): an edit here needs the same there.
 """
 
 import math

@@ -4,6 +4,8 @@ Every convolution looks only at its own and earlier frames, and the first frame 
 become k + 1. The GroupNorms run over time, though, so that the whole is neither strictly causal nor exactly
 tileable; `vae_tiling.py` cuts the work up all the same, as the references do. With other `Layers` the same encoder
 and decoder are those of images (vae2d.py); shapes are written for videos.
+
+Sampling runs equal, faster forms of some classes (`runtime/fast_vae.py`): an edit here needs the same there.
 """
 
 from collections.abc import Callable
