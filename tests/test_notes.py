@@ -85,12 +85,17 @@ def test_a_prompt_that_names_a_file_is_noticed(tmp_path, capsys):
         assert ("--image" in capsys.readouterr().err) == noticed
 
 
-@pytest.mark.parametrize("folder, count", [(SHIPPED / "nano", 1), (SHIPPED / "elsewhere" / "nano", 0)])
-def test_only_bundled_models_are_held_to_nanos_words(monkeypatch, capsys, folder, count):
+LORA = SimpleNamespace(before_prompt="")
+
+
+@pytest.mark.parametrize(
+    "folder, loras, count", [(SHIPPED / "nano", [], 1), (SHIPPED / "nano", [LORA], 0), (SHIPPED / "x" / "nano", [], 0)]
+)
+def test_only_bundled_models_without_a_lora_are_held_to_nanos_words(monkeypatch, capsys, folder, loras, count):
     monkeypatch.setattr(notes, "note_long_prompt", lambda *a: None)
     config, dit = load_config(SHIPPED / "nano" / "config.json"), torch.nn.Identity()
     pipe = SimpleNamespace(
-        config=config, text_encoder=None, dit=dit, loras=[], device=torch.device("cpu"), dtype=torch.float32
+        config=config, text_encoder=None, dit=dit, loras=loras, device=torch.device("cpu"), dtype=torch.float32
     )
     notes.show(Request.resolve(pipe.config, "a fox"), pipe, folder)
     assert capsys.readouterr().err.count("not know fox") == count

@@ -39,7 +39,7 @@ def show(request: Request, pipe: "Pipeline", folder: Path) -> None:
     """All notes on a request to a pipeline loaded from `folder`."""
     note_other_size(request, folder, pipe.config)
     note_other_shape(request, pipe.config)
-    if folder.parent == SHIPPED:
+    if folder.parent == SHIPPED and not pipe.loras:  # which teach words
         note_unknown_words(request.prompts[0], pipe.config.name)
     note_file_as_prompt(request.prompts[0])
     note_long_prompt(request.prompts[0], pipe.text_encoder)
