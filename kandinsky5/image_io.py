@@ -97,7 +97,7 @@ def open_image(data: bytes) -> Image.Image:
         if "HEIF" in Image.OPEN:  # by register_heif_opener() of pillow-heif
             return Image.OPEN["HEIF"][0](io.BytesIO(data), "")
         raise ValueError("it is HEIC, which Pillow reads with pillow-heif alone: save it as JPEG")
-    raise ValueError("it is no such image" if data else "it is empty")
+    raise ValueError("it is none of these" if data else "it is empty")
 
 
 def _open(data: bytes, reader: Callable[..., Image.Image], most: int) -> Image.Image:

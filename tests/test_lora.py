@@ -326,7 +326,7 @@ def test_a_replay_wants_the_same_lora(cli, refused, here):
     save_random(here / "a.safetensors", seed=1)
     refused(["--replay", "x.mp4", "-o", "y.mp4"], "a.safetensors", "has changed", "--lora")
     Path("a.safetensors").unlink()
-    refused(["--replay", "x.mp4", "-o", "y.mp4"], "a.safetensors", "is not there", "--lora")
+    refused(["--replay", "x.mp4", "-o", "y.mp4"], "a.safetensors", "next to it", "--lora")
 
 
 def test_wrong_loras_are_refused_before_anything_loads(refused, here, monkeypatch):

@@ -177,7 +177,9 @@ def _find(path: str, name: str, recorded: dict) -> str | None:
     ]
     if not there:
         lost = printable(place, 300)
-        raise ValueError(f"{path} was made with the {name} {lost}, which is not there: say where it is, --{name}")
+        raise ValueError(
+            f"{path} was made with the {name} {lost}, found neither here nor next to it: say where it is, --{name}"
+        )
     return str(next((found for found in there if _is_recorded(found, name, recorded)), there[0]))
 
 
@@ -189,9 +191,9 @@ def _find_lora(path: str, recorded: dict) -> dict:
             there = found.exists() or there
             if lora.load(found).fingerprint == recorded["fingerprint"]:
                 return {"file": str(found), "weight": recorded["weight"], "recorded": file}
-    what = "has changed since" if there else "is not there"
+    what = "which has changed since" if there else "found neither here nor next to it"
     lost = printable(file, 300)
-    raise ValueError(f"{path} was made with the LoRA {lost}, which {what}: say where it is, --lora FILE:WEIGHT")
+    raise ValueError(f"{path} was made with the LoRA {lost}, {what}: say where it is, --lora FILE:WEIGHT")
 
 
 def _places(path: str, recorded: str) -> list[Path]:
