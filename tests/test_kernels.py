@@ -231,6 +231,7 @@ def test_compiled_flex_keeps_to_the_tiles():
     assert relative_error(out, expected) < 1e-6
 
 
+@pytest.mark.compiled
 @torch.no_grad()
 def test_flex_never_runs_uncompiled(monkeypatch):
     """Past the limit of graphs it would ignore the blocks and attend to all tokens: an error is better."""
