@@ -187,7 +187,7 @@ def main() -> None:
     import triton
 
     print("# NABLA's attention, compiled without a GPU\n")
-    print(f"torch {torch.__version__}, Triton {triton.__version__}: `benchmarks/without_gpu.py`. Nothing ran.")
+    print(f"torch {torch.__version__}, Triton {triton.__version__}: `benchmarks/without_gpu.py`. Nothing ran on a GPU.")
     for name, rows in tables.items():
         header = HEADERS[name].split("|")
         print(f"\n## {TITLES[name]}\n")

@@ -291,4 +291,4 @@ def test_small_convolutions_go_through_onednn_and_have_the_right_gradients(kerne
     ours = torch.autograd.grad(y, inputs, direction)
     theirs = torch.autograd.grad(expected, exact, direction.double())
     for one, other in zip((y, *ours), (expected, *theirs), strict=True):
-        assert relative_error(one.detach(), other.detach()) < 1e-5
+        assert relative_error(one.detach(), other.detach()) < 1e-6  # measured 3.2e-7

@@ -138,8 +138,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ..
     By itself PyTorch takes loops of its own for one video of few channels, frames and rows, as nano's: those
     convolutions take three to ten times as long.
     """
-    mkldnn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if mkldnn and torch.backends.mkldnn.enabled:
+    mkldnn = torch.backends.mkldnn
+    if x.device.type == "cpu" and x.dtype == torch.float32 and mkldnn.is_available() and mkldnn.enabled:
         return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride)
 

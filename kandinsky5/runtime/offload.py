@@ -261,7 +261,7 @@ class Lane:
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    """What unpinned memory costs, a single time."""
+    """Print what unpinned memory costs, once per reason."""
     say(
         f"note: streamed weights cannot be pinned in memory ({reason}): their copies take several times as long, and "
         "computation waits for them; free some RAM, or raise the limit (ulimit -l)"
