@@ -5,11 +5,11 @@
 Without diffusers its lines are left out. Both sides hold the same random weights in bf16, drawn on the GPU. Rows of the
 DiT run `--blocks` of its visual blocks (4) at the released size, as all are alike: times are of one block, and the last
 column says what a step of the whole model takes at that rate. Each side runs once to compile, and then `--repeats`
-times in turn; one that fails says why, and the others continue. The share is of the rate of bare bf16 matrix products on
-this GPU, for the operations of the definition on the tiles that are kept: 1 would be a model without norms, softmax and
-memory traffic. Inputs and queries are such that NABLA's maps are peaked, as trained ones are; a row says how many tiles
-they keep. Rows go one by one to RESULTS/gpu.json and the table to gpu.md; --resume leaves out what is there. About five
-minutes on an H100 or H200 and as many again for diffusers, most of them compiling (computed, not measured).
+times in turn; one that fails says why, and the others continue. The share is of the rate of bare bf16 matrix products
+on this GPU, for the operations of the definition on the tiles that are kept: 1 would be a model without norms, softmax
+and memory traffic. Inputs and queries are such that NABLA's maps are peaked, as trained ones are; a row says how many
+tiles they keep. Rows go one by one to RESULTS/gpu.json and the table to gpu.md; --resume leaves out what is there.
+About five minutes on an H100 or H200 and as many again for diffusers, most of them compiling (computed, not measured).
 """
 
 import argparse
